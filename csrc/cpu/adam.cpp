@@ -1,0 +1,86 @@
+// Adam and AdamW from the backup or in place (the decay's form is a value of the group):
+// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
+// w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more.
+#include "descend.h"
+
+namespace sharpkern::cpu {
+namespace {
+
+enum : int64_t { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kAmsgrad, kMaximize, kDecoupled, kValues };
+
+template <class T, bool kMax>
+SK_CLONES void update(
+    T* w, const T* from, const T* g, arithmetic_t<T>* m, arithmetic_t<T>* v,
+    arithmetic_t<T>* vmax, int64_t n, bool stream, AdamCoefficients<arithmetic_t<T>> c) {
+  using A = arithmetic_t<T>;
+  update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
+    A first = m[j];
+    A second = v[j];
+    A largest = 0;
+    if constexpr (kMax) {
+      largest = vmax[j];
+    }
+    const A next = adam<kMax>(x, d, first, second, largest, c);
+    m[j] = first;
+    v[j] = second;
+    if constexpr (kMax) {
+      vmax[j] = largest;
+    }
+    return next;
+  });
+}
+
+void adam_step(
+    Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step,
+    Tensor counters, Tensors grads, Tensor backup, Tensor table, Tensor group_values, Tensor sq,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  const Rows rows(&params, &grads, table, dtype);
+  const double* groups = values(group_values, rows, kValues, "values");
+  const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    A* m = buffer<A>(exp_avg, state_dtype(dtype), rows.extent(), "exp_avg");
+    A* v = buffer<A>(exp_avg_sq, state_dtype(dtype), rows.extent(), "exp_avg_sq");
+    A* vmax = buffer<A>(max_exp_avg_sq, state_dtype(dtype), rows.extent(), "max_exp_avg_sq");
+    for (const Row& row : rows) {
+      STD_TORCH_CHECK(
+          (m != nullptr && v != nullptr) || row.numel == 0, "sharpkern: exp_avg is empty");
+      STD_TORCH_CHECK(
+          vmax != nullptr || groups[row.group * kValues + kAmsgrad] == 0 || row.numel == 0,
+          "sharpkern: max_exp_avg_sq is empty");
+    }
+    const auto* steps = static_cast<const float*>(step.const_data_ptr());
+    descent.run<T>(
+        dtype,
+        [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
+          const double* x = groups + rows[i].group * kValues;
+          const double t = static_cast<double>(steps[i]) + 1;
+          const bool decoupled = x[kDecoupled] != 0;
+          AdamCoefficients<A> c;
+          c.gradient = x[kMaximize] != 0 ? -descent.clip : descent.clip;
+          c.shrink = decoupled ? 1 - x[kLr] * x[kWeightDecay] : 1;
+          c.weight_decay = decoupled ? 0 : x[kWeightDecay];
+          c.one_minus_beta1 = 1 - x[kBeta1];
+          c.beta2 = x[kBeta2];
+          c.one_minus_beta2 = 1 - x[kBeta2];
+          c.step_size = x[kLr] / (1 - std::pow(x[kBeta1], t));
+          c.sqrt_bias_correction2 = std::sqrt(1 - std::pow(x[kBeta2], t));
+          c.eps = x[kEps];
+          if (x[kAmsgrad] != 0) {
+            update<T, true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
+          } else {
+            update<T, false>(w, from, g, m + slot, v + slot, nullptr, n, stream, c);
+          }
+        },
+        [](int64_t) { return true; });
+  });
+}
+
+}  // namespace
+}  // namespace sharpkern::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
+  m.impl("adam", TORCH_BOX(&sharpkern::cpu::adam_step));
+}

@@ -1,0 +1,104 @@
+// Perturbation with backup:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
+// s = rho / (norm + eps), rho signed by maximize.
+// Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4.
+#include "walk.h"
+
+namespace sharpkern::cpu {
+namespace {
+
+template <class T, bool kScaled>
+SK_INLINE T perturbed(T w, T g, arithmetic_t<T> s, arithmetic_t<T> eta) {
+  using A = arithmetic_t<T>;
+  const A x = static_cast<A>(w);
+  const A d = static_cast<A>(g);
+  if constexpr (kScaled) {
+    return static_cast<T>(ascend_scaled(x, d, s, eta));
+  } else {
+    return static_cast<T>(ascend(x, d, s));
+  }
+}
+
+template <class T, bool kScaled>
+SK_CLONES void move(
+    T* w, T* backup, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta, bool stream) {
+  int64_t i = 0;
+  if (stream) {
+    for (; i + kBlock <= n; i += kBlock) {
+      alignas(64) T kept[kBlock];
+#pragma omp simd
+      for (int64_t j = 0; j < kBlock; ++j) {
+        kept[j] = w[i + j];
+        w[i + j] = perturbed<T, kScaled>(kept[j], g[i + j], s, eta);
+      }
+      stream_block(backup + i, kept);
+    }
+    stream_end();
+  }
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) {
+    backup[j] = w[j];
+    w[j] = perturbed<T, kScaled>(w[j], g[j], s, eta);
+  }
+}
+
+void run(
+    const Rows& rows, const Tensor& backup, const Tensor& counters, const double* radius,
+    const Tensor& sq, bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
+  const Norms norms(sq);
+  const bool skip = skip_nonfinite && !norms.finite;
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
+    STD_TORCH_CHECK(kept != nullptr || rows.extent() == 0, "sharpkern: backup is empty");
+    const bool around = stream<T>(rows);
+    walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
+      const Row& row = rows[i];
+      if (row.grad == 0) {
+        return;
+      }
+      T* w = at<T>(row.param, offset);
+      if (skip) {
+        // 0 * inf is NaN: a skipped perturbation must not touch the gradient.
+        std::copy(w, w + n, kept + slot);
+        return;
+      }
+      const T* g = at<T>(row.grad, offset);
+      const A s = static_cast<A>(radius[2 * row.group] / (norms.last + eps));
+      if (scaled && row.scaled != 0) {
+        move<T, true>(w, kept + slot, g, n, s, radius[2 * row.group + 1], around);
+      } else {
+        move<T, false>(w, kept + slot, g, n, s, 0, around);
+      }
+    });
+  });
+  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
+  if (count != nullptr) {
+    count[0] += 1;
+    count[1] += 1;
+  }
+}
+
+void ascend(
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius,
+    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+  const Rows rows(&params, &grads, table, dtype);
+  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite,
+      dtype);
+}
+
+void ascend_scaled(
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius,
+    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+  const Rows rows(&params, &grads, table, dtype);
+  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite,
+      dtype);
+}
+
+}  // namespace
+}  // namespace sharpkern::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
+  m.impl("ascend", TORCH_BOX(&sharpkern::cpu::ascend));
+  m.impl("ascend_scaled", TORCH_BOX(&sharpkern::cpu::ascend_scaled));
+}

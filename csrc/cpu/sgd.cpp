@@ -1,0 +1,73 @@
+// SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
+// w -= lr (nesterov ? d + momentum buf : buf).
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12.
+#include "descend.h"
+
+namespace sharpkern::cpu {
+namespace {
+
+enum : int64_t { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kValues };
+
+template <class T, bool kMomentumBuffer>
+SK_CLONES void update(
+    T* w, const T* from, const T* g, arithmetic_t<T>* buf, int64_t n, bool stream,
+    SgdCoefficients<arithmetic_t<T>> c) {
+  using A = arithmetic_t<T>;
+  update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
+    if constexpr (kMomentumBuffer) {
+      A b = buf[j];
+      const A next = sgd_momentum(x, d, b, c);
+      buf[j] = b;
+      return next;
+    } else {
+      return sgd_plain(x, d, c);
+    }
+  });
+}
+
+void sgd(
+    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads,
+    Tensor backup, Tensor table, Tensor group_values, Tensor sq, double max_norm,
+    bool skip_nonfinite, ScalarType dtype) {
+  const Rows rows(&params, &grads, table, dtype);
+  const double* groups = values(group_values, rows, kValues, "values");
+  const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
+  const auto momentum = [&](int64_t i) { return groups[rows[i].group * kValues + kMomentum]; };
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    A* buf = buffer<A>(momentum_buffer, state_dtype(dtype), rows.extent(), "momentum_buffer");
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      STD_TORCH_CHECK(
+          buf != nullptr || momentum(i) == 0 || rows[i].numel == 0,
+          "sharpkern: momentum_buffer is empty");
+    }
+    const auto* steps = static_cast<const float*>(step.const_data_ptr());
+    descent.run<T>(
+        dtype,
+        [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
+          const double* v = groups + rows[i].group * kValues;
+          const bool first = steps[i] == 0;
+          const bool nesterov = v[kNesterov] != 0;
+          SgdCoefficients<A> c;
+          c.lr = v[kLr];
+          c.weight_decay = v[kWeightDecay];
+          c.gradient = v[kMaximize] != 0 ? -descent.clip : descent.clip;
+          c.momentum = first ? 0 : v[kMomentum];
+          c.intake = first ? 1 : 1 - v[kDampening];
+          c.from_gradient = nesterov ? 1 : 0;
+          c.from_buffer = nesterov ? v[kMomentum] : 1;
+          if (v[kMomentum] != 0) {
+            update<T, true>(w, from, g, buf + slot, n, stream, c);
+          } else {
+            update<T, false>(w, from, g, nullptr, n, stream, c);
+          }
+        },
+        [&](int64_t i) { return momentum(i) != 0; });
+  });
+}
+
+}  // namespace
+}  // namespace sharpkern::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) { m.impl("sgd", TORCH_BOX(&sharpkern::cpu::sgd)); }

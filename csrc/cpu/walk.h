@@ -1,0 +1,92 @@
+// How a CPU kernel walks the segments: threads split slot space into chunks, and each piece of a row
+// inside a chunk goes to a plain loop that the compiler vectorises once for each instruction set.
+#pragma once
+
+#include "../common.h"
+#include "../math.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <emmintrin.h>
+#define SK_X86 1
+#endif
+
+// One binary for every x86-64: the loader picks the clone the machine can run.
+#if defined(SK_X86) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define SK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SK_CLONES
+#endif
+
+namespace sharpkern::cpu {
+
+// Elements a kernel computes between two bursts of streaming stores.
+constexpr int64_t kBlock = 64;
+
+// From this many bytes a buffer on, what is only written goes around the cache: the line would
+// otherwise be read before it is written (+4 bytes an fp32 element) and be gone before its next use.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+
+template <class T>
+bool stream(const Rows& rows) {
+#if defined(SK_X86)
+  return rows.extent() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+#else
+  (void)rows;
+  return false;
+#endif
+}
+
+// dst[0, kBlock) = block, around the cache. Both are 16-byte aligned.
+template <class T>
+SK_INLINE void stream_block(T* dst, const T* block) {
+#if defined(SK_X86)
+  auto* to = reinterpret_cast<__m128i*>(dst);
+  const auto* from = reinterpret_cast<const __m128i*>(block);
+  for (int64_t i = 0; i < kBlock * static_cast<int64_t>(sizeof(T)) / 16; ++i) {
+    _mm_stream_si128(to + i, _mm_load_si128(from + i));
+  }
+#else
+  std::copy(block, block + kBlock, dst);
+#endif
+}
+
+SK_INLINE void stream_end() {
+#if defined(SK_X86)
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+SK_INLINE bool streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// f(row, offset in the row, slot, length) for every piece of [begin, end) of slot space.
+template <class F>
+void walk(const Rows& rows, int64_t begin, int64_t end, F&& f) {
+  const Row* row = std::partition_point(
+      rows.begin(), rows.end(), [&](const Row& r) { return r.slot + r.numel <= begin; });
+  for (; row != rows.end() && row->slot < end; ++row) {
+    const int64_t first = std::max(begin, row->slot);
+    const int64_t last = std::min(end, row->slot + row->numel);
+    if (first < last) {
+      f(row - rows.begin(), first - row->slot, first, last - first);
+    }
+  }
+}
+
+// walk() over the whole of slot space, on torch's threads.
+template <class F>
+void walk_parallel(const Rows& rows, F&& f) {
+  const int64_t chunks = (rows.extent() + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
+    walk(rows, first * kChunk, last * kChunk, f);
+  });
+}
+
+template <class T>
+T* at(int64_t address, int64_t offset) {
+  return reinterpret_cast<T*>(address) + offset;
+}
+
+}  // namespace sharpkern::cpu

@@ -1,0 +1,101 @@
+// Every update formula of the package, written once, for host and device.
+//
+// A is the arithmetic type: float for float32, bfloat16 and float16 storage, double for float64.
+// The expressions keep the order of operations of torch.optim, so that a fused multiply-add lands
+// where torch's own kernels have theirs.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SK_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define SK_INLINE inline __attribute__((always_inline))
+#else
+#define SK_INLINE inline
+#endif
+
+namespace sharpkern {
+
+// T_w = |w| + eta, the elementwise scale of ASAM.
+template <class A>
+SK_INLINE A adaptive_scale(A w, A eta) {
+  return (w < A(0) ? -w : w) + eta;
+}
+
+// SAM: w + s g, with s = rho / (||g|| + eps).
+template <class A>
+SK_INLINE A ascend(A w, A g, A s) {
+  return w + s * g;
+}
+
+// ASAM: w + s T_w^2 g, with s = rho / (||T_w g|| + eps).
+template <class A>
+SK_INLINE A ascend_scaled(A w, A g, A s, A eta) {
+  const A t = adaptive_scale(w, eta);
+  return w + s * (t * (t * g));
+}
+
+// What one row of parameters needs to take an SGD step. Conditions on the group become coefficients,
+// so that the loop over elements has no branch.
+template <class A>
+struct SgdCoefficients {
+  A lr;
+  A weight_decay;
+  A gradient;  // +clip, or -clip when maximizing
+  A momentum;  // 0 on the first step: the buffer becomes the raw gradient
+  A intake;    // 1 - dampening, 1 on the first step
+  A from_gradient;  // nesterov: 1 and momentum; else 0 and 1
+  A from_buffer;
+};
+
+// buf = momentum buf + intake (c g + weight_decay w);  w - lr (from_gradient g + from_buffer buf)
+template <class A>
+SK_INLINE A sgd_momentum(A w, A g, A& buffer, const SgdCoefficients<A>& c) {
+  const A d = c.gradient * g + c.weight_decay * w;
+  buffer = c.momentum * buffer + c.intake * d;
+  return w - c.lr * (c.from_gradient * d + c.from_buffer * buffer);
+}
+
+// w - lr (c g + weight_decay w)
+template <class A>
+SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
+  return w - c.lr * (c.gradient * g + c.weight_decay * w);
+}
+
+template <class A>
+struct AdamCoefficients {
+  A gradient;  // +clip, or -clip when maximizing
+  A shrink;    // AdamW: 1 - lr weight_decay; Adam: 1
+  A weight_decay;  // Adam: added to the gradient; AdamW: 0
+  A one_minus_beta1;
+  A beta2;
+  A one_minus_beta2;
+  A step_size;               // lr / (1 - beta1^t)
+  A sqrt_bias_correction2;   // sqrt(1 - beta2^t)
+  A eps;
+};
+
+template <class A>
+SK_INLINE A root(A x) {
+  return __builtin_sqrt(x);
+}
+template <>
+SK_INLINE float root(float x) {
+  return __builtin_sqrtf(x);
+}
+
+// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2, with d = c g + weight_decay w;
+// w shrink - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps).  AMSGrad: the largest v so far.
+template <bool kAmsgrad, class A>
+SK_INLINE A adam(A w, A g, A& m, A& v, A& vmax, const AdamCoefficients<A>& c) {
+  const A d = c.gradient * g + c.weight_decay * w;
+  m = m + c.one_minus_beta1 * (d - m);
+  v = c.beta2 * v + (c.one_minus_beta2 * d) * d;
+  A second = v;
+  if constexpr (kAmsgrad) {
+    vmax = vmax > v ? vmax : v;
+    second = vmax;
+  }
+  return c.shrink * w - c.step_size * (m / (root(second) / c.sqrt_bias_correction2 + c.eps));
+}
+
+}  // namespace sharpkern

@@ -1,0 +1,17 @@
+"""sharpkern: fused sharpness-aware optimizers for PyTorch."""
+
+from .batch_stats import frozen_batch_stats
+from .ops import available_backends, build_info, use_backend
+from .optim import ASAM, SAM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASAM",
+    "SAM",
+    "__version__",
+    "available_backends",
+    "build_info",
+    "frozen_batch_stats",
+    "use_backend",
+]

@@ -1,0 +1,266 @@
+"""Flat buffers and segments: where each parameter's state lies, and how a kernel reaches its weights.
+
+The parameters of one (device, dtype) share one layout. Parameter i owns the elements
+``[slot_i, slot_i + numel_i)`` of every flat buffer (backup, momentum, ...), in the parameter's own memory
+order, so that a buffer's slot seen with the parameter's shape and strides is its state. Slots start at
+multiples of 64 bytes in every buffer of the layout. Weights and gradients stay where they are; a table of
+their addresses is what the kernels walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import schema
+from .ops.backend import walks_lists
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Elements a slot is aligned to: 64 bytes of the smallest element any buffer of a layout can have (2 bytes).
+ALIGNMENT = 32
+
+_gather = torch.ops.sharpkern.gather.default
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order of dimensions and without overlap."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether two elements share memory, as in an expanded tensor."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+class FlatBuffers:
+    """Slots, table and flat state of the parameters of one (device, dtype).
+
+    Args:
+        params: leaf tensors of one device and dtype.
+        names: what errors call them.
+        groups: index of each one's parameter group.
+        scaled: whether the elementwise scale T_w = abs(w) + eta applies to each one.
+        flatten: move weights and gradients into flat buffers too.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        groups: Sequence[int],
+        scaled: Sequence[bool],
+        flatten: bool = False,
+    ) -> None:
+        self.params = list(params)
+        self.names = list(names)
+        self.groups = list(groups)
+        self.device = self.params[0].device
+        self.dtype = self.params[0].dtype
+        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.flat_params: Tensor | None = None
+        self.flat_grads: Tensor | None = None
+        self._grad_views: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.buffers: dict[str, Tensor] = {}
+        # State names of each row that are in the optimizer's state already.
+        self.any_scaled = any(scaled)
+        self.exposed: list[tuple[str, ...]] = [()] * len(self.params)
+
+        self.slots: list[int] = []
+        size = 0
+        for p in self.params:
+            self.slots.append(size)
+            size += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        self.size = size
+
+        # A parameter with gaps between its elements is served by a dense copy of it.
+        self.segments: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        for p in self.params:
+            segment = p
+            if not is_dense(p):
+                segment = torch.empty(p.size(), dtype=p.dtype, device=p.device)
+                self._copies.append((p, segment))
+            self.segments.append(segment)
+        self._none = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
+
+        table = torch.zeros(len(self.params), schema.COLUMNS, dtype=torch.int64)
+        table[:, schema.SLOT] = torch.tensor(self.slots)
+        table[:, schema.NUMEL] = torch.tensor([p.numel() for p in self.params])
+        table[:, schema.GROUP] = torch.tensor(self.groups)
+        table[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64)
+        self.table = table
+        dim = max(p.dim() for p in self.params)
+        self._layout = torch.tensor(
+            [[s.dim(), *s.size(), *s.stride(), *([0] * 2 * (dim - s.dim()))] for s in self.segments],
+            dtype=torch.int64,
+        )
+        self._status = torch.zeros(2, dtype=torch.int64)
+        self.partials = torch.zeros(-(-size // schema.CHUNK), dtype=torch.float64, device=self.device)
+        self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
+        if flatten:
+            self._flatten()
+        self._addresses = self._current_addresses()
+        self._meta = [_meta(p) for p in self.params]
+        self._point()
+
+    # Where the weights are.
+
+    def _current_addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self.params]
+
+    def _point(self) -> None:
+        self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments])
+
+    def attached(self) -> bool:
+        """Whether this layout still serves its parameters; follows those that merely moved.
+
+        False when one changed device, dtype, shape or strides, or left the flat buffer: a new layout is due.
+        """
+        addresses = self._current_addresses()
+        if addresses == self._addresses:
+            return True
+        if self.flat_params is not None or [_meta(p) for p in self.params] != self._meta:
+            return False
+        self._addresses = addresses
+        self._point()
+        return True
+
+    # One pass.
+
+    def collect(self, error: Callable[[str, Tensor], Exception]) -> None:
+        """Take the gradients of a pass as autograd left them; nothing of the parameters changes.
+
+        Args:
+            error: makes the exception for a gradient that no kernel can use (sparse), of its parameter's
+                name and the gradient.
+        """
+        none = self._none
+        grads = [none if (g := p.grad) is None else g for p in self.params]
+        _gather(self.table, self._status, grads, self._layout, dtype=self.dtype)
+        if self._status[0].item():
+            self._copy_mismatches(grads, error)
+        for p, segment in self._copies:
+            segment.copy_(p)
+        self.grads = grads
+
+    def _copy_mismatches(self, grads: list[Tensor], error: Callable[[str, Tensor], Exception]) -> None:
+        for i in (self.table[:, schema.GRAD] == schema.MISMATCH).nonzero().flatten().tolist():
+            grad, segment = grads[i], self.segments[i]
+            if grad.layout != torch.strided or grad.size() != segment.size():
+                raise error(self.names[i], grad)
+            grads[i] = torch.empty_strided(
+                segment.size(), segment.stride(), dtype=self.dtype, device=self.device
+            ).copy_(grad)
+            self.table[i, schema.GRAD] = grads[i].data_ptr()
+
+    def mark_perturbed(self) -> None:
+        """From here on the backup holds the weights of every parameter with a gradient in this pass."""
+        self.table[:, schema.BACKUP] = self.table[:, schema.GRAD] != 0
+
+    def written(self) -> None:
+        """After a kernel wrote weights through the table: tell autograd, which could not see it."""
+        for p, segment in self._copies:
+            p.copy_(segment)
+        params = self.params
+        if self._status[1].item():
+            touched = ((self.table[:, schema.GRAD] != 0) | (self.table[:, schema.BACKUP] != 0)).tolist()
+            params = [p for p, t in zip(params, touched, strict=True) if t]
+        torch.autograd.graph.increment_version(params)
+
+    def finish(self) -> None:
+        """After the last pass of a step: no gradient is held, no backup is in use."""
+        self.table[:, schema.BACKUP] = 0
+        self.grads = []
+
+    @property
+    def lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(parameters, gradients) for the backend in charge: empty ones when it reads the table."""
+        if walks_lists(self.device.type):
+            return self.segments, self.grads or [self._none] * len(self.params)
+        return [], []
+
+    # Flat state.
+
+    def buffer(self, name: str) -> Tensor:
+        """The flat buffer ``name``, made when first asked for: zeros, or the backup (not initialised)."""
+        if name not in self.buffers:
+            if name == "backup":
+                self.buffers[name] = torch.empty(self.size, dtype=self.dtype, device=self.device)
+            else:
+                self.buffers[name] = torch.zeros(self.size, dtype=self.state_dtype, device=self.device)
+        return self.buffers[name]
+
+    def view(self, name: str, i: int) -> Tensor:
+        """Parameter i's slot of the buffer ``name``, with the parameter's shape and (dense) strides."""
+        return self._slot(self.buffer(name), i)
+
+    def _slot(self, buffer: Tensor, i: int) -> Tensor:
+        segment = self.segments[i]
+        return buffer.as_strided(segment.size(), segment.stride(), self.slots[i])
+
+    def is_perturbed(self, i: int) -> bool:
+        return bool(self.table[i, schema.BACKUP])
+
+    # flatten=True.
+
+    def _flatten(self) -> None:
+        if self._copies:
+            name = self.names[next(i for i, p in enumerate(self.params) if p is self._copies[0][0])]
+            raise ValueError(f"flatten=True needs parameters without gaps in memory, but {name} has some")
+        # Zeros, not empty: whoever reads the whole buffer (a collective, a norm) sees no garbage in gaps.
+        self.flat_params = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.flat_grads = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for i, p in enumerate(self.params):
+            view = self._slot(self.flat_params, i)
+            view.copy_(p)
+            p.data = view
+        self._grad_views = [self._slot(self.flat_grads, i) for i in range(len(self.params))]
+        for p, view in zip(self.params, self._grad_views, strict=True):
+            if p.grad is not None:
+                view.copy_(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
+        self._point_grads()
+
+    def _point_grads(self) -> None:
+        for p, view in zip(self.params, self._grad_views, strict=True):
+            if p.grad is not view and p.requires_grad:
+                p.grad = view
+
+    def zero_grads(self) -> None:
+        """Zero the flat gradients in one go and make them every parameter's ``grad`` again."""
+        assert self.flat_grads is not None
+        self.flat_grads.zero_()
+        self._point_grads()
+
+    def unflatten(self) -> None:
+        """Give every parameter and gradient its own memory again."""
+        if self.flat_params is None or self.flat_grads is None:
+            return
+        grads = self.flat_grads.untyped_storage().data_ptr()
+        for p in self.params:
+            grad = p.grad
+            p.data = p.data.clone()
+            if grad is not None and grad.untyped_storage().data_ptr() == grads:
+                p.grad = grad.clone()
+        self.flat_params = self.flat_grads = None
+        self._grad_views = []
+        self._addresses = self._current_addresses()
+        self._point()
+
+
+def _meta(p: Tensor) -> tuple[object, ...]:
+    return p.device, p.dtype, p.size(), p.stride()

@@ -1,0 +1,291 @@
+"""Every op in plain PyTorch: the fallback where nothing is compiled, and the tests' oracle.
+
+Each function has the arguments of its schema (see ``schema.py``) and walks the lists of tensors. Nothing
+here reads a device scalar on the host: a skipped step is a ``torch.where``, not an ``if``. Arithmetic is
+float32 for the half types, as in every backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, SCALED, SGD, SLOT, library
+
+Row = list[int]
+
+
+def _rows(table: Tensor, params: Sequence[Tensor]) -> list[Row]:
+    rows: list[Row] = table.tolist()
+    if len(rows) != len(params):
+        raise RuntimeError(f"sharpkern: {len(params)} tensors for a table of {len(rows)} rows")
+    return rows
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _slot(buffer: Tensor, like: Tensor, row: Row) -> Tensor:
+    """The view of a flat buffer that belongs to a parameter: the parameter's own shape and strides."""
+    return buffer.as_strided(like.size(), like.stride(), row[SLOT])
+
+
+def _has_grad(param: Tensor, grad: Tensor) -> bool:
+    return grad.numel() != 0 and param.numel() != 0
+
+
+def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, *, dtype: torch.dtype) -> None:
+    addresses = []
+    for grad, (dim, *expected) in zip(grads, layout.tolist(), strict=True):
+        address = MISMATCH
+        if grad.layout == torch.strided:
+            if grad.numel() == 0:
+                address = 0
+            elif (
+                grad.dtype == dtype
+                and grad.dim() == dim
+                and list(grad.size()) == expected[:dim]
+                and all(
+                    size == 1 or have == want
+                    for size, have, want in zip(grad.size(), grad.stride(), expected[dim : 2 * dim], strict=True)
+                )
+            ):
+                address = grad.data_ptr()
+        addresses.append(address)
+    table[:, GRAD] = torch.tensor(addresses, dtype=torch.int64)
+    status.copy_(torch.tensor([addresses.count(MISMATCH), addresses.count(0)]))
+
+
+def norm(sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, *, dtype: torch.dtype) -> None:
+    total = torch.zeros_like(sq)
+    for grad in grads:
+        if grad.numel():
+            total += _wide(grad).square().sum(dtype=torch.float64)
+    sq.copy_(total)
+
+
+def norm_scaled(
+    sq: Tensor,
+    partials: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    table: Tensor,
+    radius: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    total = torch.zeros_like(sq)
+    for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
+        if _has_grad(param, grad):
+            a = _wide(grad)
+            if row[SCALED]:
+                a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
+            total += a.square().sum(dtype=torch.float64)
+    sq.copy_(total)
+
+
+def _ascend(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    radius: Tensor,
+    sq: Tensor,
+    *,
+    eps: float,
+    skip_nonfinite: bool,
+    scaled: bool,
+) -> None:
+    squared = sq.sum(-1)
+    go = squared.isfinite().all() if skip_nonfinite else torch.ones_like(squared[-1], dtype=torch.bool)
+    scales = radius[:, 0] / (squared[-1].sqrt() + eps)
+    for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
+        if not _has_grad(param, grad):
+            continue
+        _slot(backup, param, row).copy_(param)
+        w, g = _wide(param), _wide(grad)
+        direction = scales[row[GROUP]].to(w.dtype) * g
+        if scaled and row[SCALED]:
+            t = w.abs() + radius[row[GROUP], 1].to(w.dtype)
+            direction = t * (t * direction)
+        param.copy_(torch.where(go, w + direction, w))
+    if counters.numel():
+        counters[:2] += 1
+
+
+def ascend(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    radius: Tensor,
+    sq: Tensor,
+    *,
+    eps: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    _ascend(
+        params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=False
+    )
+
+
+def ascend_scaled(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    radius: Tensor,
+    sq: Tensor,
+    *,
+    eps: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    _ascend(params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=True)
+
+
+def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, *, dtype: torch.dtype) -> None:
+    for param, row in zip(params, _rows(table, params), strict=True):
+        if row[BACKUP]:
+            param.copy_(_slot(backup, param, row))
+
+
+def _clip(sq: Tensor, max_norm: float) -> Tensor | float:
+    if math.isinf(max_norm):
+        return 1.0
+    return (max_norm / (sq.sum(-1)[-1].sqrt() + 1e-6)).clamp(max=1.0)
+
+
+def _descents(
+    params: Sequence[Tensor],
+    step: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    backup: Tensor,
+    table: Tensor,
+    go: Tensor,
+) -> Iterator[tuple[int, Row, Tensor, Tensor, Tensor]]:
+    """(index, row, parameter, weights to step from, gradient) of every parameter that steps.
+
+    The others get their backup back. Counts the skipped step.
+    """
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if row[BACKUP]:
+            param.copy_(_slot(backup, param, row))
+        if _has_grad(param, grad):
+            yield i, row, param, _wide(param), _wide(grad)
+    if counters.numel():
+        counters[2] += (~go).to(counters.dtype)
+
+
+def _go(sq: Tensor, skip_nonfinite: bool, like: Tensor) -> Tensor:
+    if skip_nonfinite:
+        return sq.sum(-1).isfinite().all()
+    return torch.ones((), dtype=torch.bool, device=like.device)
+
+
+def _keep(buffer: Tensor, value: Tensor, go: Tensor) -> None:
+    buffer.copy_(torch.where(go, value.to(buffer.dtype), buffer))
+
+
+def sgd(
+    params: Sequence[Tensor],
+    momentum_buffer: Tensor,
+    step: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    backup: Tensor,
+    table: Tensor,
+    values: Tensor,
+    sq: Tensor,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(sq, skip_nonfinite, step)
+    clip = _clip(sq, max_norm)
+    groups = values.tolist()
+    for i, row, param, w, g in _descents(params, step, counters, grads, backup, table, go):
+        v = dict(zip(SGD, groups[row[GROUP]], strict=True))
+        d = g * clip
+        d = (-d if v["maximize"] else d) + v["weight_decay"] * w
+        if v["momentum"]:
+            buffer = _slot(momentum_buffer, param, row)
+            following = v["momentum"] * buffer + (1 - v["dampening"]) * d
+            following = torch.where(step[i] == 0, d, following)
+            d = d + v["momentum"] * following if v["nesterov"] else following
+            _keep(buffer, following, go)
+            step[i] += go.to(step.dtype)
+        _keep(param, w - v["lr"] * d, go)
+
+
+def adam(
+    params: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor,
+    step: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    backup: Tensor,
+    table: Tensor,
+    values: Tensor,
+    sq: Tensor,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(sq, skip_nonfinite, step)
+    clip = _clip(sq, max_norm)
+    groups = values.tolist()
+    for i, row, param, w, g in _descents(params, step, counters, grads, backup, table, go):
+        v = dict(zip(ADAM, groups[row[GROUP]], strict=True))
+        m, s = _slot(exp_avg, param, row), _slot(exp_avg_sq, param, row)
+        d = g * clip
+        d = -d if v["maximize"] else d
+        shrink = 1.0
+        if v["decoupled_weight_decay"]:
+            shrink -= v["lr"] * v["weight_decay"]
+        else:
+            d = d + v["weight_decay"] * w
+        # The bias corrections need the range of float64: 1 - 0.999^t loses half its bits in float32.
+        t = step[i].double() + 1
+        step_size = v["lr"] / (1 - v["beta1"] ** t)
+        correction = (1 - v["beta2"] ** t).sqrt()
+        first = m + (1 - v["beta1"]) * (d - m)
+        second = v["beta2"] * s + (1 - v["beta2"]) * d * d
+        largest = second
+        if v["amsgrad"]:
+            peak = _slot(max_exp_avg_sq, param, row)
+            largest = torch.maximum(peak, second)
+            _keep(peak, largest, go)
+        denominator = largest.sqrt() / correction.to(w.dtype) + v["eps"]
+        _keep(m, first, go)
+        _keep(s, second, go)
+        _keep(param, shrink * w - step_size.to(w.dtype) * (first / denominator), go)
+        step[i] += go.to(step.dtype)
+
+
+IMPLEMENTATIONS = {
+    "gather": gather,
+    "norm": norm,
+    "norm_scaled": norm_scaled,
+    "ascend": ascend,
+    "ascend_scaled": ascend_scaled,
+    "restore": restore,
+    "sgd": sgd,
+    "adam": adam,
+}
+
+for _name, _implementation in IMPLEMENTATIONS.items():
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")

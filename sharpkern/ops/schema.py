@@ -1,0 +1,94 @@
+"""Every op of the package: its schema, its fake, and what its arguments hold.
+
+All ops live in ``torch.ops.sharpkern`` and return nothing; what they change is declared. Arguments come in
+one order: mutated tensors, read tensors, device scalars, then keyword-only numbers.
+
+Segments. Parameters and gradients are lists of tensors, and rows of a ``table`` with their addresses.
+The reference walks the lists. The compiled backends may be handed empty lists: they then read and write
+through the table's addresses, which the caller keeps alive. (That form writes through memory the schema
+cannot name; it is for this package's flat layer, and nobody is promised that it can be traced.)
+``grads[i]`` with no elements means that parameter i has no gradient in this pass.
+
+==================  ===================================================================================
+argument            holds
+==================  ===================================================================================
+``table``           int64 ``[rows, 8]``, one row a parameter, columns below
+``backup``          flat, dtype of the parameters: the weights before the perturbation
+state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
+``step``            float32 ``[rows]``: steps applied to each parameter
+``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
+``partials``        float64, one element a chunk of ``CHUNK`` slot elements: scratch
+``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
+``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
+``sq``              float64: a squared norm; as input of a rule ``[passes, buffers]``, summed over buffers
+==================  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Columns of the table.
+PARAM = 0  # address of the weights
+GRAD = 1  # address of the gradient; 0: none in this pass; MISMATCH: gather could not use it as it is
+SLOT = 2  # first element in the flat buffers
+NUMEL = 3
+GROUP = 4  # row of the group tables
+SCALED = 5  # 1: T_w = |w| + eta; 0: T_w = 1
+BACKUP = 6  # 1: the weights are in the backup
+COLUMNS = 8
+
+MISMATCH = -1
+
+# Slot elements a partial sum covers; csrc/common.h has its twin.
+CHUNK = 16384
+
+# Columns of the group values.
+SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+
+_PASS = "Tensor[] grads, Tensor table"
+_RULE = (
+    "Tensor[] grads, Tensor backup, Tensor table, Tensor values, Tensor sq, *, "
+    "float max_norm, bool skip_nonfinite, ScalarType dtype"
+)
+_ASCEND = (
+    "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, "
+    f"{_PASS}, Tensor radius, Tensor sq, *, float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
+)
+
+SCHEMAS: dict[str, str] = {
+    # table[:, GRAD] = addresses; status = [gradients that do not lie as their parameter does, missing ones]
+    "gather": "(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, *, ScalarType dtype) -> ()",
+    # sq = ||g||^2
+    "norm": f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, *, ScalarType dtype) -> ()",
+    # sq = ||T_w g||^2
+    "norm_scaled": (
+        "(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, "
+        f"{_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
+    ),
+    # backup = w;  w += rho g / (norm + eps)
+    "ascend": _ASCEND,
+    # backup = w;  w += rho T_w^2 g / (norm + eps)
+    "ascend_scaled": _ASCEND,
+    # w = backup
+    "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, *, ScalarType dtype) -> ()",
+    # torch.optim.SGD's step from the backup, or in place
+    "sgd": f"(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, {_RULE}) -> ()",
+    # torch.optim.Adam's and AdamW's
+    "adam": (
+        "(Tensor(a!)[] params, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) max_exp_avg_sq, "
+        f"Tensor(e!) step, Tensor(f!) counters, {_RULE}) -> ()"
+    ),
+}
+
+library = torch.library.Library("sharpkern", "DEF")
+
+
+def _fake(*args: object, **kwargs: object) -> None:
+    """Every op only mutates: there is nothing to infer."""
+
+
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema)
+    torch.library.register_fake(f"sharpkern::{_name}", _fake, lib=library)

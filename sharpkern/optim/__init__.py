@@ -1,0 +1,6 @@
+"""Layer 3: one short file an algorithm."""
+
+from .asam import ASAM
+from .sam import SAM
+
+__all__ = ["ASAM", "SAM"]

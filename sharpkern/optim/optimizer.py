@@ -1,0 +1,630 @@
+"""The part that every two-pass optimizer shares: passes, policy of errors, state, checkpoints.
+
+An algorithm is a subclass that says what it measures in the first pass and where it perturbs; see ``sam.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..batch_stats import frozen_batch_stats
+from ..flat import SUPPORTED_DTYPES, FlatBuffers, overlaps
+from ..ops import schema
+from ..rules import FusedRule, Group, WrappedRule, make_rule, number
+
+FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
+
+_COUNTERS = ("steps", "second_passes", "skipped_steps")
+
+
+class TwoPassOptimizer(Optimizer):
+    """Base class of the optimizers that may look at the gradient twice a step.
+
+    Args:
+        params: iterable of tensors, of dicts, or of (name, tensor) pairs, as in torch.
+        base_optimizer: the class of the rule that moves the weights.
+        own: this algorithm's group options and their defaults.
+        perturb_eps: added to the norm in the radius.
+        model: when given, its batch-norm statistics are frozen in every pass but the first.
+        max_grad_norm: clip the gradient of the last pass to this norm, as ``clip_grad_norm_`` does.
+        skip_nonfinite: leave everything alone in a step with a gradient that is not finite.
+        flatten: move parameters and gradients into flat buffers.
+        base_kwargs: the base optimizer's options.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any,
+        own: dict[str, Any],
+        *,
+        perturb_eps: float,
+        model: nn.Module | None,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        flatten: bool,
+        base_kwargs: dict[str, Any],
+    ) -> None:
+        name = type(self).__name__
+        self._own = tuple(own)
+        _check_number("perturb_eps", perturb_eps)
+        if max_grad_norm is not None:
+            _check_number("max_grad_norm", max_grad_norm)
+            if max_grad_norm == 0:
+                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model should be a torch.nn.Module, but got {torch.typename(model)}")
+        self._rule = make_rule(base_optimizer, base_kwargs, self._own, name)
+        self._check_options(own)
+        self._perturb_eps = float(perturb_eps)
+        self._model = model
+        self._max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
+        self._skip_nonfinite = bool(skip_nonfinite)
+        self._flatten = bool(flatten)
+        self._counters = torch.zeros(len(_COUNTERS), dtype=torch.int64)
+        self._measured = torch.zeros((), dtype=torch.float64)
+        self._loading: dict[str, Any] | None = None
+        self._reset()
+        super().__init__(params, {**self._rule.defaults, **own})
+        if isinstance(self._rule, WrappedRule):
+            self._rule.share(self)
+        if self._flatten:
+            self._attach()
+
+    def _reset(self) -> None:
+        """What is derived from parameters, and rebuilt when needed."""
+        self._flat: list[FlatBuffers] = []
+        self._idle: list[Tensor] = []
+        self._attached_state: tuple[int, int] | None = None
+        self._norms: dict[torch.device, Tensor] = {}
+        self._scaled_for: tuple[Any, ...] = ()
+        self._tables: dict[tuple[str, torch.device], tuple[list[list[float | Tensor]], Tensor]] = {}
+        self._pending: str | None = None
+        self._frozen: ExitStack | None = None
+
+    # What an algorithm says.
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise for an option of ours that is out of range."""
+        raise NotImplementedError
+
+    def _is_scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
+        """Whether the elementwise scale T_w = abs(w) + eta applies to a parameter."""
+        return False
+
+    def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
+        """Write the squared norm that sets the radius."""
+        raise NotImplementedError
+
+    def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
+        """Keep the weights in the backup and move them to where the second gradient is taken."""
+        raise NotImplementedError
+
+    # Parameters.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch.
+
+        Raises:
+            ValueError, TypeError: for options out of range and parameters that cannot be optimized, before
+                anything changed.
+            RuntimeError: while the weights are perturbed.
+        """
+        if self._pending:
+            raise RuntimeError("add_param_group() between two passes of a step: call second_step() or restore() first")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        if "params" not in param_group:
+            raise ValueError("param_group has no 'params'")
+        group = dict(param_group)
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+        full = {**self.defaults, **group}
+        self._check_options(full)
+        self._rule.check(full)
+        self._check_params(group["params"], len(self.param_groups))
+        super().add_param_group(group)
+        self._attached_state = None
+
+    def _check_params(self, params: Any, index: int) -> None:
+        seen: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
+        entries = [params] if isinstance(params, Tensor) else params
+        for i, entry in enumerate(entries):
+            named = isinstance(entry, tuple) and len(entry) == 2
+            param = entry[1] if named else entry
+            if not isinstance(param, Tensor):
+                continue  # torch names the type
+            name = f"parameter {entry[0]!r}" if named else f"parameter {i} of group {index}"
+            if param in seen:
+                raise ValueError(f"{name} appears more than once among the parameters")
+            seen.add(param)
+            if param.is_meta:
+                raise ValueError(f"{name} is on the meta device: it has no data to optimize")
+            if not param.requires_grad:
+                continue  # only a trainable parameter is ever touched
+            if param.layout != torch.strided:
+                raise TypeError(f"{name} should be a dense tensor, but its layout is {param.layout}")
+            if is_traceable_wrapper_subclass(param):
+                raise TypeError(f"{name} is a {torch.typename(param)}: tensor subclasses are not supported")
+            if param.dtype not in SUPPORTED_DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {param.dtype}; supported are "
+                    + ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+                )
+            if overlaps(param):
+                raise ValueError(f"{name} has elements that share memory (an expanded tensor?)")
+
+    def _entries(self) -> Iterable[tuple[Tensor, int, str | None, str]]:
+        """(parameter, group index, its name or None, what errors call it)."""
+        for g, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                name = names[i] if names else None
+                yield p, g, name, f"parameter {name!r}" if name else f"parameter {i} of group {g}"
+
+    # Layouts.
+
+    def _attach(self) -> None:
+        """Lay out the parameters afresh and take the state over, from wherever it lies now."""
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
+        idle = []
+        for entry in self._entries():
+            p = entry[0]
+            if p.requires_grad or p.grad is not None or self.state.get(p):
+                if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
+                    raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                members.setdefault((p.device, p.dtype), []).append(entry)
+            else:
+                idle.append(p)
+        flats = [
+            FlatBuffers(
+                [p for p, _, _, _ in entries],
+                [label for _, _, _, label in entries],
+                [g for _, g, _, _ in entries],
+                [self._is_scaled(self.param_groups[g], name, p) for p, g, name, _ in entries],
+                flatten=self._flatten,
+            )
+            for entries in members.values()
+        ]
+        _check_aliases(flats)
+        if self._pending == "perturbed":
+            self._move_backups(flats)
+        if isinstance(self._rule, FusedRule):
+            for flat in flats:
+                self._rule.attach(flat, self.state, self.param_groups)
+        if any(flat.dtype in (torch.bfloat16, torch.float16) for flat in flats):
+            _warn_half()
+        self._keep_statistics()
+        self._norms = {}
+        self._flat, self._idle = flats, idle
+        self._scaled_for = self._scaled_key()
+        self._attached_state = (id(self.state), len(self.state))
+        self._tables = {}
+        for flat in flats:
+            if flat.device not in self._norms:
+                self._norms[flat.device] = torch.zeros(2, len(flats), dtype=torch.float64, device=flat.device)
+                self._norms[flat.device][FIRST, 0] = self._measured
+        if flats:
+            self._counters = self._counters.to(flats[0].device)
+
+    def _move_backups(self, flats: list[FlatBuffers]) -> None:
+        """The user moved parameters between two passes: their backups follow."""
+        old = {p: (flat, i) for flat in self._flat for i, p in enumerate(flat.params) if flat.is_perturbed(i)}
+        for flat in flats:
+            for i, p in enumerate(flat.params):
+                if p in old:
+                    source, j = old[p]
+                    flat.view("backup", i).copy_(source.view("backup", j))
+                    flat.table[i, schema.BACKUP] = 1
+
+    def _scaled_key(self) -> tuple[Any, ...]:
+        return ()
+
+    def _ready(self) -> None:
+        """Notice whatever the user moved, froze, loaded or added since the last pass."""
+        stale = (
+            self._attached_state is None
+            or self._attached_state[0] != id(self.state)
+            or (isinstance(self._rule, FusedRule) and self._attached_state[1] != len(self.state))
+            or self._scaled_for != self._scaled_key()
+            or any(p.requires_grad or p.grad is not None for p in self._idle)
+        )
+        attached = [flat.attached() for flat in self._flat]
+        if stale or not all(attached):
+            self._attach()
+        if isinstance(self._rule, WrappedRule):
+            self._rule.share(self)
+
+    # Passes.
+
+    def _collect(self) -> None:
+        for flat in self._flat:
+            flat.collect(self._bad_gradient)
+
+    def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
+        if grad.layout != torch.strided:
+            return RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, but that of {name} is {grad.layout}"
+            )
+        return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
+
+    def _share_norms(self, row: int) -> None:
+        """Every device gets the parts of a norm that were summed on the others."""
+        for device, norms in self._norms.items():
+            for i, flat in enumerate(self._flat):
+                if flat.device != device:
+                    norms[row, i].copy_(self._norms[flat.device][row, i], non_blocking=True)
+
+    def _group_table(self, name: str, rows: list[list[float | Tensor]], device: torch.device) -> Tensor:
+        """A float64 table of group values on a device, rewritten only when a value changed."""
+        cached = self._tables.get((name, device))
+        on_device = any(isinstance(x, Tensor) for row in rows for x in row)
+        if cached is not None and not on_device and cached[0] == rows:
+            return cached[1]
+        host = torch.tensor([[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64)
+        table = host.to(device) if cached is None else cached[1].copy_(host)
+        if on_device:
+            for g, row in enumerate(rows):
+                for c, x in enumerate(row):
+                    if isinstance(x, Tensor):
+                        table[g, c].copy_(x)
+        self._tables[name, device] = (rows, table)
+        return table
+
+    def _counters_for(self, flat: FlatBuffers) -> Tensor:
+        """The counters for one layout of a step, so that each step counts once; nothing for the others."""
+        return self._counters if flat is self._flat[0] else self._counters[:0]
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are those of the second pass: between ``first_step`` and ``second_step``."""
+        return self._pending == "perturbed"
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """After the first backward: measure the gradient and perturb the weights.
+
+        Args:
+            zero_grad: reset the gradients afterwards, when a second backward is wanted.
+
+        Returns:
+            True when the weights are perturbed and a second backward is wanted.
+
+        Raises:
+            RuntimeError: when a first pass is pending already, or for a sparse gradient; nothing changed.
+        """
+        if self._pending:
+            raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
+        self._ready()
+        self._collect()
+        for i, flat in enumerate(self._flat):
+            self._measure(flat, self._norms[flat.device][FIRST, i])
+        self._share_norms(FIRST)
+        for flat in self._flat:
+            flat.mark_perturbed()
+            self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
+            self._pending = "perturbed"
+            flat.written()
+            flat.grads = []
+        self._pending = "perturbed"
+        if self._model is not None:
+            self._frozen = ExitStack()
+            self._frozen.enter_context(frozen_batch_stats(self._model))
+        if zero_grad:
+            self.zero_grad()
+        return True
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """After the second backward: the base update, from the unperturbed weights. Runs through ``step()``.
+
+        Args:
+            zero_grad: reset the gradients afterwards.
+
+        Raises:
+            RuntimeError: without a ``first_step`` before it.
+        """
+        if not self._pending:
+            raise RuntimeError("second_step() was called before first_step()")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step.
+
+        Args:
+            closure: computes the loss, calls backward and returns the loss. It is called once a pass, with
+                gradients reset before each call.
+
+        Returns:
+            The loss of the first call; None without a closure. Without one, a pending step is finished; when
+            none is pending this is a plain step of the base optimizer.
+
+        Raises:
+            RuntimeError: with a closure while a step is pending, or for a sparse gradient.
+        """
+        if closure is None:
+            with torch.no_grad():
+                self._last_pass()
+            return None
+        if self._pending:
+            raise RuntimeError("step(closure) while a first_step() is pending: call second_step() or restore() first")
+        evaluate = torch.enable_grad()(closure)
+        self.zero_grad()
+        loss = evaluate()
+        try:
+            if self.first_step(zero_grad=True):
+                evaluate()
+            with torch.no_grad():
+                self._last_pass()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    def _last_pass(self) -> None:
+        """The base update with the gradients that lie there now, from the backup where there is one."""
+        self._ready()
+        self._collect()
+        if self._skip_nonfinite or not math.isinf(self._max_norm):
+            for i, flat in enumerate(self._flat):
+                _, grads = flat.lists
+                torch.ops.sharpkern.norm.default(
+                    self._norms[flat.device][LAST, i], flat.partials, grads, flat.table, dtype=flat.dtype
+                )
+            self._share_norms(LAST)
+        first = FIRST if self._pending and self._skip_nonfinite else LAST
+        if isinstance(self._rule, FusedRule):
+            self._descend(self._rule, first)
+        else:
+            self._restore_and_step(self._rule, first)
+        self._finish()
+
+    def _descend(self, rule: FusedRule, first: int) -> None:
+        rows = [rule.values(group) for group in self.param_groups]
+        for flat in self._flat:
+            rule.expose(flat, self.state, self.param_groups)
+            rule.step(
+                flat,
+                self._counters_for(flat),
+                flat.buffers.get("backup", flat.empty),
+                flat.table,
+                self._group_table("values", rows, flat.device),
+                self._norms[flat.device][first:],
+                max_norm=self._max_norm,
+                skip_nonfinite=self._skip_nonfinite,
+                dtype=flat.dtype,
+            )
+            flat.written()
+        if self._attached_state is not None:
+            self._attached_state = (id(self.state), len(self.state))
+
+    def _restore_and_step(self, rule: WrappedRule, first: int) -> None:
+        self._put_back()
+        if self._flat:
+            squares = self._norms[self._flat[0].device][first:].sum(-1)
+            if self._skip_nonfinite and not bool(squares.isfinite().all()):
+                self._counters[2] += 1
+                return
+            if not math.isinf(self._max_norm):
+                factor = (self._max_norm / (squares[-1].sqrt() + 1e-6)).clamp(max=1.0)
+                for flat in self._flat:
+                    grads = [p.grad for p in flat.params if p.grad is not None]
+                    if grads:
+                        torch._foreach_mul_(grads, factor.to(flat.device, flat.dtype))
+        rule.step()
+
+    def _put_back(self) -> None:
+        if self._pending == "perturbed":
+            for flat in self._flat:
+                params, _ = flat.lists
+                torch.ops.sharpkern.restore.default(params, flat.buffer("backup"), flat.table, dtype=flat.dtype)
+                flat.written()
+                flat.finish()
+            self._pending = None
+
+    def _finish(self) -> None:
+        self._pending = None
+        for flat in self._flat:
+            flat.finish()
+        if self._frozen is not None:
+            self._frozen.close()
+            self._frozen = None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending."""
+        if self._pending == "perturbed":
+            self._ready()
+            self._put_back()
+        self._finish()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
+        if not self._flatten or not self._flat:
+            super().zero_grad(set_to_none)
+            return
+        for flat in self._flat:
+            flat.zero_grads()
+
+    def unflatten(self) -> None:
+        """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""
+        for flat in self._flat:
+            flat.unflatten()
+        self._flatten = False
+
+    @property
+    def base_optimizer(self) -> TwoPassOptimizer:
+        """This optimizer: scripts that hand ``opt.base_optimizer`` to a scheduler find the groups here."""
+        return self
+
+    # Statistics and checkpoints.
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """0-d tensors on the device of the parameters, read without waiting for it.
+
+        ``grad_norm``: the norm in the last radius; ``steps``: first passes; ``second_passes``;
+        ``skipped_steps``: steps that met a gradient that was not finite.
+        """
+        self._keep_statistics()
+        counters = dict(zip(_COUNTERS, self._counters.clone().unbind(), strict=True))
+        return {"grad_norm": self._measured.sqrt(), **counters}
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(f"{what} while the weights are perturbed: call second_step() or restore() first")
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with one more top-level key ``sharpkern``: statistics of the step.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        self._refuse_perturbed("state_dict()")
+        state = super().state_dict()
+        self._keep_statistics()
+        state["sharpkern"] = {
+            "version": 1,
+            "counters": self._counters.clone(),
+            "squared_norm": self._measured.clone(),
+        }
+        return state
+
+    def _keep_statistics(self) -> None:
+        """Sum the first pass's squared norm over the layouts it was measured on."""
+        for norms in self._norms.values():
+            self._measured = norms[FIRST].sum()
+            break
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the base optimizer.
+
+        Options that it lacks keep their values; state is copied and never cast down.
+
+        Raises:
+            ValueError: when it does not fit the parameters, before anything changed.
+            RuntimeError: while a step is pending.
+        """
+        if self._pending:
+            raise RuntimeError("load_state_dict() between two passes of a step: call second_step() or restore() first")
+        # The last of the pre-hooks: it sees the dict as the user's hooks left it.
+        handle = self.register_load_state_dict_pre_hook(type(self)._check_loaded)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        ours = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in groups for i in group["params"]]
+        labels = [label for _, _, _, label in self._entries()]
+        for i, p, label in zip(ids, ours, labels, strict=False):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if (
+                    isinstance(self._rule, FusedRule)
+                    and key in self._rule.buffers
+                    and value is not None
+                    and value.size() != p.size()
+                ):
+                    raise ValueError(
+                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
+                        f"of shape {tuple(p.size())}"
+                    )
+        own = state_dict.get("sharpkern")
+        if own is not None and own.get("version") != 1:
+            raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
+        self._loading = state_dict
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = self.__dict__.get("_loading")
+        if loading is None:  # unpickled
+            super().__setstate__(state)
+            self._loading = None
+            self._reset()
+            return
+        for old, new in zip(self.param_groups, state["param_groups"], strict=True):
+            for key, value in old.items():
+                new.setdefault(key, value)
+        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's.
+        ids = [i for group in loading["param_groups"] for i in group["params"]]
+        params = [p for group in state["param_groups"] for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for key, value in loading["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    kept = isinstance(self._rule, FusedRule) or key == "step"
+                    state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
+        own = loading.get("sharpkern")
+        if own is not None:
+            self._counters = own["counters"].clone()
+            self._measured = own["squared_norm"].clone()
+            self._norms = {}
+        super().__setstate__(state)
+        if isinstance(self._rule, WrappedRule):
+            self._rule.share(self)
+        self._attach()
+
+    # Attributes that a copy keeps; the rest is rebuilt.
+    _kept = ("_own", "_rule", "_perturb_eps", "_model", "_max_norm", "_skip_nonfinite", "_flatten")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copying or pickling an optimizer")
+        self._keep_statistics()
+        state = super().__getstate__()
+        if isinstance(self._rule, FusedRule):
+            # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
+            clones: dict[Tensor, Any] = type(self.state)(dict)
+            for p, entry in self.state.items():
+                clones[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+            state["state"] = clones
+        state.update({name: getattr(self, name) for name in self._kept})
+        state.update(_counters=self._counters.clone(), _measured=self._measured.clone())
+        return state
+
+
+def _check_number(name: str, value: Any) -> None:
+    """A finite number >= 0, or torch's kind of error."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} should be a number, but got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"Invalid {name}: {value}")
+
+
+def _check_aliases(flats: list[FlatBuffers]) -> None:
+    """Two parameters over the same memory would be written by two threads at once."""
+    spans = sorted(
+        (s.data_ptr(), s.data_ptr() + s.numel() * s.element_size(), name)
+        for flat in flats
+        for s, name in zip(flat.segments, flat.names, strict=True)
+        if s.numel()
+    )
+    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{name} and {other} share memory; register one tensor in both places instead")
+
+
+_warned_half = False
+
+
+def _warn_half() -> None:
+    global _warned_half
+    if not _warned_half:
+        _warned_half = True
+        warnings.warn(
+            "half-precision parameters round a perturbation of the usual radius away: most weights do not move, "
+            "and the direction is lost. Keep float32 parameters and use torch.autocast.",
+            UserWarning,
+            stacklevel=5,
+        )
