@@ -44,7 +44,14 @@ def extension():
                 sources,
                 include_dirs=[pybind11.get_include()],
                 define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-                extra_compile_args=["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden", "-Wall"],
+                extra_compile_args=[
+                    "-O3",
+                    "-std=c++20",
+                    "-fopenmp-simd",
+                    "-fno-math-errno",
+                    "-fvisibility=hidden",
+                    "-Wall",
+                ],
             )
         ],
         "cmdclass": {"build_ext": BuildExtension},

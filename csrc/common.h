@@ -29,9 +29,9 @@ constexpr int64_t kChunk = 16384;
 
 // One parameter, as a row of the int64 table; schema.py names the columns.
 struct Row {
-  int64_t param;   // address of the weights
-  int64_t grad;    // address of the gradient, 0 when there is none in this pass
-  int64_t slot;    // first element in every flat buffer
+  int64_t param;  // address of the weights
+  int64_t grad;   // address of the gradient, 0 when there is none in this pass
+  int64_t slot;   // first element in every flat buffer
   int64_t numel;
   int64_t group;   // row of the group tables
   int64_t scaled;  // 1: T_w = |w| + eta; 0: T_w = 1
@@ -97,8 +97,8 @@ class Rows {
       check_list(*params, dtype, "params");
       for (int64_t i = 0; i < size_; ++i) {
         STD_TORCH_CHECK(
-            (*params)[i].numel() == copy_[i].numel, "sharpkern: params[", i, "] has ",
-            (*params)[i].numel(), " elements, its table row ", copy_[i].numel);
+            (*params)[i].numel() == copy_[i].numel, "sharpkern: params[", i, "] has ", (*params)[i].numel(),
+            " elements, its table row ", copy_[i].numel);
         copy_[i].param = reinterpret_cast<int64_t>((*params)[i].mutable_data_ptr());
       }
     }
@@ -109,8 +109,7 @@ class Rows {
         STD_TORCH_CHECK(
             numel == copy_[i].numel || numel == 0, "sharpkern: grads[", i, "] has ", numel,
             " elements, its table row ", copy_[i].numel);
-        copy_[i].grad =
-            numel == 0 ? 0 : reinterpret_cast<int64_t>((*grads)[i].const_data_ptr());
+        copy_[i].grad = numel == 0 ? 0 : reinterpret_cast<int64_t>((*grads)[i].const_data_ptr());
       }
     }
     begin_ = copy_.data();
@@ -122,9 +121,7 @@ class Rows {
   const Row& operator[](int64_t i) const { return begin_[i]; }
 
   // Elements of slot space: where the last slot ends.
-  int64_t extent() const {
-    return size_ == 0 ? 0 : begin_[size_ - 1].slot + begin_[size_ - 1].numel;
-  }
+  int64_t extent() const { return size_ == 0 ? 0 : begin_[size_ - 1].slot + begin_[size_ - 1].numel; }
 
  private:
   void check_list(const Tensors& list, ScalarType dtype, const char* name) const {
@@ -133,9 +130,8 @@ class Rows {
         " tensors, the table ", size_, " rows");
     for (const Tensor& t : list) {
       STD_TORCH_CHECK(
-          t.scalar_type() == dtype, "sharpkern: ", name, " should be ",
-          torch::headeronly::toString(dtype), ", found ",
-          torch::headeronly::toString(t.scalar_type()));
+          t.scalar_type() == dtype, "sharpkern: ", name, " should be ", torch::headeronly::toString(dtype),
+          ", found ", torch::headeronly::toString(t.scalar_type()));
     }
   }
 
@@ -153,23 +149,21 @@ T* buffer(const Tensor& t, ScalarType dtype, int64_t extent, const char* name) {
   }
   STD_TORCH_CHECK(
       t.scalar_type() == dtype && t.is_contiguous() && t.numel() >= extent, "sharpkern: ", name,
-      " should be contiguous, ", torch::headeronly::toString(dtype), ", with at least ", extent,
-      " elements");
+      " should be contiguous, ", torch::headeronly::toString(dtype), ", with at least ", extent, " elements");
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
 // A float64 table of group values.
-inline const double* values(
-    const Tensor& t, const Rows& rows, int64_t columns, const char* name) {
+inline const double* values(const Tensor& t, const Rows& rows, int64_t columns, const char* name) {
   int64_t groups = 0;
   for (const Row& row : rows) {
     groups = std::max(groups, row.group + 1);
   }
   STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 &&
-          t.size(1) == columns && t.size(0) >= groups,
-      "sharpkern: ", name, " should be a contiguous float64 tensor of ", groups, " rows and ",
-      columns, " columns");
+      t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == columns &&
+          t.size(0) >= groups,
+      "sharpkern: ", name, " should be a contiguous float64 tensor of ", groups, " rows and ", columns,
+      " columns");
   return static_cast<const double*>(t.const_data_ptr());
 }
 

@@ -40,9 +40,9 @@ template <class A>
 struct SgdCoefficients {
   A lr;
   A weight_decay;
-  A gradient;  // +clip, or -clip when maximizing
-  A momentum;  // 0 on the first step: the buffer becomes the raw gradient
-  A intake;    // 1 - dampening, 1 on the first step
+  A gradient;       // +clip, or -clip when maximizing
+  A momentum;       // 0 on the first step: the buffer becomes the raw gradient
+  A intake;         // 1 - dampening, 1 on the first step
   A from_gradient;  // nesterov: 1 and momentum; else 0 and 1
   A from_buffer;
 };
@@ -63,14 +63,14 @@ SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
 
 template <class A>
 struct AdamCoefficients {
-  A gradient;  // +clip, or -clip when maximizing
-  A shrink;    // AdamW: 1 - lr weight_decay; Adam: 1
+  A gradient;      // +clip, or -clip when maximizing
+  A shrink;        // AdamW: 1 - lr weight_decay; Adam: 1
   A weight_decay;  // Adam: added to the gradient; AdamW: 0
   A one_minus_beta1;
   A beta2;
   A one_minus_beta2;
-  A step_size;               // lr / (1 - beta1^t)
-  A sqrt_bias_correction2;   // sqrt(1 - beta2^t)
+  A step_size;              // lr / (1 - beta1^t)
+  A sqrt_bias_correction2;  // sqrt(1 - beta2^t)
   A eps;
 };
 

@@ -24,8 +24,8 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["cpu"] = "baseline";
 #endif
-    info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) +
-        "." + std::to_string(TORCH_VERSION_PATCH);
+    info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
+                    std::to_string(TORCH_VERSION_PATCH);
     info["cuda_architectures"] = "";
     return info;
   });

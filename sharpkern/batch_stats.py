@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
@@ -20,7 +20,7 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
     SAM's second pass runs at perturbed weights; its batch statistics are not those of the model.
     """
     flags: list[_NormBase] = []
-    swapped: list[tuple[nn.Module, str, object]] = []
+    swapped: list[tuple[nn.Module, str, Tensor]] = []
     try:
         for module in model.modules():
             if not (isinstance(module, _NormBase) and module.track_running_stats):
@@ -41,4 +41,4 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
         for norm in flags:
             norm.track_running_stats = True
         for module, name, buffer in reversed(swapped):
-            module._buffers[name] = buffer  # type: ignore[assignment]
+            module._buffers[name] = buffer

@@ -75,9 +75,11 @@ class FlatBuffers:
         self._grad_views: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.buffers: dict[str, Tensor] = {}
-        # State names of each row that are in the optimizer's state already.
         self.any_scaled = any(scaled)
+        # State names of each row that stand in the optimizer's state as views; and those of each group
+        # once every row has what its group needs, so that a step need not look at the rows again.
         self.exposed: list[tuple[str, ...]] = [()] * len(self.params)
+        self.exposed_groups: list[tuple[str, ...]] | None = None
 
         self.slots: list[int] = []
         size = 0
@@ -121,7 +123,7 @@ class FlatBuffers:
     # Where the weights are.
 
     def _current_addresses(self) -> list[int]:
-        return [p.data_ptr() for p in self.params]
+        return list(map(Tensor.data_ptr, self.params))
 
     def _point(self) -> None:
         self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments])

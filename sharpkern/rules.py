@@ -42,7 +42,7 @@ class FusedRule(ABC):
         """torch's own defaults for these options, and torch's own error where one is wrong."""
         if options.get("differentiable"):
             raise ValueError("differentiable=True is not supported: the step writes weights in place")
-        return self.base([torch.zeros(1, 1)], **options).defaults  # type: ignore[arg-type]
+        return self.base([torch.zeros(1, 1)], **options).defaults
 
     def check(self, group: Group) -> None:
         """Raise torch's error for options of a group that torch would not take."""
@@ -64,10 +64,10 @@ class FusedRule(ABC):
     def expose(self, flat: FlatBuffers, state: State, groups: Sequence[Group]) -> None:
         """Put the state of parameters that step for the first time into ``opt.state``, as views."""
         names = [self.state_names(group) for group in groups]
+        if flat.exposed_groups == names:
+            return
         for name in {name for group in names for name in group} - {"step"}:
             flat.buffer(name)
-        if flat.exposed == [names[g] for g in flat.groups]:
-            return
         for i, p in enumerate(flat.params):
             expected = names[flat.groups[i]]
             if flat.exposed[i] != expected and flat.table[i, schema.GRAD] != 0:
@@ -75,6 +75,8 @@ class FusedRule(ABC):
                 for name in expected:
                     entry[name] = flat.step[i] if name == "step" else flat.view(name, i)
                 flat.exposed[i] = expected
+        if flat.exposed == [names[g] for g in flat.groups]:
+            flat.exposed_groups = names
 
     def attach(self, flat: FlatBuffers, state: State, groups: Sequence[Group]) -> None:
         """Take loaded or foreign state tensors into the flat buffers and leave views in their place."""
@@ -142,7 +144,7 @@ class WrappedRule:
     def __init__(self, base: type[Optimizer], kwargs: dict[str, Any]) -> None:
         self.base = base
         self.kwargs = kwargs
-        self.defaults = base([torch.zeros(1, 1)], **kwargs).defaults  # type: ignore[arg-type]
+        self.defaults = base([torch.zeros(1, 1)], **kwargs).defaults
         self.optimizer: Optimizer | None = None
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -159,13 +161,14 @@ class WrappedRule:
     def share(self, outer: Optimizer) -> None:
         """Make the wrapped optimizer see ``outer``'s groups and state: the same objects."""
         if self.optimizer is None:
-            self.optimizer = self.base(outer.param_groups, **self.kwargs)  # type: ignore[arg-type]
+            self.optimizer = self.base(outer.param_groups, **self.kwargs)
         shared = {"state": outer.state, "param_groups": outer.param_groups}
         if self.optimizer.param_groups is not outer.param_groups or self.optimizer.state is not outer.state:
             self.optimizer.__setstate__(shared)
 
     def step(self) -> None:
         # Not the hooked step: global hooks fire once a step, around ours.
+        assert self.optimizer is not None
         step = type(self.optimizer).step
         getattr(step, "__wrapped__", step)(self.optimizer)
 
@@ -193,7 +196,9 @@ def make_rule(base_optimizer: Any, kwargs: dict[str, Any], own: Sequence[str], o
             f"{type(base_optimizer).__name__}; pass the class and its options by keyword"
         )
     if not (inspect.isclass(base_optimizer) and issubclass(base_optimizer, Optimizer)):
-        raise TypeError(f"base_optimizer should be an optimizer class, such as torch.optim.SGD, but got {base_optimizer!r}")
+        raise TypeError(
+            f"base_optimizer should be an optimizer class, such as torch.optim.SGD, but got {base_optimizer!r}"
+        )
     if hasattr(base_optimizer, "second_step"):
         raise ValueError(f"{base_optimizer.__name__} cannot be the base optimizer: it takes two passes itself")
     known = inspect.signature(base_optimizer.__init__).parameters

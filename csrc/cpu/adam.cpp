@@ -11,8 +11,8 @@ enum : int64_t { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kAmsgrad, kMaximize, k
 
 template <class T, bool kMax>
 SK_CLONES void update(
-    T* w, const T* from, const T* g, arithmetic_t<T>* m, arithmetic_t<T>* v,
-    arithmetic_t<T>* vmax, int64_t n, bool stream, AdamCoefficients<arithmetic_t<T>> c) {
+    T* w, const T* from, const T* g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
+    bool stream, AdamCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
     A first = m[j];
@@ -32,9 +32,9 @@ SK_CLONES void update(
 }
 
 void adam_step(
-    Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step,
-    Tensor counters, Tensors grads, Tensor backup, Tensor table, Tensor group_values, Tensor sq,
-    double max_norm, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
+    Tensors grads, Tensor backup, Tensor table, Tensor group_values, Tensor sq, double max_norm,
+    bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kValues, "values");
   const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
@@ -45,8 +45,7 @@ void adam_step(
     A* v = buffer<A>(exp_avg_sq, state_dtype(dtype), rows.extent(), "exp_avg_sq");
     A* vmax = buffer<A>(max_exp_avg_sq, state_dtype(dtype), rows.extent(), "max_exp_avg_sq");
     for (const Row& row : rows) {
-      STD_TORCH_CHECK(
-          (m != nullptr && v != nullptr) || row.numel == 0, "sharpkern: exp_avg is empty");
+      STD_TORCH_CHECK((m != nullptr && v != nullptr) || row.numel == 0, "sharpkern: exp_avg is empty");
       STD_TORCH_CHECK(
           vmax != nullptr || groups[row.group * kValues + kAmsgrad] == 0 || row.numel == 0,
           "sharpkern: max_exp_avg_sq is empty");
@@ -81,6 +80,4 @@ void adam_step(
 }  // namespace
 }  // namespace sharpkern::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
-  m.impl("adam", TORCH_BOX(&sharpkern::cpu::adam_step));
-}
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) { m.impl("adam", TORCH_BOX(&sharpkern::cpu::adam_step)); }

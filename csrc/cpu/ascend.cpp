@@ -42,8 +42,8 @@ SK_CLONES void move(
 }
 
 void run(
-    const Rows& rows, const Tensor& backup, const Tensor& counters, const double* radius,
-    const Tensor& sq, bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
+    const Rows& rows, const Tensor& backup, const Tensor& counters, const double* radius, const Tensor& sq,
+    bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Norms norms(sq);
   const bool skip = skip_nonfinite && !norms.finite;
   visit(dtype, [&](auto tag) {
@@ -80,19 +80,17 @@ void run(
 }
 
 void ascend(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius,
-    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
+    double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite,
-      dtype);
+  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite, dtype);
 }
 
 void ascend_scaled(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius,
-    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
+    double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite,
-      dtype);
+  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite, dtype);
 }
 
 }  // namespace

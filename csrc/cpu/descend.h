@@ -16,8 +16,8 @@ struct Descent {
   const bool skip;
 
   Descent(
-      const Rows& rows, const Tensor& step, const Tensor& counters, const Tensor& backup,
-      const Tensor& sq, double max_norm, bool skip_nonfinite)
+      const Rows& rows, const Tensor& step, const Tensor& counters, const Tensor& backup, const Tensor& sq,
+      double max_norm, bool skip_nonfinite)
       : rows(rows),
         counters(counters),
         backup(backup),
@@ -35,8 +35,7 @@ struct Descent {
     STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
     T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
     for (const Row& row : rows) {
-      STD_TORCH_CHECK(
-          row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
+      STD_TORCH_CHECK(row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
     }
     const bool around = stream<T>(rows);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {

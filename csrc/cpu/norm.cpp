@@ -37,8 +37,7 @@ SK_CLONES double sum_of_squares(const T* w, const T* g, int64_t n, arithmetic_t<
 }
 
 void reduce(
-    const Tensor& sq, const Tensor& partials, const Rows& rows, const double* radius,
-    ScalarType dtype) {
+    const Tensor& sq, const Tensor& partials, const Rows& rows, const double* radius, ScalarType dtype) {
   STD_TORCH_CHECK(
       sq.scalar_type() == ScalarType::Double && sq.numel() == 1,
       "sharpkern: sq should be one float64 element");
@@ -50,20 +49,18 @@ void reduce(
     torch::stable::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         double sum = 0;
-        walk(rows, chunk * kChunk, (chunk + 1) * kChunk,
-             [&](int64_t i, int64_t offset, int64_t, int64_t n) {
-               const Row& row = rows[i];
-               if (row.grad == 0) {
-                 return;
-               }
-               const T* g = at<T>(row.grad, offset);
-               if (radius != nullptr && row.scaled != 0) {
-                 sum += sum_of_squares<T, true>(
-                     at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
-               } else {
-                 sum += sum_of_squares<T, false>(nullptr, g, n, 0);
-               }
-             });
+        walk(rows, chunk * kChunk, (chunk + 1) * kChunk, [&](int64_t i, int64_t offset, int64_t, int64_t n) {
+          const Row& row = rows[i];
+          if (row.grad == 0) {
+            return;
+          }
+          const T* g = at<T>(row.grad, offset);
+          if (radius != nullptr && row.scaled != 0) {
+            sum += sum_of_squares<T, true>(at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
+          } else {
+            sum += sum_of_squares<T, false>(nullptr, g, n, 0);
+          }
+        });
         partial[chunk] = sum;
       }
     });

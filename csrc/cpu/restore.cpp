@@ -22,6 +22,4 @@ void restore(Tensors params, Tensor backup, Tensor table, ScalarType dtype) {
 }  // namespace
 }  // namespace sharpkern::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
-  m.impl("restore", TORCH_BOX(&sharpkern::cpu::restore));
-}
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) { m.impl("restore", TORCH_BOX(&sharpkern::cpu::restore)); }

@@ -26,9 +26,8 @@ SK_CLONES void update(
 }
 
 void sgd(
-    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads,
-    Tensor backup, Tensor table, Tensor group_values, Tensor sq, double max_norm,
-    bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
+    Tensor table, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kValues, "values");
   const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
@@ -39,8 +38,7 @@ void sgd(
     A* buf = buffer<A>(momentum_buffer, state_dtype(dtype), rows.extent(), "momentum_buffer");
     for (int64_t i = 0; i < rows.size(); ++i) {
       STD_TORCH_CHECK(
-          buf != nullptr || momentum(i) == 0 || rows[i].numel == 0,
-          "sharpkern: momentum_buffer is empty");
+          buf != nullptr || momentum(i) == 0 || rows[i].numel == 0, "sharpkern: momentum_buffer is empty");
     }
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
     descent.run<T>(

@@ -64,8 +64,8 @@ SK_INLINE bool streamable(const T* p) {
 // f(row, offset in the row, slot, length) for every piece of [begin, end) of slot space.
 template <class F>
 void walk(const Rows& rows, int64_t begin, int64_t end, F&& f) {
-  const Row* row = std::partition_point(
-      rows.begin(), rows.end(), [&](const Row& r) { return r.slot + r.numel <= begin; });
+  const Row* row =
+      std::partition_point(rows.begin(), rows.end(), [&](const Row& r) { return r.slot + r.numel <= begin; });
   for (; row != rows.end() && row->slot < end; ++row) {
     const int64_t first = std::max(begin, row->slot);
     const int64_t last = std::min(end, row->slot + row->numel);
@@ -79,9 +79,8 @@ void walk(const Rows& rows, int64_t begin, int64_t end, F&& f) {
 template <class F>
 void walk_parallel(const Rows& rows, F&& f) {
   const int64_t chunks = (rows.extent() + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
-    walk(rows, first * kChunk, last * kChunk, f);
-  });
+  torch::stable::parallel_for(
+      0, chunks, 2, [&](int64_t first, int64_t last) { walk(rows, first * kChunk, last * kChunk, f); });
 }
 
 template <class T>

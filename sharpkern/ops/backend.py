@@ -15,14 +15,12 @@ import torch
 
 from . import reference
 
-_C: Any
+# Why the compiled kernels are missing, None when they are there.
+_missing: str | None = None
 try:
     from sharpkern import _C
 except ImportError as error:  # built without the extension, or for another torch or Python
-    _C = None
-    _C_error: str | None = str(error)
-else:
-    _C_error = None
+    _missing = str(error)
 
 # The reference's kernels, while they stand in front of the compiled ones.
 _override: torch.library.Library | None = None
@@ -33,7 +31,7 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
 
     ``"cpp"`` is the compiled extension, ``"reference"`` plain PyTorch.
     """
-    compiled = ["cpp"] if _C is not None and torch.device(device).type == "cpu" else []
+    compiled = ["cpp"] if _missing is None and torch.device(device).type == "cpu" else []
     return [*compiled, "reference"]
 
 
@@ -44,12 +42,12 @@ def current_backend(device: str | torch.device = "cpu") -> str:
 
 def walks_lists(device_type: str) -> bool:
     """Whether the backend now in charge walks lists of tensors, or reads a table of addresses."""
-    return _C is None or _override is not None or device_type != "cpu"
+    return _missing is not None or _override is not None or device_type != "cpu"
 
 
 def _select(name: str) -> None:
     global _override
-    if name == "reference" and _override is None and _C is not None:
+    if name == "reference" and _override is None and _missing is None:
         # The dispatcher keeps a stack of kernels for each key; the newest one runs.
         _override = torch.library.Library("sharpkern", "IMPL")
         with warnings.catch_warnings():
@@ -69,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: when there is no such backend here.
     """
     if name not in available_backends():
-        missing = f"; the extension could not be imported: {_C_error}" if name == "cpp" and _C_error else ""
+        missing = f"; the extension could not be imported: {_missing}" if name == "cpp" and _missing else ""
         raise ValueError(f"Invalid backend: {name!r}, available: {available_backends()}{missing}")
     before = current_backend()
     _select(name)
@@ -81,10 +79,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def build_info() -> dict[str, Any]:
     """How the extension was built (compiler, instruction sets, torch, CUDA architectures), and what runs."""
-    info: dict[str, Any] = {"extension": _C is not None}
-    if _C is not None:
+    info: dict[str, Any] = {"extension": _missing is None}
+    if _missing is None:
         info.update(_C.build_info())
     else:
-        info["error"] = _C_error
+        info["error"] = _missing
     info["backend"] = {"cpu": current_backend("cpu")}
     return info

@@ -131,9 +131,7 @@ def ascend(
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
-    _ascend(
-        params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=False
-    )
+    _ascend(params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=False)
 
 
 def ascend_scaled(

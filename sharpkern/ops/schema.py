@@ -64,8 +64,7 @@ SCHEMAS: dict[str, str] = {
     "norm": f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, *, ScalarType dtype) -> ()",
     # sq = ||T_w g||^2
     "norm_scaled": (
-        "(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, "
-        f"{_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
+        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, {_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
     ),
     # backup = w;  w += rho g / (norm + eps)
     "ascend": _ASCEND,

@@ -5,6 +5,7 @@ An algorithm is a subclass that says what it measures in the first pass and wher
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..batch_stats import frozen_batch_stats
 from ..flat import SUPPORTED_DTYPES, FlatBuffers, overlaps
 from ..ops import schema
-from ..rules import FusedRule, Group, WrappedRule, make_rule, number
+from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
 
@@ -270,7 +271,9 @@ class TwoPassOptimizer(Optimizer):
         on_device = any(isinstance(x, Tensor) for row in rows for x in row)
         if cached is not None and not on_device and cached[0] == rows:
             return cached[1]
-        host = torch.tensor([[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64)
+        host = torch.tensor(
+            [[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64
+        )
         table = host.to(device) if cached is None else cached[1].copy_(host)
         if on_device:
             for g, row in enumerate(rows):
@@ -310,8 +313,8 @@ class TwoPassOptimizer(Optimizer):
             self._measure(flat, self._norms[flat.device][FIRST, i])
         self._share_norms(FIRST)
         for flat in self._flat:
-            flat.mark_perturbed()
             self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
+            flat.mark_perturbed()
             self._pending = "perturbed"
             flat.written()
             flat.grads = []
@@ -338,7 +341,7 @@ class TwoPassOptimizer(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step.
 
         Args:
@@ -519,7 +522,7 @@ class TwoPassOptimizer(Optimizer):
         if self._pending:
             raise RuntimeError("load_state_dict() between two passes of a step: call second_step() or restore() first")
         # The last of the pre-hooks: it sees the dict as the user's hooks left it.
-        handle = self.register_load_state_dict_pre_hook(type(self)._check_loaded)
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_loaded(loaded))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -610,7 +613,7 @@ def _check_aliases(flats: list[FlatBuffers]) -> None:
         for s, name in zip(flat.segments, flat.names, strict=True)
         if s.numel()
     )
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"{name} and {other} share memory; register one tensor in both places instead")
 

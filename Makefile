@@ -1,0 +1,60 @@
+# Every target works on a fresh clone: it makes .venv, installs the pinned versions and builds the extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+ARGS ?=
+
+.PHONY: demo test bench check wheel clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/compare.py $(ARGS)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/bench
+	$(BIN)/python -m bench $(ARGS)
+
+check: $(VENV)/check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+	$(MAKE) wheel
+	$(BIN)/python -m pytest $(ARGS)
+
+# What a user's `pip install .` makes, imported from outside the tree.
+wheel: $(VENV)/test
+	rm -rf $(VENV)/wheel && $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel .
+	$(BIN)/python -m zipfile -e $(VENV)/wheel/sharpkern-*.whl $(VENV)/wheel/unpacked
+	cd $(VENV)/wheel/unpacked && ../../bin/python -c "import sharpkern, os; assert sharpkern.build_info()['extension'], sharpkern.build_info(); assert sharpkern.__file__.startswith(os.getcwd())"
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# The build requirements come first: the extension is built against this very torch (no build isolation).
+$(VENV)/build: $(BIN)/pip $(SOURCES)
+	$(PIP) torch setuptools wheel ninja pybind11
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/demo: $(VENV)/build
+	$(PIP) --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/test: $(VENV)/build
+	$(PIP) --no-build-isolation --editable ".[demo,bench,test]"
+	touch $@
+
+$(VENV)/bench: $(VENV)/test
+	touch $@
+
+$(VENV)/check: $(VENV)/test
+	$(PIP) --no-build-isolation --editable ".[demo,bench,test,check]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build sharpkern.egg-info sharpkern/_C*.so

@@ -1,0 +1,3 @@
+"""The compiled kernels; importing the module registers them with torch."""
+
+def build_info() -> dict[str, str]: ...
