@@ -97,6 +97,8 @@ class FlatBuffers:
                 segment = torch.empty(p.size(), dtype=p.dtype, device=p.device)
                 self._copies.append((p, segment))
             self.segments.append(segment)
+        # As laid out: the user may change a parameter's strides later, not those of its slot.
+        self._shapes = [(s.size(), s.stride()) for s in self.segments]
         self._none = torch.empty(0, dtype=self.dtype, device=self.device)
         self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
 
@@ -212,8 +214,14 @@ class FlatBuffers:
         return self._slot(self.buffer(name), i)
 
     def _slot(self, buffer: Tensor, i: int) -> Tensor:
-        segment = self.segments[i]
-        return buffer.as_strided(segment.size(), segment.stride(), self.slots[i])
+        return buffer.as_strided(*self._shapes[i], self.slots[i])
+
+    def forget_state(self) -> None:
+        """Start state afresh, for a rule to take over what the optimizer holds now. The backup stays."""
+        self.buffers = {name: buffer for name, buffer in self.buffers.items() if name == "backup"}
+        self.step = torch.zeros_like(self.step)
+        self.exposed = [()] * len(self.params)
+        self.exposed_groups = None
 
     def is_perturbed(self, i: int) -> bool:
         return bool(self.table[i, schema.BACKUP])
@@ -231,11 +239,16 @@ class FlatBuffers:
             view = self._slot(self.flat_params, i)
             view.copy_(p)
             p.data = view
-        self._grad_views = [self._slot(self.flat_grads, i) for i in range(len(self.params))]
+        self._make_grad_views()
         for p, view in zip(self.params, self._grad_views, strict=True):
             if p.grad is not None:
                 view.copy_(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
         self._point_grads()
+
+    def _make_grad_views(self) -> None:
+        assert self.flat_grads is not None
+        self._grad_views = [self._slot(self.flat_grads, i) for i in range(len(self.params))]
+        self._grad_addresses = list(map(Tensor.data_ptr, self._grad_views))
 
     def _point_grads(self) -> None:
         for p, view in zip(self.params, self._grad_views, strict=True):
@@ -246,6 +259,8 @@ class FlatBuffers:
         """Zero the flat gradients in one go and make them every parameter's ``grad`` again."""
         assert self.flat_grads is not None
         self.flat_grads.zero_()
+        if list(map(Tensor.data_ptr, self._grad_views)) != self._grad_addresses:
+            self._make_grad_views()  # somebody replaced a view's data
         self._point_grads()
 
     def unflatten(self) -> None:

@@ -79,13 +79,14 @@ class TwoPassOptimizer(Optimizer):
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
         if self._flatten:
-            self._attach()
+            self._lay_out()
 
     def _reset(self) -> None:
         """What is derived from parameters, and rebuilt when needed."""
         self._flat: list[FlatBuffers] = []
         self._idle: list[Tensor] = []
-        self._attached_state: tuple[int, int] | None = None
+        self._laid_out = False
+        self._seen_state = (0, 0)
         self._norms: dict[torch.device, Tensor] = {}
         self._scaled_for: tuple[Any, ...] = ()
         self._tables: dict[tuple[str, torch.device], tuple[list[list[float | Tensor]], Tensor]] = {}
@@ -134,7 +135,7 @@ class TwoPassOptimizer(Optimizer):
         self._rule.check(full)
         self._check_params(group["params"], len(self.param_groups))
         super().add_param_group(group)
-        self._attached_state = None
+        self._laid_out = False
 
     def _check_params(self, params: Any, index: int) -> None:
         seen: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
@@ -174,13 +175,13 @@ class TwoPassOptimizer(Optimizer):
 
     # Layouts.
 
-    def _attach(self) -> None:
+    def _lay_out(self) -> None:
         """Lay out the parameters afresh and take the state over, from wherever it lies now."""
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
         idle = []
         for entry in self._entries():
             p = entry[0]
-            if p.requires_grad or p.grad is not None or self.state.get(p):
+            if p.requires_grad or p.grad is not None:
                 if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype), []).append(entry)
@@ -199,23 +200,31 @@ class TwoPassOptimizer(Optimizer):
         _check_aliases(flats)
         if self._pending == "perturbed":
             self._move_backups(flats)
-        if isinstance(self._rule, FusedRule):
-            for flat in flats:
-                self._rule.attach(flat, self.state, self.param_groups)
         if any(flat.dtype in (torch.bfloat16, torch.float16) for flat in flats):
             _warn_half()
         self._keep_statistics()
-        self._norms = {}
         self._flat, self._idle = flats, idle
+        self._laid_out = True
         self._scaled_for = self._scaled_key()
-        self._attached_state = (id(self.state), len(self.state))
         self._tables = {}
-        for flat in flats:
-            if flat.device not in self._norms:
-                self._norms[flat.device] = torch.zeros(2, len(flats), dtype=torch.float64, device=flat.device)
-                self._norms[flat.device][FIRST, 0] = self._measured
-        if flats:
-            self._counters = self._counters.to(flats[0].device)
+        self._norms = {
+            device: torch.zeros(2, len(flats), dtype=torch.float64, device=device)
+            for device in {flat.device for flat in flats}
+        }
+        self._take_state()
+
+    def _take_state(self) -> None:
+        """Take over whatever ``self.state`` and the loaded statistics hold now."""
+        for flat in self._flat:
+            flat.forget_state()
+            if isinstance(self._rule, FusedRule):
+                self._rule.attach(flat, self.state, self.param_groups)
+        for norms in self._norms.values():
+            norms.zero_()
+            norms[FIRST, 0] = self._measured
+        if self._flat:
+            self._counters = self._counters.to(self._flat[0].device)
+        self._seen_state = (id(self.state), len(self.state))
 
     def _move_backups(self, flats: list[FlatBuffers]) -> None:
         """The user moved parameters between two passes: their backups follow."""
@@ -233,15 +242,16 @@ class TwoPassOptimizer(Optimizer):
     def _ready(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
         stale = (
-            self._attached_state is None
-            or self._attached_state[0] != id(self.state)
-            or (isinstance(self._rule, FusedRule) and self._attached_state[1] != len(self.state))
+            not self._laid_out
             or self._scaled_for != self._scaled_key()
             or any(p.requires_grad or p.grad is not None for p in self._idle)
         )
         attached = [flat.attached() for flat in self._flat]
         if stale or not all(attached):
-            self._attach()
+            self._lay_out()
+        elif isinstance(self._rule, FusedRule) and self._seen_state != (id(self.state), len(self.state)):
+            self._keep_statistics()
+            self._take_state()
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
 
@@ -408,8 +418,7 @@ class TwoPassOptimizer(Optimizer):
                 dtype=flat.dtype,
             )
             flat.written()
-        if self._attached_state is not None:
-            self._attached_state = (id(self.state), len(self.state))
+        self._seen_state = (id(self.state), len(self.state))
 
     def _restore_and_step(self, rule: WrappedRule, first: int) -> None:
         self._put_back()
@@ -456,6 +465,7 @@ class TwoPassOptimizer(Optimizer):
         if not self._flatten or not self._flat:
             super().zero_grad(set_to_none)
             return
+        self._ready()  # a moved parameter takes its gradient along
         for flat in self._flat:
             flat.zero_grads()
 
@@ -570,14 +580,19 @@ class TwoPassOptimizer(Optimizer):
                     kept = isinstance(self._rule, FusedRule) or key == "step"
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         own = loading.get("sharpkern")
-        if own is not None:
+        if own is None:
+            self._keep_statistics()
+        else:
             self._counters = own["counters"].clone()
             self._measured = own["squared_norm"].clone()
-            self._norms = {}
         super().__setstate__(state)
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
-        self._attach()
+        if self._laid_out and all(flat.attached() for flat in self._flat):
+            self._take_state()
+        else:
+            self._norms = {}
+            self._lay_out()
 
     # Attributes that a copy keeps; the rest is rebuilt.
     _kept = ("_own", "_rule", "_perturb_eps", "_model", "_max_norm", "_skip_nonfinite", "_flatten")

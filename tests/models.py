@@ -1,0 +1,75 @@
+"""Small models and data that the tests train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Convolution, batch norm, a 0-dim scale, linear layers: every kind of parameter shape in little room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3, bias=False)
+        self.bn = nn.BatchNorm2d(5)
+        self.hidden = nn.Linear(5 * 4 * 4, 13)
+        self.gain = nn.Parameter(torch.tensor(1.3))
+        self.out = nn.Linear(13, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.bn(self.conv(x)))
+        return self.out(self.gain * torch.tanh(self.hidden(x.flatten(1))))
+
+
+def make_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def batches(n: int, dtype: torch.dtype = torch.float64, size: int = 24, seed: int = 7) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(0, 3, (size,), generator=generator),
+        )
+        for _ in range(n)
+    ]
+
+
+def make_closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    x, y = batch
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x).float() if x.dtype.itemsize == 2 else model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]) -> list[float]:
+    return [float(opt.step(make_closure(model, batch)).detach()) for batch in data]
+
+
+def train_by_hand(model: nn.Module, opt: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]) -> None:
+    for batch in data:
+        closure = make_closure(model, batch)
+        opt.zero_grad()
+        closure()
+        if opt.first_step(zero_grad=True):
+            closure()
+        opt.second_step(zero_grad=True)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"

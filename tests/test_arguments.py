@@ -1,0 +1,206 @@
+"""Bad input gets an error that names the argument or the parameter, before anything changed (contract 12, 13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sharpkern as sk
+
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+def params() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))]
+
+
+class NeedsClosure(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 1.0) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return closure()
+
+
+shared = nn.Parameter(torch.ones(3))
+memory = torch.ones(10)
+CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "rho negative": (lambda: sk.SAM(params(), SGD, rho=-0.1, lr=0.1), ValueError, "Invalid rho: -0.1"),
+    "rho nan": (lambda: sk.SAM(params(), SGD, rho=math.nan, lr=0.1), ValueError, "Invalid rho: nan"),
+    "rho inf": (lambda: sk.ASAM(params(), SGD, rho=math.inf, lr=0.1), ValueError, "Invalid rho: inf"),
+    "rho text": (lambda: sk.SAM(params(), SGD, rho="big", lr=0.1), TypeError, "rho should be a number, but got 'big'"),
+    "rho of a group": (lambda: sk.SAM([{"params": params(), "rho": -1}], SGD, lr=0.1), ValueError, "Invalid rho: -1"),
+    "eta negative": (lambda: sk.ASAM(params(), SGD, eta=-0.5, lr=0.1), ValueError, "Invalid eta: -0.5"),
+    "adaptive": (lambda: sk.SAM(params(), SGD, adaptive=2, lr=0.1), TypeError, "adaptive should be a bool"),
+    "eps": (lambda: sk.SAM(params(), SGD, perturb_eps=-1, lr=0.1), ValueError, "Invalid perturb_eps: -1"),
+    "max_grad_norm": (lambda: sk.SAM(params(), max_grad_norm=0, lr=0.1), ValueError, "Invalid max_grad_norm: 0"),
+    "max_grad_norm nan": (lambda: sk.SAM(params(), max_grad_norm=math.nan), ValueError, "Invalid max_grad_norm: nan"),
+    "model": (lambda: sk.SAM(params(), SGD, model="resnet", lr=0.1), TypeError, "model should be a torch.nn.Module"),
+    "lr": (lambda: sk.SAM(params(), SGD, lr=-0.5), ValueError, "Invalid learning rate: -0.5"),
+    "lr of a group": (lambda: sk.SAM([{"params": params(), "lr": -2}], SGD), ValueError, "Invalid learning rate: -2"),
+    "momentum": (lambda: sk.SAM(params(), SGD, lr=1, momentum=-1), ValueError, "Invalid momentum value: -1"),
+    "weight decay": (lambda: sk.SAM(params(), AdamW, weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
+    "betas": (lambda: sk.SAM(params(), Adam, betas=(1.5, 0.9)), ValueError, "Invalid beta parameter at index 0: 1.5"),
+    "nesterov": (lambda: sk.SAM(params(), SGD, lr=1, nesterov=True), ValueError, "Nesterov momentum requires"),
+    "differentiable": (lambda: sk.SAM(params(), SGD, differentiable=True), ValueError, "differentiable=True"),
+    "differentiable wrapped": (
+        lambda: sk.SAM(params(), torch.optim.RMSprop, differentiable=True),
+        ValueError,
+        "differentiable=True",
+    ),
+    "unknown keyword": (lambda: sk.SAM(params(), SGD, lr=0.1, momentun=0.9), TypeError, "'momentun'"),
+    "unknown keyword wrapped": (lambda: sk.SAM(params(), torch.optim.RMSprop, momentun=0.9), TypeError, "'momentun'"),
+    "colliding rho": (lambda: sk.SAM(params(), torch.optim.Adadelta), ValueError, "Adadelta.*'rho'.*SAM"),
+    "instance": (lambda: sk.SAM(params(), SGD(params(), lr=0.1)), TypeError, "an instance of SGD"),
+    "no optimizer": (lambda: sk.SAM(params(), nn.Linear), TypeError, "base_optimizer should be an optimizer class"),
+    "none": (lambda: sk.SAM(params(), None), TypeError, "base_optimizer should be an optimizer class"),
+    "two passes inside": (lambda: sk.SAM(params(), sk.ASAM), ValueError, "ASAM cannot be the base optimizer"),
+    "LBFGS": (lambda: sk.SAM(params(), torch.optim.LBFGS), ValueError, "LBFGS cannot be the base.*closure"),
+    "closure base": (lambda: sk.SAM(params(), NeedsClosure), ValueError, "NeedsClosure cannot be the base"),
+    "one tensor": (lambda: sk.SAM(params()[0], SGD, lr=0.1), TypeError, "params argument given to the optimizer"),
+    "empty": (lambda: sk.SAM([], SGD, lr=0.1), ValueError, "optimizer got an empty parameter list"),
+    "not a tensor": (lambda: sk.SAM([1.0], SGD, lr=0.1), TypeError, "can only optimize Tensors"),
+    "no params key": (lambda: sk.SAM([{"lr": 0.1}], SGD), ValueError, "no 'params'"),
+    "set": (lambda: sk.SAM([{"params": set(params())}], SGD), TypeError, "ordered collections"),
+    "duplicate": (lambda: sk.SAM([shared, shared], SGD, lr=0.1), ValueError, "parameter 1 of group 0.*more than once"),
+    "duplicate in groups": (
+        lambda: sk.SAM([{"params": [shared]}, {"params": [("w", shared)]}], SGD, lr=0.1),
+        ValueError,
+        "parameter 'w'.*more than once",
+    ),
+    "meta": (
+        lambda: sk.SAM(nn.Linear(2, 2, device="meta").named_parameters(), SGD, lr=0.1),
+        ValueError,
+        "'weight' is on the meta device",
+    ),
+    "complex": (
+        lambda: sk.SAM([("c", nn.Parameter(torch.ones(2, dtype=torch.complex64)))], SGD, lr=0.1),
+        TypeError,
+        "'c' has dtype torch.complex64",
+    ),
+    "not a leaf": (lambda: sk.SAM([params()[0] * 2], SGD, lr=0.1), ValueError, "non-leaf"),
+    "sparse parameter": (
+        lambda: sk.SAM([torch.eye(3).to_sparse().requires_grad_()], SGD, lr=0.1),
+        TypeError,
+        "parameter 0 of group 0 should be a dense tensor",
+    ),
+    "expanded": (
+        lambda: sk.SAM([("e", torch.ones(3).expand(2, 3).detach().requires_grad_())], SGD, lr=0.1),
+        ValueError,
+        "'e' has elements that share memory",
+    ),
+    "flatten with gaps": (
+        lambda: sk.SAM([("g", torch.ones(4, 6)[:, ::2].detach().requires_grad_())], SGD, lr=0.1, flatten=True),
+        ValueError,
+        "'g' has some",
+    ),
+    "backend": (lambda: sk.use_backend("cudnn").__enter__(), ValueError, "Invalid backend: 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_arguments(case: str) -> None:
+    make, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_overlapping_parameters_are_refused_before_anything_moves(backend: str) -> None:
+    a, b = memory[:6].requires_grad_(), memory[4:].detach().requires_grad_()
+    opt = sk.SAM([("a", a), ("b", b)], SGD, lr=0.1)
+    a.grad, b.grad = torch.ones(6), torch.ones(6)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="'a' and parameter 'b' share memory"):
+        opt.first_step()
+    assert torch.equal(memory, before)
+    assert not opt.is_perturbed
+
+
+@pytest.mark.parametrize("when", ["first", "plain"])
+def test_a_sparse_gradient_names_the_parameter_and_changes_nothing(when: str, backend: str) -> None:
+    dense, table = nn.Parameter(torch.ones(3)), nn.Embedding(5, 3, sparse=True)
+    opt = sk.SAM([("dense", dense), ("table", table.weight)], AdamW, lr=0.1)
+    (table(torch.tensor([1])).sum() + dense.sum()).backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"SAM does not support sparse gradients.*'table'"):
+        opt.first_step() if when == "first" else opt.step()
+    assert torch.equal(dense.detach(), torch.ones(3))
+    assert torch.equal(table.weight.detach(), before)
+    assert not opt.is_perturbed
+    assert opt.stats["steps"] == 0
+    assert len(opt.state) == 0
+    table.weight.grad = torch.ones(5, 3)
+    opt.first_step()
+    opt.second_step()
+
+
+def test_a_bad_group_changes_nothing() -> None:
+    opt = sk.SAM(params(), SGD, lr=0.1)
+    for group, error in (
+        ({"params": params(), "rho": -1.0}, ValueError),
+        ({"params": params(), "lr": -1.0}, ValueError),
+        ({"params": [opt.param_groups[0]["params"][0]]}, ValueError),
+        ([], TypeError),
+    ):
+        with pytest.raises(error):
+            opt.add_param_group(group)
+        assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("base", [SGD, Adam, AdamW], ids=lambda b: b.__name__)
+def test_implementation_choices_make_no_difference(base: Any) -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    a = sk.SAM([p], base, lr=0.1, foreach=True, fused=False, capturable=True)
+    b = sk.SAM([q], base, lr=0.1)
+    for opt, x in ((a, p), (b, q)):
+        x.grad = torch.arange(3.0)
+        opt.first_step()
+        opt.second_step()
+    assert torch.equal(p, q)
+
+
+def test_subclasses_are_wrapped() -> None:
+    class Mine(SGD):
+        calls = 0
+
+        def step(self, closure: Any = None) -> Any:
+            Mine.calls += 1
+            return super().step(closure)
+
+    p = nn.Parameter(torch.ones(3))
+    opt = sk.SAM([p], Mine, lr=0.1)
+    p.grad = torch.ones(3)
+    opt.first_step()
+    opt.second_step()
+    assert Mine.calls == 1
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
+
+
+def test_generators_dicts_and_pairs_are_taken() -> None:
+    net = nn.Linear(3, 2)
+    for given in (
+        net.parameters(),
+        net.named_parameters(),
+        [{"params": net.parameters(), "lr": 0.5}],
+        ({"params": [p]} for p in net.parameters()),
+        [{"params": net.weight}, {"params": [net.bias], "rho": 0}],
+    ):
+        opt = sk.SAM(given, SGD, lr=0.1)
+        net.weight.grad, net.bias.grad = torch.ones(2, 3), torch.ones(2)
+        opt.first_step()
+        opt.second_step()
+        assert sum(len(group["params"]) for group in opt.param_groups) == 2
+
+
+def test_repr_and_defaults() -> None:
+    opt = sk.SAM(params())
+    assert opt.defaults["lr"] == 1e-3
+    assert opt.defaults["rho"] == 0.05
+    assert "rho: 0.05" in repr(opt)
+    assert sk.ASAM(params()).defaults["rho"] == 0.5
+    assert sk.ASAM(params()).defaults["eta"] == 0.01
