@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,14 @@ def test_repr_and_defaults() -> None:
     assert "rho: 0.05" in repr(opt)
     assert sk.ASAM(params()).defaults["rho"] == 0.5
     assert sk.ASAM(params()).defaults["eta"] == 0.01
+
+
+def test_half_precision_is_warned_of_once_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sharpkern.optim import optimizer
+
+    monkeypatch.setattr(optimizer, "_warned_half", False)
+    half = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    with pytest.warns(UserWarning, match="half-precision parameters") as caught:
+        sk.SAM(half, SGD, lr=0.1)
+        sk.ASAM(half, SGD, lr=0.1)
+    assert [Path(w.filename).name for w in caught] == [Path(__file__).name]

@@ -76,6 +76,7 @@ class TwoPassOptimizer(Optimizer):
         self._loading: dict[str, Any] | None = None
         self._reset()
         super().__init__(params, {**self._rule.defaults, **own})
+        _warn_half(self.param_groups)
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
         if self._flatten:
@@ -200,8 +201,6 @@ class TwoPassOptimizer(Optimizer):
         _check_aliases(flats)
         if self._pending == "perturbed":
             self._move_backups(flats)
-        if any(flat.dtype in (torch.bfloat16, torch.float16) for flat in flats):
-            _warn_half()
         self._keep_statistics()
         self._flat, self._idle = flats, idle
         self._laid_out = True
@@ -636,13 +635,14 @@ def _check_aliases(flats: list[FlatBuffers]) -> None:
 _warned_half = False
 
 
-def _warn_half() -> None:
+def _warn_half(groups: list[Group]) -> None:
     global _warned_half
-    if not _warned_half:
+    half = any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for g in groups for p in g["params"])
+    if half and not _warned_half:
         _warned_half = True
         warnings.warn(
             "half-precision parameters round a perturbation of the usual radius away: most weights do not move, "
             "and the direction is lost. Keep float32 parameters and use torch.autocast.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
