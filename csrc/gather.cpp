@@ -102,8 +102,10 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
       if (grad_dtype == dtype && same_layout(grad.handle, layouts + i * width)) {
         const void* address = nullptr;
         STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &address));
-        rows[i].grad = reinterpret_cast<int64_t>(address);
-        continue;
+        if (address != nullptr) {
+          rows[i].grad = reinterpret_cast<int64_t>(address);
+          continue;
+        }
       }
     }
     rows[i].grad = kMismatch;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import schema
-from .ops.backend import walks_lists
+from .ops.backend import notice_reference, walks_lists
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -64,6 +64,7 @@ class FlatBuffers:
         scaled: Sequence[bool],
         flatten: bool = False,
     ) -> None:
+        notice_reference(params[0].device.type)
         self.params = list(params)
         self.names = list(names)
         self.groups = list(groups)
@@ -128,6 +129,9 @@ class FlatBuffers:
         return list(map(Tensor.data_ptr, self.params))
 
     def _point(self) -> None:
+        for name, p, address in zip(self.names, self.params, self._addresses, strict=True):
+            if p.numel() and not address:
+                raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
         self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments])
 
     def attached(self) -> bool:
@@ -140,8 +144,12 @@ class FlatBuffers:
             return True
         if self.flat_params is not None or [_meta(p) for p in self.params] != self._meta:
             return False
-        self._addresses = addresses
-        self._point()
+        before, self._addresses = self._addresses, addresses
+        try:
+            self._point()
+        except RuntimeError:
+            self._addresses = before
+            raise
         return True
 
     # One pass.

@@ -157,6 +157,35 @@ def test_gradients_of_another_dtype(backend: str) -> None:
     assert torch.equal(p.detach(), torch.full((5,), 0.5, dtype=torch.bfloat16))
 
 
+def test_a_parameter_without_memory_is_an_error(backend: str) -> None:
+    model = make_net()
+    opt = sk.SAM(model.parameters(), SGD, lr=0.1)
+    train(model, opt, batches(1))
+    kept = model.hidden.weight.data.clone()
+    before = weights(model)
+    storage = model.hidden.weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="parameter 4 of group 0 has no memory"):
+        opt.first_step()
+    storage.resize_(size)
+    model.hidden.weight.data.copy_(kept)
+    assert_same_bits(weights(model), before)
+    train(model, opt, batches(1))
+
+
+def test_a_parameter_replaced_in_its_group_is_followed(base: Any, backend: str) -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = sk.SAM([a], base[0], **base[1])
+    for p in (a, b):
+        opt.param_groups[0]["params"][0] = p
+        p.grad = torch.ones(3)
+        opt.first_step()
+        assert not torch.equal(p.detach(), torch.ones(3))
+        opt.second_step()
+    assert torch.equal(a, b)
+
+
 # flatten=True
 
 

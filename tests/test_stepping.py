@@ -515,6 +515,36 @@ def test_stats() -> None:
     assert opt.stats["second_passes"] == 3
 
 
+# Gradient scaling.
+
+
+def test_grad_scaler_by_hand(backend: str) -> None:
+    """A scale of a power of two cancels; an overflow that the scaler sees is undone by restore()."""
+    model, twin = make_net(torch.float32), make_net(torch.float32)
+    opt, twin_opt = sam(model), sam(twin)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, (x, y) in enumerate(batches(4, torch.float32)):
+        before = weights(model)
+        for last in (False, True):
+            loss = nn.functional.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            if last and i == 2:
+                model.out.bias.grad[0] = float("inf")
+            if last:
+                scaler.step(opt)
+            else:
+                opt.first_step(zero_grad=True)
+        opt.restore()
+        scaler.update()
+        opt.zero_grad()
+        if i == 2:
+            assert_same_bits(weights(model), before)
+        else:
+            twin_opt.step(make_closure(twin, (x, y)))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 # Batch norm.
 
 

@@ -45,6 +45,22 @@ def walks_lists(device_type: str) -> bool:
     return _missing is not None or _override is not None or device_type != "cpu"
 
 
+# Device types whose users know already.
+_noticed: set[str] = set()
+
+
+def notice_reference(device_type: str) -> None:
+    """Tell once, for each device type, that no compiled kernels run there."""
+    if _override is None and walks_lists(device_type) and device_type not in _noticed:
+        _noticed.add(device_type)
+        why = _missing if device_type == "cpu" else "the extension has none for this device"
+        warnings.warn(
+            f"sharpkern runs its plain PyTorch reference on {device_type}, right but slow: {why}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _select(name: str) -> None:
     global _override
     if name == "reference" and _override is None and _missing is None:

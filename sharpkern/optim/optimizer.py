@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -86,6 +87,7 @@ class TwoPassOptimizer(Optimizer):
         """What is derived from parameters, and rebuilt when needed."""
         self._flat: list[FlatBuffers] = []
         self._idle: list[Tensor] = []
+        self._members: list[list[Tensor]] = []
         self._laid_out = False
         self._seen_state = (0, 0)
         self._norms: dict[torch.device, Tensor] = {}
@@ -204,6 +206,7 @@ class TwoPassOptimizer(Optimizer):
         self._keep_statistics()
         self._flat, self._idle = flats, idle
         self._laid_out = True
+        self._members = [list(group["params"]) for group in self.param_groups]
         self._scaled_for = self._scaled_key()
         self._tables = {}
         self._norms = {
@@ -240,8 +243,14 @@ class TwoPassOptimizer(Optimizer):
 
     def _ready(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
+        groups = self.param_groups
         stale = (
             not self._laid_out
+            or len(groups) != len(self._members)
+            or not all(
+                len(group["params"]) == len(members) and all(map(operator.is_, group["params"], members))
+                for group, members in zip(groups, self._members, strict=True)
+            )
             or self._scaled_for != self._scaled_key()
             or any(p.requires_grad or p.grad is not None for p in self._idle)
         )
