@@ -1,0 +1,1 @@
+"""Benchmarks of sharpkern against eager, compiled and third-party SAM optimizers."""

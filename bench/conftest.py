@@ -1,0 +1,116 @@
+"""Options of the benchmarks, and what is added to and left out of pytest-benchmark's JSON."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from .measure import copy_bandwidth, environment
+from .shapes import SHAPES, Shape, tiny
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run measures.
+
+    Args:
+        shapes: the rows' shapes by name.
+        compile_all: time torch.compile in every row, not only in SAM with SGD.
+        budget: seconds for the rounds of one measurement.
+        rounds: at least so many.
+    """
+
+    quick: bool
+    shapes: dict[str, list[Shape]]
+    compile_all: bool
+    budget: float
+    rounds: int
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sharpkern")
+    group.addoption("--quick", action="store_true", help="tiny shapes and few rounds: does it run at all")
+    group.addoption("--shapes", default="", help=f"comma-separated, of {', '.join(SHAPES)}; default: all")
+    group.addoption("--compile", action="store_true", help="torch.compile in every row: many minutes of compilation")
+
+
+def settings_of(config: pytest.Config) -> Settings:
+    """The options of a run.
+
+    Raises:
+        pytest.UsageError: for shapes that are not there.
+    """
+    names = [name for name in config.getoption("--shapes").split(",") if name] or list(SHAPES)
+    if unknown := set(names) - set(SHAPES):
+        raise pytest.UsageError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    everywhere = bool(config.getoption("--compile"))
+    if config.getoption("--quick"):
+        return Settings(True, {"tiny": tiny()}, everywhere, budget=0.01, rounds=3)
+    return Settings(False, {name: SHAPES[name]() for name in names}, everywhere, budget=1.0, rounds=4)
+
+
+def _command(config: pytest.Config) -> str:
+    """The command to repeat the run, without paths."""
+    words = ["python -m bench", *(f"--{flag}" for flag in ("quick", "compile") if config.getoption(f"--{flag}"))]
+    if config.getoption("--shapes"):
+        words.append(f"--shapes {config.getoption('--shapes')}")
+    return " ".join(words)
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Iterator[Settings]:
+    settings = settings_of(request.config)
+    threads = torch.get_num_threads()
+    if settings.quick:
+        # Threads that wait for each other on a busy machine would make the seconds minutes.
+        torch.set_num_threads(1)
+    yield settings
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def copy_rate(settings: Settings) -> float:
+    """Bytes a second of a plain copy in this run."""
+    return copy_bandwidth(1_000_000) if settings.quick else copy_bandwidth()
+
+
+@pytest.fixture(autouse=True)
+def _collect_garbage() -> Iterator[None]:
+    """Optimizers sit in reference cycles: without this, those of the last test would still hold gigabytes."""
+    gc.collect()
+    yield
+    gc.collect()
+
+
+_left_out: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason not in _left_out:
+            _left_out.append(reason)
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
+    """Nothing: the commit is in ``environment``, and pytest-benchmark's would name the directory."""
+    return {}
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)  # the host's name is nobody's business
+    cpu = machine_info.get("cpu") or {}
+    machine_info["cpu"] = {key: cpu[key] for key in ("brand_raw", "arch", "count") if key in cpu}
+    machine_info["threads"] = torch.get_num_threads()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)  # every single round: of no use to anyone
+    cpu = output_json["machine_info"]["cpu"].get("brand_raw")
+    output_json["environment"] = {**environment(_command(config), cpu), "left_out": _left_out}
