@@ -4,9 +4,8 @@
     python examples/compare.py --dataset fashion-mnist --data-dir DIR --device cuda --seeds 3
 
 Every optimizer gets the same data, initial weights, wrong labels, order of minibatches, learning rate and
-schedule; only the seed changes these. Nothing is tuned on the test set: the radii are the defaults of the papers,
-and the accuracy that counts is that of the last epoch. Steps are small: where other programs keep the cores busy,
-OMP_NUM_THREADS=1 spares the threads the waiting for each other.
+schedule; only the seed changes these. Nothing is tuned on the test set (see RECIPES for the radii), and the accuracy
+that counts is that of the last epoch.
 """
 
 from __future__ import annotations
@@ -197,28 +196,37 @@ class Recipe:
     epochs: int
     batch_size: int
     sgd: dict[str, float]
+    rho: dict[str, float]
+    threads: int | None  # None: torch's default
     hessian_examples: int  # the first of the training set; the graph of their loss is kept in memory
 
 
 SGD_OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 RECIPES = {
-    "digits": Recipe(mlp, epochs=50, batch_size=64, sgd=SGD_OPTIONS, hessian_examples=2000),
-    "fashion-mnist": Recipe(convnet, epochs=15, batch_size=128, sgd=SGD_OPTIONS, hessian_examples=500),
+    # Radii: of 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5 for SAM and 0.5, 1, 2, 4, 6, 8, 12 for ASAM those with the best
+    # accuracy under 40 % noise that cost none on clean labels, on 357 images held out of the training set, three
+    # other seeds. The papers' defaults are for larger nets; on this one they change little.
+    # One thread: the matrices are too small to share, and threads that wait for each other take longer.
+    "digits": Recipe(mlp, 50, 64, SGD_OPTIONS, rho={"SAM": 0.7, "ASAM": 6.0}, threads=1, hessian_examples=2000),
+    # The papers' defaults.
+    "fashion-mnist": Recipe(
+        convnet, 15, 128, SGD_OPTIONS, rho={"SAM": 0.05, "ASAM": 0.5}, threads=None, hessian_examples=500
+    ),
 }
 
-# Optimizers. A factory gets the model and SGD's options.
+# Optimizers. A factory gets the model and the recipe.
 
-SAM_RHO, ASAM_RHO = 0.05, 0.5  # the defaults of the papers
-
-Factory = Callable[[nn.Module, dict[str, float]], torch.optim.Optimizer]
+Factory = Callable[[nn.Module, Recipe], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Factory] = {
-    "SGD": lambda model, sgd: torch.optim.SGD(model.parameters(), **sgd),
-    "SAM": lambda model, sgd: sk.SAM(model.parameters(), torch.optim.SGD, rho=SAM_RHO, model=model, **sgd),
+    "SGD": lambda model, recipe: torch.optim.SGD(model.parameters(), **recipe.sgd),
+    "SAM": lambda model, recipe: sk.SAM(
+        model.parameters(), torch.optim.SGD, rho=recipe.rho["SAM"], model=model, **recipe.sgd
+    ),
     # ASAM scales the tensors that are called weight: it has to know the names.
-    "ASAM": lambda model, sgd: sk.ASAM(
-        model.named_parameters(), torch.optim.SGD, rho=ASAM_RHO, eta=0.01, model=model, **sgd
+    "ASAM": lambda model, recipe: sk.ASAM(
+        model.named_parameters(), torch.optim.SGD, rho=recipe.rho["ASAM"], eta=0.01, model=model, **recipe.sgd
     ),
 }
 
@@ -312,7 +320,7 @@ def train(
     x, y = data.train_x, with_noise(data.train_y, noise, seed)
     torch.manual_seed(seed)
     model = recipe.model().to(x.device)
-    optimizer = OPTIMIZERS[optimizer_name](model, recipe.sgd)
+    optimizer = OPTIMIZERS[optimizer_name](model, recipe)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     shuffle = torch.Generator().manual_seed(seed)
     batch_size = min(recipe.batch_size, len(y))
@@ -566,6 +574,7 @@ def make_parser() -> Parser:
     epochs = ", ".join(f"{recipe.epochs} on {name}" for name, recipe in RECIPES.items())
     parser.add_argument("--epochs", type=positive, metavar="N", help=f"default: {epochs}")
     parser.add_argument("--train-size", type=positive, metavar="N", help="train on so many examples only")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: 1 on digits, torch's on others")
     parser.add_argument(
         "--out", type=Path, default=Path("results/compare"), metavar="DIR", help="default: results/compare"
     )
@@ -595,6 +604,8 @@ def compare(options: argparse.Namespace) -> None:
         raise Failure(f"--out {options.out} cannot be created: {e.strerror}") from None
     data = load_data(options.dataset, options.data_dir, options.train_size, options.device)
     recipe = RECIPES[options.dataset]
+    if threads := options.threads or recipe.threads:
+        torch.set_num_threads(threads)
 
     # Seeds in the outer loop, optimizers in the inner: a busy spell of the machine hits all of them alike.
     plan = [
@@ -619,6 +630,7 @@ def compare(options: argparse.Namespace) -> None:
         f"{recipe.model.__name__} of {weights} weights, {options.epochs} epochs, seeds: {options.seeds}, "
         f"device {options.device}; {seconds:.0f} s in all.\n"
         "Accuracy: mean and standard deviation over the seeds; the best epoch is picked by the test set.\n"
+        f"Radius of SAM {recipe.rho['SAM']:g}, of ASAM {recipe.rho['ASAM']:g}. "
         f"Sharpness: L(w + rho g/|g|) - L(w), rho = {SHARPNESS_RHO}. It and the Hessian's largest eigenvalue are of "
         f"the loss on the training set{part}, with the labels trained on, batch norm in evaluation mode; means.\n"
         "Times: medians over the steps, then over the seeds."
@@ -641,7 +653,7 @@ def compare(options: argparse.Namespace) -> None:
             "model": recipe.model.__name__,
             "weights": weights,
             "sgd": recipe.sgd,
-            "rho": {"SAM": SAM_RHO, "ASAM": ASAM_RHO},
+            "rho": recipe.rho,
             "schedule": "cosine to 0, once an epoch",
             "sharpness_rho": SHARPNESS_RHO,
             "hessian_examples": curved,
