@@ -52,23 +52,19 @@ class Loop:
         cls, options = BASES[base]
         self.base_optimizer = cls(self.params, **options, **({"fused": True} if fused else {}))
 
-    def _scale(self, p: Tensor) -> Tensor | None:
-        return p.abs().add_(ETA) if self.adaptive and p.dim() >= 2 else None
+    def _scale(self, p: Tensor) -> Tensor | float:
+        # 1.0 where nothing is scaled: the copies multiply by it all the same.
+        return p.abs() + ETA if self.adaptive and p.dim() >= 2 else 1.0
 
     @torch.no_grad()
     def first_step(self) -> None:
-        norms = []
-        for p in self.params:
-            if p.grad is None:
-                continue
-            t = self._scale(p)
-            norms.append((p.grad if t is None else t.mul_(p.grad)).norm(p=2))
+        device = self.params[0].device
+        norms = [(self._scale(p) * p.grad).norm(p=2).to(device) for p in self.params if p.grad is not None]
         scale = self.rho / (torch.norm(torch.stack(norms), p=2) + PERTURB_EPS)
         for p in self.params:
             if p.grad is None:
                 continue
-            t = self._scale(p)
-            e_w = p.grad * scale if t is None else t.square_().mul_(p.grad).mul_(scale)
+            e_w = self._scale(p) ** 2 * p.grad * scale.to(p)
             self.saved[p] = p.data.clone()
             p.add_(e_w)
 

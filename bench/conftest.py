@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .measure import copy_bandwidth, environment
+from .measure import Copy, environment
 from .shapes import SHAPES, Shape, tiny
 
 
@@ -20,14 +20,14 @@ class Settings:
 
     Args:
         shapes: the rows' shapes by name.
-        compile_all: time torch.compile in every row, not only in SAM with SGD.
+        every: time the rows that are left out for their minutes, too.
         budget: seconds for the rounds of one measurement.
         rounds: at least so many.
     """
 
     quick: bool
     shapes: dict[str, list[Shape]]
-    compile_all: bool
+    every: bool
     budget: float
     rounds: int
 
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sharpkern")
     group.addoption("--quick", action="store_true", help="tiny shapes and few rounds: does it run at all")
     group.addoption("--shapes", default="", help=f"comma-separated, of {', '.join(SHAPES)}; default: all")
-    group.addoption("--compile", action="store_true", help="torch.compile in every row: many minutes of compilation")
+    group.addoption("--every", action="store_true", help="leave no row out for its minutes")
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -48,15 +48,15 @@ def settings_of(config: pytest.Config) -> Settings:
     names = [name for name in config.getoption("--shapes").split(",") if name] or list(SHAPES)
     if unknown := set(names) - set(SHAPES):
         raise pytest.UsageError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
-    everywhere = bool(config.getoption("--compile"))
+    every = bool(config.getoption("--every"))
     if config.getoption("--quick"):
-        return Settings(True, {"tiny": tiny()}, everywhere, budget=0.01, rounds=3)
-    return Settings(False, {name: SHAPES[name]() for name in names}, everywhere, budget=1.0, rounds=4)
+        return Settings(True, {"tiny": tiny()}, every, budget=0.01, rounds=3)
+    return Settings(False, {name: SHAPES[name]() for name in names}, every, budget=0.7, rounds=4)
 
 
 def _command(config: pytest.Config) -> str:
     """The command to repeat the run, without paths."""
-    words = ["python -m bench", *(f"--{flag}" for flag in ("quick", "compile") if config.getoption(f"--{flag}"))]
+    words = ["python -m bench", *(f"--{flag}" for flag in ("quick", "every") if config.getoption(f"--{flag}"))]
     if config.getoption("--shapes"):
         words.append(f"--shapes {config.getoption('--shapes')}")
     return " ".join(words)
@@ -74,9 +74,9 @@ def settings(request: pytest.FixtureRequest) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def copy_rate(settings: Settings) -> float:
-    """Bytes a second of a plain copy in this run."""
-    return copy_bandwidth(1_000_000) if settings.quick else copy_bandwidth()
+def copier(settings: Settings) -> Copy:
+    """The plain copy that every row measures anew: a machine's bandwidth may change during a run."""
+    return Copy(1_000_000) if settings.quick else Copy()
 
 
 @pytest.fixture(autouse=True)

@@ -66,9 +66,9 @@ _TORCH = {"sgd": 44, "adamw": 80}
 # torch.optim with fused=True: reads w, g and the state, writes w and the state.
 _TORCH_FUSED = {"sgd": 20, "adamw": 28}
 
-# SAM: norm 4, g * scale 8, clone 8, add 12. ASAM: |w| + eta 16, times g 12, norm 4; again |w| + eta 16, square 8,
-# times g 12, times scale 8, clone 8, add 12. The restore swaps a pointer.
-_LOOP = {"sam": 32, "asam": 96}
+# SAM: 1.0 * g 8, its norm 4; 1.0 * g 8, times scale 8, clone 8, add 12. ASAM: |w| + eta 16, times g 12, norm 4;
+# again |w| + eta 16, square 8, times g 12, times scale 8, clone 8, add 12. The restore swaps a pointer.
+_LOOP = {"sam": 48, "asam": 96}
 
 # SAM: norm 4, backup 8, add with scale 12. ASAM: |w| + eta 16, times g 12, norm 4, times T 12, backup 8, add 12.
 _FOREACH = {"sam": 24, "asam": 64}

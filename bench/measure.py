@@ -109,12 +109,18 @@ def host_us(contender: str, shapes: Sequence[Shape], algorithm: Algorithm, base:
     return 1e6 * statistics.median(time_once(lambda: step(optimizer)) for _ in range(rounds))
 
 
-def copy_bandwidth(elements: int = COPY_ELEMENTS) -> float:
-    """Bytes a second of ``dst.copy_(src)``, 8 bytes a float32 element: what memory gives to one plain pass."""
-    src, dst = torch.ones(elements), torch.zeros(elements)
-    for _ in range(3):
-        dst.copy_(src)
-    return 8 * elements / statistics.median(time_once(lambda: dst.copy_(src)) for _ in range(15))
+class Copy:
+    """``dst.copy_(src)``, 8 bytes a float32 element: what memory gives to one plain pass."""
+
+    def __init__(self, elements: int = COPY_ELEMENTS) -> None:
+        self.src, self.dst = torch.ones(elements), torch.zeros(elements)
+
+    def bandwidth(self) -> float:
+        """Bytes a second: the median after warm-up."""
+        for _ in range(2):
+            self.dst.copy_(self.src)
+        seconds = statistics.median(time_once(lambda: self.dst.copy_(self.src)) for _ in range(7))
+        return 8 * self.src.numel() / seconds
 
 
 def _version(package: str) -> str | None:

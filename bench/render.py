@@ -90,9 +90,9 @@ def _environment(results: dict[str, Any]) -> list[str]:
         f"{env['device']}, {env['cores']} cores, {env['threads']} threads; {versions}; "
         f"commit {env['commit']}; {env['date']}; `{env['command']}`"
     )
-    copies = {b["extra_info"].get("copy_gb_per_s") for b in results["benchmarks"]} - {None}
-    if copies:
-        line += f"; a copy of 100 MB: {max(copies):.1f} GB/s"
+    rates = [b["extra_info"]["copy_gb_per_s"] for b in results["benchmarks"] if "copy_gb_per_s" in b["extra_info"]]
+    if rates:
+        line += f"; a copy of 102 MB, beside each row: {min(rates):.1f} to {max(rates):.1f} GB/s"
     left_out = [f"Left out: {reason}." for reason in env.get("left_out", [])]
     return [line + ".", *(line for reason in left_out for line in ("", reason))]
 

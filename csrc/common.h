@@ -35,7 +35,7 @@ struct Row {
   int64_t numel;
   int64_t group;   // row of the group tables
   int64_t scaled;  // 1: T_w = |w| + eta; 0: T_w = 1
-  int64_t backup;  // 1: the flat backup, not the parameter, holds the weights
+  int64_t backup;  // nonzero: the flat backup, not the parameter, holds the weights
   int64_t reserved;
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
@@ -190,7 +190,8 @@ struct Norms {
 
 // torch.nn.utils.clip_grad_norm_'s factor.
 inline double clip_factor(double norm, double max_norm) {
-  return std::isinf(max_norm) ? 1.0 : std::min(1.0, max_norm / (norm + 1e-6));
+  const double factor = max_norm / (norm + 1e-6);
+  return std::isinf(max_norm) || factor > 1.0 ? 1.0 : factor;  // a NaN norm gives NaN, as torch does
 }
 
 }  // namespace sharpkern

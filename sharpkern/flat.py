@@ -27,6 +27,8 @@ _gather = torch.ops.sharpkern.gather.default
 
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in any order of dimensions and without overlap."""
+    if t.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size != 1):
         if stride != expected:
@@ -37,6 +39,8 @@ def is_dense(t: Tensor) -> bool:
 
 def overlaps(t: Tensor) -> bool:
     """Whether two elements share memory, as in an expanded tensor."""
+    if t.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size > 1):
         if stride <= reach:
@@ -109,47 +113,51 @@ class FlatBuffers:
         table[:, schema.GROUP] = torch.tensor(self.groups)
         table[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64)
         self.table = table
-        dim = max(p.dim() for p in self.params)
-        self._layout = torch.tensor(
-            [[s.dim(), *s.size(), *s.stride(), *([0] * 2 * (dim - s.dim()))] for s in self.segments],
-            dtype=torch.int64,
-        )
+        self._grad_column = table[:, schema.GRAD]
+        self._backup_column = table[:, schema.BACKUP]
+        self._layout = _layouts(self.segments)
         self._status = torch.zeros(2, dtype=torch.int64)
+        self._missing = 0  # parameters without a gradient in the last pass
         self.partials = torch.zeros(-(-size // schema.CHUNK), dtype=torch.float64, device=self.device)
         self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         if flatten:
             self._flatten()
-        self._addresses = self._current_addresses()
         self._meta = [_meta(p) for p in self.params]
+        # Where the parameters lie: gather, turned on them, finds their addresses and checks their layouts.
+        self._param_layout = _layouts(self.params)
+        self._found = torch.zeros_like(table)
+        self._found_status = torch.zeros(2, dtype=torch.int64)
+        self._addresses = self._locate().clone()
         self._point()
 
     # Where the weights are.
 
-    def _current_addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.params))
+    def _locate(self) -> Tensor:
+        """Addresses of the parameters now; MISMATCH for one whose dtype, shape or strides changed."""
+        _gather(self._found, self._found_status, self.params, self._param_layout, dtype=self.dtype)
+        return self._found[:, schema.GRAD]
 
     def _point(self) -> None:
-        for name, p, address in zip(self.names, self.params, self._addresses, strict=True):
-            if p.numel() and not address:
-                raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
         self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments])
 
     def attached(self) -> bool:
         """Whether this layout still serves its parameters; follows those that merely moved.
 
         False when one changed device, dtype, shape or strides, or left the flat buffer: a new layout is due.
+
+        Raises:
+            RuntimeError: for a parameter whose storage was freed.
         """
-        addresses = self._current_addresses()
-        if addresses == self._addresses:
+        addresses = self._locate()
+        if torch.equal(addresses, self._addresses):
             return True
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.numel() and p.layout == torch.strided and not p.data_ptr():
+                raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
         if self.flat_params is not None or [_meta(p) for p in self.params] != self._meta:
             return False
-        before, self._addresses = self._addresses, addresses
-        try:
-            self._point()
-        except RuntimeError:
-            self._addresses = before
-            raise
+        self._addresses = addresses.clone()
+        self._point()
         return True
 
     # One pass.
@@ -164,14 +172,15 @@ class FlatBuffers:
         none = self._none
         grads = [none if (g := p.grad) is None else g for p in self.params]
         _gather(self.table, self._status, grads, self._layout, dtype=self.dtype)
-        if self._status[0].item():
+        mismatches, self._missing = self._status.tolist()
+        if mismatches:
             self._copy_mismatches(grads, error)
         for p, segment in self._copies:
             segment.copy_(p)
         self.grads = grads
 
     def _copy_mismatches(self, grads: list[Tensor], error: Callable[[str, Tensor], Exception]) -> None:
-        for i in (self.table[:, schema.GRAD] == schema.MISMATCH).nonzero().flatten().tolist():
+        for i in (self._grad_column == schema.MISMATCH).nonzero().flatten().tolist():
             grad, segment = grads[i], self.segments[i]
             if grad.layout != torch.strided or grad.size() != segment.size():
                 raise error(self.names[i], grad)
@@ -182,21 +191,22 @@ class FlatBuffers:
 
     def mark_perturbed(self) -> None:
         """From here on the backup holds the weights of every parameter with a gradient in this pass."""
-        self.table[:, schema.BACKUP] = self.table[:, schema.GRAD] != 0
+        # Any nonzero number marks a row, and an address is one.
+        self._backup_column.copy_(self._grad_column)
 
     def written(self) -> None:
         """After a kernel wrote weights through the table: tell autograd, which could not see it."""
         for p, segment in self._copies:
             p.copy_(segment)
         params = self.params
-        if self._status[1].item():
-            touched = ((self.table[:, schema.GRAD] != 0) | (self.table[:, schema.BACKUP] != 0)).tolist()
+        if self._missing:
+            touched = ((self._grad_column != 0) | (self._backup_column != 0)).tolist()
             params = [p for p, t in zip(params, touched, strict=True) if t]
         torch.autograd.graph.increment_version(params)
 
     def finish(self) -> None:
         """After the last pass of a step: no gradient is held, no backup is in use."""
-        self.table[:, schema.BACKUP] = 0
+        self._backup_column.zero_()
         self.grads = []
 
     @property
@@ -245,7 +255,7 @@ class FlatBuffers:
         self.flat_grads = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for i, p in enumerate(self.params):
             view = self._slot(self.flat_params, i)
-            view.copy_(p)
+            view.copy_(p.detach())
             p.data = view
         self._make_grad_views()
         for p, view in zip(self.params, self._grad_views, strict=True):
@@ -283,8 +293,15 @@ class FlatBuffers:
                 p.grad = grad.clone()
         self.flat_params = self.flat_grads = None
         self._grad_views = []
-        self._addresses = self._current_addresses()
+        self._addresses = self._locate().clone()
         self._point()
+
+
+def _layouts(tensors: Sequence[Tensor]) -> Tensor:
+    """What gather compares with: a row [dim, sizes..., strides...] a tensor, filled up with zeros."""
+    dim = max(t.dim() for t in tensors)
+    rows = [[t.dim(), *t.size(), *t.stride(), *([0] * 2 * (dim - t.dim()))] for t in tensors]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _meta(p: Tensor) -> tuple[object, ...]:

@@ -45,6 +45,7 @@ void run(
     const Rows& rows, const Tensor& backup, const Tensor& counters, const double* radius, const Tensor& sq,
     bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Norms norms(sq);
+  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   const bool skip = skip_nonfinite && !norms.finite;
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -72,7 +73,6 @@ void run(
       }
     });
   });
-  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   if (count != nullptr) {
     count[0] += 1;
     count[1] += 1;

@@ -33,6 +33,7 @@ struct Descent {
   void run(ScalarType dtype, Update&& update, Counts&& counts) const {
     float* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
     STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
+    auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
     T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
     for (const Row& row : rows) {
       STD_TORCH_CHECK(row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
@@ -50,7 +51,6 @@ struct Descent {
       }
     });
     if (skip) {
-      auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
       if (count != nullptr) {
         count[2] += 1;
       }

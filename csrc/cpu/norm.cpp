@@ -5,35 +5,34 @@
 namespace sharpkern::cpu {
 namespace {
 
-// 64 independent sums, in the arithmetic type: enough for two full vectors in flight on any machine,
-// short enough (256 terms each in a chunk) to lose nothing, and independent of alignment.
+// 64 independent sums a chunk, in the arithmetic type: enough for two full vectors in flight on any
+// machine, short enough (256 terms each) to lose nothing, and independent of alignment.
+template <class T>
+using Sums = arithmetic_t<T>[kBlock];
+
 template <class T, bool kScaled>
-SK_CLONES double sum_of_squares(const T* w, const T* g, int64_t n, arithmetic_t<T> eta) {
+SK_INLINE arithmetic_t<T> squared(T w, T g, arithmetic_t<T> eta) {
   using A = arithmetic_t<T>;
-  alignas(64) A sums[kBlock] = {};
+  A a = static_cast<A>(g);
+  if constexpr (kScaled) {
+    a *= adaptive_scale(static_cast<A>(w), eta);
+  }
+  return a * a;
+}
+
+template <class T, bool kScaled>
+SK_CLONES void add_squares(Sums<T>& sums, const T* w, const T* g, int64_t n, arithmetic_t<T> eta) {
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
 #pragma omp simd
     for (int64_t j = 0; j < kBlock; ++j) {
-      A a = static_cast<A>(g[i + j]);
-      if constexpr (kScaled) {
-        a *= adaptive_scale(static_cast<A>(w[i + j]), eta);
-      }
-      sums[j] += a * a;
+      sums[j] += squared<T, kScaled>(kScaled ? w[i + j] : g[i + j], g[i + j], eta);
     }
   }
-  for (int64_t j = 0; i < n; ++i, ++j) {
-    A a = static_cast<A>(g[i]);
-    if constexpr (kScaled) {
-      a *= adaptive_scale(static_cast<A>(w[i]), eta);
-    }
-    sums[j] += a * a;
+#pragma omp simd
+  for (int64_t j = 0; j < n - i; ++j) {
+    sums[j] += squared<T, kScaled>(kScaled ? w[i + j] : g[i + j], g[i + j], eta);
   }
-  double total = 0;
-  for (int64_t j = 0; j < kBlock; ++j) {
-    total += static_cast<double>(sums[j]);
-  }
-  return total;
 }
 
 void reduce(
@@ -46,9 +45,9 @@ void reduce(
   STD_TORCH_CHECK(partial != nullptr || chunks == 0, "sharpkern: partials is empty");
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    torch::stable::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, chunks, kGrain, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        double sum = 0;
+        alignas(64) Sums<T> sums = {};
         walk(rows, chunk * kChunk, (chunk + 1) * kChunk, [&](int64_t i, int64_t offset, int64_t, int64_t n) {
           const Row& row = rows[i];
           if (row.grad == 0) {
@@ -56,11 +55,15 @@ void reduce(
           }
           const T* g = at<T>(row.grad, offset);
           if (radius != nullptr && row.scaled != 0) {
-            sum += sum_of_squares<T, true>(at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
+            add_squares<T, true>(sums, at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
           } else {
-            sum += sum_of_squares<T, false>(nullptr, g, n, 0);
+            add_squares<T, false>(sums, nullptr, g, n, 0);
           }
         });
+        double sum = 0;
+        for (const auto x : sums) {
+          sum += static_cast<double>(x);
+        }
         partial[chunk] = sum;
       }
     });

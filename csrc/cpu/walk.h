@@ -26,6 +26,10 @@ constexpr int64_t kBlock = 64;
 // otherwise be read before it is written (+4 bytes an fp32 element) and be gone before its next use.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
+// Chunks a thread gets at least: a quarter of a million elements, some 50 us of work. Less is not worth
+// waking a thread for, and on a busy machine waiting for it takes far longer than the work.
+constexpr int64_t kGrain = 16;
+
 template <class T>
 bool stream(const Rows& rows) {
 #if defined(SK_X86)

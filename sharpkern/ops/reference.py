@@ -31,7 +31,7 @@ def _wide(t: Tensor) -> Tensor:
 
 def _slot(buffer: Tensor, like: Tensor, row: Row) -> Tensor:
     """The view of a flat buffer that belongs to a parameter: the parameter's own shape and strides."""
-    return buffer.as_strided(like.size(), like.stride(), row[SLOT])
+    return buffer.as_strided(like.size(), like.stride(), buffer.storage_offset() + row[SLOT])
 
 
 def _has_grad(param: Tensor, grad: Tensor) -> bool:
@@ -54,7 +54,7 @@ def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tenso
                     for size, have, want in zip(grad.size(), grad.stride(), expected[dim : 2 * dim], strict=True)
                 )
             ):
-                address = grad.data_ptr()
+                address = grad.data_ptr() or MISMATCH
         addresses.append(address)
     table[:, GRAD] = torch.tensor(addresses, dtype=torch.int64)
     status.copy_(torch.tensor([addresses.count(MISMATCH), addresses.count(0)]))

@@ -35,7 +35,7 @@ SLOT = 2  # first element in the flat buffers
 NUMEL = 3
 GROUP = 4  # row of the group tables
 SCALED = 5  # 1: T_w = |w| + eta; 0: T_w = 1
-BACKUP = 6  # 1: the weights are in the backup
+BACKUP = 6  # nonzero: the weights are in the backup
 COLUMNS = 8
 
 MISMATCH = -1

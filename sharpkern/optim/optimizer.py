@@ -241,12 +241,10 @@ class TwoPassOptimizer(Optimizer):
     def _scaled_key(self) -> tuple[Any, ...]:
         return ()
 
-    def _ready(self) -> None:
-        """Notice whatever the user moved, froze, loaded or added since the last pass."""
+    def _members_changed(self) -> bool:
         groups = self.param_groups
-        stale = (
-            not self._laid_out
-            or len(groups) != len(self._members)
+        return (
+            len(groups) != len(self._members)
             or not all(
                 len(group["params"]) == len(members) and all(map(operator.is_, group["params"], members))
                 for group, members in zip(groups, self._members, strict=True)
@@ -254,6 +252,11 @@ class TwoPassOptimizer(Optimizer):
             or self._scaled_for != self._scaled_key()
             or any(p.requires_grad or p.grad is not None for p in self._idle)
         )
+
+    def _ready(self) -> None:
+        """Notice whatever the user moved, froze, loaded or added since the last pass."""
+        # Between two passes the members stay: whatever was perturbed has to be found again.
+        stale = not self._laid_out or (self._pending is None and self._members_changed())
         attached = [flat.attached() for flat in self._flat]
         if stale or not all(attached):
             self._lay_out()
@@ -468,6 +471,7 @@ class TwoPassOptimizer(Optimizer):
             self._put_back()
         self._finish()
 
+    @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
         if not self._flatten or not self._flat:

@@ -1,0 +1,371 @@
+"""What the tests of the ops and of the flat layer share: memory with guards, layouts of parameters, options."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import sharpkern as sk
+from sharpkern.ops import schema
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BACKENDS = sk.available_backends()
+
+# Elements around every tensor that nothing may write to; a multiple of 64 bytes in every dtype.
+GUARD = 64
+# In the guards of what is written. Finite: NaN + x has the bits of NaN, and a stray write would not show.
+SENTINEL = 768.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test asks for more where it wants them: OpenMP's threads spin, and crawl on a machine that is in use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def dtype_id(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+class Form(NamedTuple):
+    """How an op is called: on which backend, with lists of tensors or with addresses in the table."""
+
+    backend: str
+    addressed: bool
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{'addresses' if self.addressed else 'lists'}"
+
+
+FORMS = [Form(backend, addressed) for backend in BACKENDS for addressed in (False, True)[: 1 + (backend == "cpp")]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One parameter of a layout."""
+
+    shape: tuple[int, ...]
+    order: str = "contiguous"  # or channels_last, transposed
+    offset: int = 0  # elements from the weights' 64-byte boundary to the weights, and half of it for the gradient
+    grad: bool = True
+    group: int = 0
+    scaled: bool = True
+    backed: bool = True
+
+
+LENGTHS = [1, 2, 15, 63, 64, 65, 127, 16383, 16384, 16385, 40000]
+
+LAYOUTS: dict[str, list[Spec]] = {
+    **{f"n{n}": [Spec((n,))] for n in LENGTHS},
+    "lengths": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(LENGTHS)],
+    "unaligned": [Spec((n,), offset=1 + 2 * (i % 3), backed=i % 3 != 0) for i, n in enumerate(LENGTHS)],
+    "empty": [
+        Spec((0,)),
+        Spec(()),
+        Spec((3, 0, 2), backed=False),
+        Spec((5,), offset=1),
+        Spec((0, 4)),
+        Spec((), group=2, backed=False),
+        Spec((0,)),
+    ],
+    "many": [
+        Spec((1 + 7 * i % 50,), offset=i % 3, grad=i % 7 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 5 != 2)
+        for i in range(300)
+    ],
+    "no_gradient": [
+        Spec((70,), grad=False),
+        Spec((20000,), grad=False, backed=False),
+        Spec((65,), group=1),
+        Spec((20000,), grad=False, group=1),
+        Spec((), grad=False),
+    ],
+    "strided": [
+        Spec((2, 8, 3, 5), "channels_last"),
+        Spec((37, 91), "transposed", offset=1, group=1),
+        Spec((1, 16, 1, 1), "channels_last", backed=False),
+        Spec((129, 131), "transposed", group=2, scaled=False),
+        Spec((2, 3, 4)),
+    ],
+}
+
+
+def big(dtype: torch.dtype) -> list[Spec]:
+    """More than 8 MiB a buffer, where the CPU's kernels store around the cache: walk.h, kStreamBytes."""
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    n = (9 << 20) // itemsize
+    parts = [n // 2 + 1, 63, n // 4 + 37, 1, n // 8 - 5]
+    rest = n - sum(parts)
+    return [
+        Spec((parts[0],), group=0),
+        Spec((parts[1],), offset=1, group=1),
+        Spec((parts[2],), offset=3, group=2),  # unaligned weights
+        Spec((parts[3],), backed=False),
+        Spec((parts[4],), group=1, scaled=False, backed=False),
+        Spec((rest // 2,), grad=False),
+        Spec((rest - rest // 2,), offset=16 // itemsize, group=2),  # 16 bytes off: enough for SSE, not for a line
+    ]
+
+
+INF, NAN = math.inf, math.nan
+
+# Rows of ``radius``: rho, eta. The second one is what maximize=True hands over.
+RADIUS = [[0.5, 0.1], [-0.3, 0.0], [1.0, 0.7]]
+
+_SGD = {"lr": 0.3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": 0.0, "maximize": 0.0}
+_ADAM = {
+    "lr": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": 0.0,
+    "maximize": 0.0,
+    "decoupled_weight_decay": 0.0,
+}
+
+SGD_OPTIONS: dict[str, dict[str, float]] = {
+    name: _SGD | changed
+    for name, changed in {
+        "plain": {},
+        "weight_decay": {"weight_decay": 0.2},
+        "maximize": {"maximize": 1.0},
+        "maximize_weight_decay": {"maximize": 1.0, "weight_decay": 0.2},
+        "momentum": {"momentum": 0.9},
+        "dampening": {"momentum": 0.9, "dampening": 0.4},
+        "nesterov": {"momentum": 0.9, "nesterov": 1.0},
+        "everything": {"momentum": 0.8, "nesterov": 1.0, "weight_decay": 0.2, "maximize": 1.0},
+        "dampened_weight_decay": {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.2},
+    }.items()
+}
+ADAM_OPTIONS: dict[str, dict[str, float]] = {
+    name: _ADAM | changed
+    for name, changed in {
+        "adam": {},
+        "eps": {"eps": 0.5},
+        "betas": {"beta1": 0.0, "beta2": 0.5},
+        "weight_decay": {"weight_decay": 0.2},
+        "decoupled": {"weight_decay": 0.5, "decoupled_weight_decay": 1.0},
+        "amsgrad": {"amsgrad": 1.0, "beta2": 0.6},
+        "maximize": {"maximize": 1.0},
+        "everything": {"weight_decay": 0.2, "amsgrad": 1.0, "beta2": 0.6, "maximize": 1.0},
+        "everything_decoupled": {
+            "weight_decay": 0.5,
+            "amsgrad": 1.0,
+            "beta2": 0.6,
+            "maximize": 1.0,
+            "decoupled_weight_decay": 1.0,
+        },
+    }.items()
+}
+
+# Three groups with values of their own, for the layouts.
+VALUES = {
+    "sgd": [SGD_OPTIONS[name] for name in ("everything", "weight_decay", "dampened_weight_decay")],
+    "adam": [ADAM_OPTIONS[name] for name in ("everything", "everything_decoupled", "betas")],
+}
+STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+
+
+def table_of(op: str, options: list[dict[str, float]]) -> Tensor:
+    """The argument ``values`` of a rule."""
+    columns = {"sgd": schema.SGD, "adam": schema.ADAM}[op]
+    return torch.tensor([[group[column] for column in columns] for group in options], dtype=torch.float64)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's bits as integers: equal for equal NaN, different for 0 and -0."""
+    if not t.dtype.is_floating_point:
+        return t
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.size() == b.size() and torch.equal(bits(a), bits(b))
+
+
+class Memory:
+    """Tensors inside bigger ones, and a check that nothing around them changed."""
+
+    def __init__(self) -> None:
+        self._guards: list[tuple[str, Tensor, Tensor, Tensor]] = []
+
+    def place(self, name: str, values: Tensor, offset: int = 0, guard: float = SENTINEL) -> Tensor:
+        """A copy of a dense tensor with its strides, ``offset`` elements after a 64-byte boundary."""
+        base = torch.full((2 * GUARD + offset + values.numel(),), guard, dtype=values.dtype)
+        view = base.as_strided(values.size(), values.stride(), GUARD + offset)
+        assert view.numel() == 0 or (view.data_ptr() % 64 == 0) == (offset * values.element_size() % 64 == 0)
+        self._guard(name, base, [view])
+        view.copy_(values)
+        return view
+
+    def flat(self, name: str, size: int, rows: list[Tensor], slots: list[int]) -> Tensor:
+        """A flat buffer with ``rows`` in its slots; padding and surroundings are guarded."""
+        base = torch.full((2 * GUARD + size,), SENTINEL, dtype=rows[0].dtype)
+        views = [base.as_strided(r.size(), r.stride(), GUARD + slot) for r, slot in zip(rows, slots, strict=True)]
+        self._guard(name, base, views)
+        for view, row in zip(views, rows, strict=True):
+            view.copy_(row)
+        return base[GUARD : GUARD + size]
+
+    def _guard(self, name: str, base: Tensor, views: list[Tensor]) -> None:
+        guarded = torch.ones(base.numel(), dtype=torch.bool)
+        for view in views:
+            guarded.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(False)
+        where = guarded.nonzero().flatten()
+        self._guards.append((name, base, where, bits(base)[where]))
+
+    def check(self) -> None:
+        for name, base, where, expected in self._guards:
+            wrong = where[bits(base)[where] != expected]
+            assert wrong.numel() == 0, f"{name}: memory outside was written, at {wrong[:8].tolist()} of {base.numel()}"
+
+
+class Problem:
+    """Parameters, gradients and flat buffers of one layout, with everything an op may want.
+
+    Weights, backup and state hold different random numbers, none of them 0: an op that reads the wrong one
+    gives wrong numbers. Gradients are bounded away from 0 and finite; the backup of a row that has none is NaN.
+    State is there for ``op``, or for every op.
+    """
+
+    def __init__(self, specs: list[Spec], dtype: torch.dtype, op: str | None = None) -> None:
+        self.specs = specs
+        self.dtype = dtype
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.memory = Memory()
+        self._random = torch.Generator().manual_seed(0)
+        ends = list(itertools.accumulate(-(-math.prod(spec.shape) // 32) * 32 for spec in specs))
+        self.slots = [0, *ends[:-1]]
+        self.size = ends[-1]
+
+        weights = [self._fresh(spec, dtype, 0.1, 2.0) for spec in specs]
+        self.params = [
+            self.memory.place(f"params[{i}]", w, spec.offset)
+            for i, (w, spec) in enumerate(zip(weights, specs, strict=True))
+        ]
+        self.grads: list[Tensor] = []
+        self.new_gradients()
+        self.slots_of: dict[str, list[Tensor]] = {}
+        self.buffers: dict[str, Tensor] = {}
+        backups = [self._fresh(spec, dtype, 0.1, 2.0) for spec in specs]
+        for backup, spec in zip(backups, specs, strict=True):
+            if not spec.backed:
+                backup.fill_(NAN)
+        self._buffer("backup", backups)
+        for name in STATE.get(op, ()) if op else (*STATE["sgd"], *STATE["adam"]):
+            rows = [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs]
+            self._buffer(name, [row.abs() for row in rows] if name.endswith("sq") else rows)
+        # Rows that never stepped and rows that did.
+        self.step = self.memory.place("step", torch.arange(len(specs), dtype=torch.float32).remainder(4))
+        self.counters = self.memory.place("counters", torch.tensor([10, 20, 30]))
+
+    def _fresh(self, spec: Spec, dtype: torch.dtype, low: float, high: float) -> Tensor:
+        shape = spec.shape[::-1] if spec.order == "transposed" else spec.shape
+        values = torch.empty(shape).uniform_(low - high, high - low, generator=self._random)
+        values = (values + values.sign() * low).to(dtype)  # magnitude in [low, high]
+        if spec.order == "transposed":
+            return values.t()
+        if spec.order == "channels_last":
+            return values.contiguous(memory_format=torch.channels_last)
+        return values
+
+    def _buffer(self, name: str, rows: list[Tensor]) -> None:
+        flat = self.memory.flat(name, self.size, rows, self.slots)
+        self.buffers[name] = flat
+        self.slots_of[name] = [
+            flat.as_strided(row.size(), row.stride(), flat.storage_offset() + slot)
+            for row, slot in zip(rows, self.slots, strict=True)
+        ]
+
+    def new_gradients(self) -> None:
+        """Other gradients, in other memory. Around them is NaN: what reads there shows it in its result."""
+        self.grads = [
+            self.memory.place(f"grads[{i}]", self._fresh(spec, self.dtype, 0.5, 2.0), spec.offset // 2, guard=NAN)
+            if self.has_grad(spec)
+            else torch.empty(0, dtype=self.dtype)
+            for i, spec in enumerate(self.specs)
+        ]
+
+    @staticmethod
+    def has_grad(spec: Spec) -> bool:
+        return spec.grad and math.prod(spec.shape) > 0
+
+    def table(self, addressed: bool) -> Tensor:
+        """With addresses, or without any: an op that was handed lists must not look at them."""
+        rows = [
+            [
+                p.data_ptr() if addressed else 0,
+                g.data_ptr() if addressed and g.numel() else 0,
+                slot,
+                p.numel(),
+                spec.group,
+                int(spec.scaled),
+                int(spec.backed) << 40,  # any number but 0
+                0,
+            ]
+            for p, g, slot, spec in zip(self.params, self.grads, self.slots, self.specs, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def layout(self) -> Tensor:
+        """gather's argument."""
+        dim = max(len(spec.shape) for spec in self.specs)
+        rows = [[p.dim(), *p.size(), *p.stride(), *([0] * 2 * (dim - p.dim()))] for p in self.params]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def arguments(self, op: str, addressed: bool = False, **given: Any) -> dict[str, Any]:
+        """Arguments of an op by the names of its schema, ``given`` first."""
+        have: dict[str, Any] = {
+            "params": [] if addressed else self.params,
+            "grads": [] if addressed else self.grads,
+            "table": self.table(addressed),
+            "partials": torch.full((-(-self.size // schema.CHUNK),), NAN, dtype=torch.float64),
+            "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
+            "radius": torch.tensor(RADIUS, dtype=torch.float64),
+            "eps": 1e-12,
+            "max_norm": INF,
+            "skip_nonfinite": False,
+            "dtype": self.dtype,
+            "step": self.step,
+            "counters": self.counters,
+            **self.buffers,
+        }
+        if op in VALUES:
+            have["values"] = table_of(op, VALUES[op])
+        if op.startswith("norm"):
+            have["sq"] = torch.full((), NAN, dtype=torch.float64)
+        if op == "gather":
+            have |= {"grads": self.grads, "status": torch.full((2,), -5), "layout": self.layout()}
+        have |= given
+        return {
+            argument.name: have[argument.name]
+            for argument in getattr(torch.ops.sharpkern, op).default._schema.arguments
+        }
+
+    def rows(self) -> dict[str, list[Tensor]]:
+        """Everything an op may change, as rows."""
+        return {
+            "params": self.params,
+            "grads": self.grads,
+            **self.slots_of,
+            "step": list(self.step.unbind()),
+            "counters": list(self.counters.unbind()),
+        }
+
+    def snapshot(self) -> dict[str, list[Tensor]]:
+        return {name: [t.clone() for t in rows] for name, rows in self.rows().items()}
+
+
+def call(op: str, form: Form, arguments: dict[str, Any]) -> None:
+    with sk.use_backend(form.backend):
+        getattr(torch.ops.sharpkern, op).default(**arguments)

@@ -1,0 +1,714 @@
+"""Every op under every backend and calling form, against its formula in float64 (written here, from the papers
+and torch.optim's documentation)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import (
+    ADAM_OPTIONS,
+    BACKENDS,
+    DTYPES,
+    FORMS,
+    INF,
+    LAYOUTS,
+    NAN,
+    RADIUS,
+    SGD_OPTIONS,
+    VALUES,
+    Form,
+    Problem,
+    Spec,
+    big,
+    bits,
+    call,
+    dtype_id,
+    same_bits,
+    table_of,
+)
+from torch import Tensor
+
+import sharpkern as sk
+from sharpkern.ops import backend, reference, schema
+
+one_thread = cases.one_thread
+
+Snapshot = dict[str, list[Tensor]]
+
+needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
+OPS = list(schema.SCHEMAS)
+ASCENTS = ["ascend", "ascend_scaled"]
+RULES = ["sgd", "adam"]
+MOVES = [*ASCENTS, "restore", *RULES]
+every_form = pytest.mark.parametrize("form", FORMS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+every_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+# The oracle.
+
+
+class Want:
+    """What each row should hold after a call. Rows that are not named keep their bits."""
+
+    def __init__(self, problem: Problem, before: Snapshot) -> None:
+        self.problem = problem
+        self.before = before
+        self.exact: dict[tuple[str, int], Tensor] = {}
+        self.close: dict[tuple[str, int], Tensor] = {}
+
+    def check(self) -> None:
+        """Tolerances. Numbers are of magnitude 8 at most, after fewer than ten roundings of the arithmetic type:
+        2 eps of 8 apiece is the absolute part. Half types round the result once more; that lands on a neighbour
+        of the oracle's when this error crosses a tie: eps, which is 1 to 2 ulp, of the result."""
+        self.problem.memory.check()
+        for name, rows in self.problem.rows().items():
+            for i, got in enumerate(rows):
+                where = f"{name}[{i}] {self.problem.specs[min(i, len(self.problem.specs) - 1)]}"
+                if (name, i) in self.close:
+                    expected = self.close[name, i]
+                    half = got.dtype in (torch.bfloat16, torch.float16)
+                    atol = 16 * torch.finfo(torch.float32 if half else got.dtype).eps
+                    rtol = torch.finfo(got.dtype).eps if half else 0.0
+                    if not torch.allclose(got.double(), expected, rtol=rtol, atol=atol, equal_nan=True):
+                        torch.testing.assert_close(
+                            got.double(),
+                            expected,
+                            rtol=rtol,
+                            atol=atol,
+                            equal_nan=True,
+                            msg=lambda m, w=where: f"{w}: {m}",
+                        )
+                else:
+                    expected = self.exact.get((name, i), self.before[name][i])
+                    assert same_bits(got, expected), f"{where}: expected {expected}, got {got}"
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.double()
+
+
+def squared_norm(problem: Problem, scaled: bool) -> float:
+    total = 0.0
+    for spec, w, g in zip(problem.specs, problem.params, problem.grads, strict=True):
+        if problem.has_grad(spec):
+            t = wide(w).abs() + RADIUS[spec.group][1] if scaled and spec.scaled else 1.0
+            total += (t * wide(g)).square().sum().item()
+    return total
+
+
+def finite(sq: Tensor) -> bool:
+    return bool(sq.sum(-1).isfinite().all())
+
+
+def expect_ascend(want: Want, arguments: dict[str, Any], scaled: bool) -> None:
+    """w + rho T_w^2 g / (||T_w g|| + eps), and w in the backup."""
+    norm = math.sqrt(arguments["sq"].sum(-1)[-1])
+    moves = finite(arguments["sq"]) or not arguments["skip_nonfinite"]
+    for i, spec in enumerate(want.problem.specs):
+        if want.problem.has_grad(spec):
+            w = want.before["params"][i]
+            want.exact["backup", i] = w
+            if moves:
+                rho, eta = arguments["radius"][spec.group].tolist()
+                t = wide(w).abs() + eta if scaled and spec.scaled else 1.0
+                g = wide(want.before["grads"][i])
+                want.close["params", i] = wide(w) + rho / (norm + arguments["eps"]) * t**2 * g
+    for k in (0, 1):
+        want.exact["counters", k] = want.before["counters"][k] + 1
+
+
+def expect_restore(want: Want) -> None:
+    for i, spec in enumerate(want.problem.specs):
+        if spec.backed:
+            want.exact["params", i] = want.before["backup"][i]
+
+
+def sgd_formula(v: dict[str, float], w: Tensor, g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    """torch.optim.SGD. ``state`` is replaced; ``t`` counts from 1."""
+    d = -g if v["maximize"] else g
+    d = d + v["weight_decay"] * w
+    if v["momentum"]:
+        b = d if t == 1 else v["momentum"] * state["momentum_buffer"] + (1 - v["dampening"]) * d
+        state["momentum_buffer"] = b
+        d = d + v["momentum"] * b if v["nesterov"] else b
+    return w - v["lr"] * d
+
+
+def adam_formula(v: dict[str, float], w: Tensor, g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    """torch.optim.Adam and AdamW."""
+    d = -g if v["maximize"] else g
+    if v["decoupled_weight_decay"]:
+        w = w - v["lr"] * v["weight_decay"] * w
+    else:
+        d = d + v["weight_decay"] * w
+    m = state["exp_avg"] = v["beta1"] * state["exp_avg"] + (1 - v["beta1"]) * d
+    s = state["exp_avg_sq"] = v["beta2"] * state["exp_avg_sq"] + (1 - v["beta2"]) * d * d
+    if v["amsgrad"]:
+        s = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], s)
+    m_hat, s_hat = m / (1 - v["beta1"] ** t), s / (1 - v["beta2"] ** t)
+    return w - v["lr"] * m_hat / (s_hat.sqrt() + v["eps"])
+
+
+FORMULAS = {"sgd": sgd_formula, "adam": adam_formula}
+
+
+def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[dict[str, float]]) -> None:
+    expect_restore(want)
+    squared = arguments["sq"].sum(-1)[-1].item()
+    clip = min(1.0, arguments["max_norm"] / (math.sqrt(squared) + 1e-6)) if arguments["max_norm"] < INF else 1.0
+    if arguments["skip_nonfinite"] and not finite(arguments["sq"]):
+        want.exact["counters", 2] = want.before["counters"][2] + 1
+        return
+    for i, spec in enumerate(want.problem.specs):
+        if not want.problem.has_grad(spec):
+            continue
+        v = options[spec.group]
+        w = wide(want.before["backup" if spec.backed else "params"][i])
+        state = {name: wide(want.before[name][i]) for name in cases.STATE[op]}
+        old = dict(state)
+        t = int(want.before["step"][i]) + 1
+        want.exact.pop(("params", i), None)
+        want.close["params", i] = FORMULAS[op](v, w, clip * wide(want.before["grads"][i]), state, t)
+        for name, value in state.items():
+            if value is not old[name]:
+                want.close[name, i] = value
+        if op == "adam" or v["momentum"]:
+            want.exact["step", i] = want.before["step"][i] + 1
+
+
+def run_and_check(
+    op: str, problem: Problem, form: Form, options: list[dict[str, float]] | None = None, **given: Any
+) -> None:
+    """Call an op that moves weights and compare everything that it could have changed."""
+    if options is not None:
+        given["values"] = table_of(op, options)
+    arguments = problem.arguments(op, form.addressed, **given)
+    want = Want(problem, problem.snapshot())
+    if op in ASCENTS:
+        expect_ascend(want, arguments, scaled=op == "ascend_scaled")
+    elif op == "restore":
+        expect_restore(want)
+    else:
+        expect_rule(want, op, arguments, options or VALUES[op])
+    call(op, form, arguments)
+    want.check()
+
+
+def run_norm(op: str, problem: Problem, form: Form, **given: Any) -> Tensor:
+    arguments = problem.arguments(op, form.addressed, **given)
+    before = problem.snapshot()
+    call(op, form, arguments)
+    Want(problem, before).check()
+    return arguments["sq"]
+
+
+def norm_tolerance(dtype: torch.dtype) -> float:
+    """A float32 sum adds a few hundred squares before it is widened, and the errors of 64 such sums a chunk are
+    independent: 1e-6 is 17 roundings in the same direction. Every square counts for more in these layouts.
+    In float64 the oracle adds up as many roundings as the op."""
+    return 1e-13 if dtype == torch.float64 else 1e-6
+
+
+# Values.
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("layout", ["n1", "n64", "n16385", *(name for name in LAYOUTS if not name[1:].isdigit())])
+@pytest.mark.parametrize("op", MOVES)
+def test_moves(op: str, layout: str, dtype: torch.dtype, form: Form) -> None:
+    # Clipped by half: the norm of the last pass is 2.
+    given = {"max_norm": 1.0} if op in RULES else {}
+    run_and_check(op, Problem(LAYOUTS[layout], dtype, op), form, **given)
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", ["norm", "norm_scaled"])
+def test_norms(op: str, layout: str, dtype: torch.dtype, form: Form) -> None:
+    problem = Problem(LAYOUTS[layout], dtype, op)
+    # As in an optimizer, sq is an element of a matrix; its neighbours stay.
+    norms = torch.full((2, 3), -1.0, dtype=torch.float64)
+    got = run_norm(op, problem, form, sq=norms[1, 2])
+    expected = squared_norm(problem, scaled=op == "norm_scaled")
+    assert got.item() == pytest.approx(expected, rel=norm_tolerance(dtype), abs=0)
+    assert (norms.flatten()[:-1] == -1).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(Form("cpp", False), torch.float32), *((Form("cpp", True), dtype) for dtype in DTYPES[:3])],
+    ids=["lists-float32", *(f"addresses-{dtype_id(dtype)}" for dtype in DTYPES[:3])],
+)
+@pytest.mark.parametrize("op", MOVES)
+def test_moves_in_big_buffers(op: str, dtype: torch.dtype, form: Form) -> None:
+    given = {"max_norm": 1.0} if op in RULES else {}
+    run_and_check(op, Problem(big(dtype), dtype, op), form, **given)
+
+
+@every_form
+@pytest.mark.parametrize("op", ["norm", "norm_scaled"])
+def test_norms_of_big_buffers(op: str, form: Form) -> None:
+    problem = Problem(big(torch.float32), torch.float32, op)
+    expected = squared_norm(problem, scaled=op == "norm_scaled")
+    assert run_norm(op, problem, form).item() == pytest.approx(expected, rel=norm_tolerance(torch.float32), abs=0)
+
+
+@every_form
+def test_norm_of_nothing_is_zero(form: Form) -> None:
+    problem = Problem([Spec((5,), grad=False), Spec((0,))], torch.float32)
+    assert run_norm("norm", problem, form).item() == 0
+    assert run_norm("norm_scaled", problem, form).item() == 0
+
+
+# Small, with a tail, two pieces of a block, an unaligned one, one without a backup and one without a gradient.
+SMALL = [
+    Spec((65,)),
+    Spec((3, 5), "transposed", offset=1, backed=False),
+    Spec((130,)),
+    Spec((7,), grad=False),
+    Spec((2, 3, 2, 2), "channels_last", grad=False, backed=False),
+]
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(
+    ("op", "option"), [("sgd", o) for o in SGD_OPTIONS] + [("adam", o) for o in ADAM_OPTIONS], ids=str
+)
+def test_options(op: str, option: str, dtype: torch.dtype, form: Form) -> None:
+    """Several steps from the first one on, each from the state that the one before left; unclipped, clipped, almost."""
+    options = [{"sgd": SGD_OPTIONS, "adam": ADAM_OPTIONS}[op][option]]
+    problem = Problem(SMALL, dtype, op)
+    problem.step.zero_()
+    # What the buffers hold before a first step counts for Adam (zeros, here) and not for SGD.
+    for name in cases.STATE["adam"] if op == "adam" else ():
+        for row in problem.slots_of[name]:
+            row.zero_()
+    for max_norm in (INF, 0.5, 2.1, INF):
+        run_and_check(op, problem, form, options, max_norm=max_norm)
+        problem.new_gradients()
+
+
+@every_form
+def test_buffers_that_no_group_uses_may_be_empty(form: Form) -> None:
+    none = torch.empty(0)
+    problem = Problem([Spec((65,), backed=False), Spec((3,), backed=False)], torch.float32)
+    run_and_check("sgd", problem, form, [SGD_OPTIONS["weight_decay"]], momentum_buffer=none, backup=none)
+    run_and_check("adam", problem, form, [ADAM_OPTIONS["adam"]], max_exp_avg_sq=none, backup=none)
+
+
+@every_form
+@pytest.mark.parametrize("op", [*ASCENTS, *RULES])
+def test_empty_counters_do_not_count(op: str, form: Form) -> None:
+    problem = Problem(SMALL, torch.float32)
+    other = problem.counters[:0]
+    arguments = problem.arguments(op, form.addressed, counters=other, skip_nonfinite=True)
+    arguments["sq"][0, 0] = INF
+    call(op, form, arguments)
+    problem.memory.check()
+    assert problem.counters.tolist() == [10, 20, 30]
+
+
+@every_form
+@pytest.mark.parametrize("op", ASCENTS)
+def test_eps_bounds_a_vanishing_norm(op: str, form: Form) -> None:
+    sq = torch.zeros(1, 1, dtype=torch.float64)
+    run_and_check(op, Problem(SMALL, torch.float32), form, sq=sq, eps=0.5)
+
+
+# Gradients that are not finite.
+
+
+@every_form
+@pytest.mark.parametrize("bad", [INF, -INF, NAN], ids=str)
+@pytest.mark.parametrize("op", ["norm", "norm_scaled"])
+def test_norm_meets_what_is_not_finite(op: str, bad: float, form: Form) -> None:
+    """At the first and last element, in the tail of a block, around the border of a chunk, in either tensor."""
+    problem = Problem([Spec((20000,)), Spec((67,), offset=2, scaled=False)], torch.float32)
+    assert run_norm(op, problem, form).isfinite()
+    for row, i in [(0, i) for i in (0, 63, 64, 16383, 16384, 19967, 19968, 19999)] + [(1, i) for i in (0, 63, 64, 66)]:
+        good = problem.grads[row][i].item()
+        problem.grads[row][i] = bad
+        assert not run_norm(op, problem, form).isfinite(), (row, i)
+        problem.grads[row][i] = good
+
+
+@every_form
+@pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e25), (torch.bfloat16, 1e25), (torch.float64, 1e200)])
+@pytest.mark.parametrize("op", ["norm", "norm_scaled"])
+def test_norm_overflows_to_infinity(op: str, dtype: torch.dtype, huge: float, form: Form) -> None:
+    problem = Problem([Spec((70,))], dtype)
+    problem.grads[0][69] = huge
+    assert run_norm(op, problem, form).item() == INF
+
+
+# Norms of two passes and two flat buffers, and whether they are finite.
+FINITE, IN_FIRST, IN_LAST, NAN_LAST, IN_SUM = (
+    [[2.0, 7.0], [1.5, 2.5]],
+    [[2.0, INF], [1.5, 2.5]],
+    [[2.0, 7.0], [INF, 2.5]],
+    [[2.0, 7.0], [1.5, NAN]],
+    [[1.5e308, 1.5e308], [1.5, 2.5]],
+)
+NORMS = {"finite": FINITE, "first": IN_FIRST, "last": IN_LAST, "nan": NAN_LAST, "sum": IN_SUM}
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("sq", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("op", [*ASCENTS, *RULES])
+def test_skip(op: str, sq: list[list[float]], dtype: torch.dtype, form: Form) -> None:
+    """With a norm that is not finite nothing moves beyond the backups; gradients full of NaN leave no trace."""
+    problem = Problem([*SMALL, Spec((16385,)), *LAYOUTS["no_gradient"]], dtype, op)
+    if sq is not FINITE:
+        for g in problem.grads:
+            g.fill_(NAN)
+    before = problem.snapshot()
+    norms = torch.tensor(sq, dtype=torch.float64)
+    run_and_check(op, problem, form, sq=norms, skip_nonfinite=True)
+    moved = not all(
+        same_bits(p, old["backup" if op in RULES and spec.backed else "params"])
+        for p, spec, old in zip(
+            problem.params,
+            problem.specs,
+            ({"params": p, "backup": b} for p, b in zip(before["params"], before["backup"], strict=True)),
+            strict=True,
+        )
+    )
+    assert moved == (sq is FINITE)
+
+
+@every_form
+@pytest.mark.parametrize("max_norm", [INF, 1.0], ids=["unclipped", "clip"])
+@pytest.mark.parametrize("sq", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("op", RULES)
+def test_rules_do_not_skip_unasked(op: str, sq: list[list[float]], max_norm: float, form: Form) -> None:
+    """The norm only clips then: by max_norm / inf = 0, or by NaN as torch's clip_grad_norm_ does."""
+    problem = Problem(SMALL, torch.float32)
+    norms = torch.tensor(sq, dtype=torch.float64)
+    if math.isnan(norms[1].sum()) and max_norm < INF:
+        call(op, form, problem.arguments(op, form.addressed, sq=norms, max_norm=max_norm))
+        assert all(p.isnan().all() for p, spec in zip(problem.params, SMALL, strict=True) if problem.has_grad(spec))
+    else:
+        run_and_check(op, problem, form, sq=norms, max_norm=max_norm)
+    assert problem.counters.tolist() == [10, 20, 30]
+
+
+@every_form
+@pytest.mark.parametrize("op", ASCENTS)
+def test_ascend_does_not_skip_unasked(op: str, form: Form) -> None:
+    run_and_check(op, Problem(SMALL, torch.float32), form, sq=torch.tensor([[NAN]], dtype=torch.float64))
+
+
+@every_form
+@pytest.mark.parametrize("op", RULES)
+def test_gradients_that_are_not_finite_reach_the_weights_unasked(op: str, form: Form) -> None:
+    problem = Problem(SMALL, torch.float32)
+    problem.grads[0][64] = NAN
+    run_and_check(op, problem, form)
+    assert problem.params[0].isnan().nonzero().flatten().tolist() == [64]
+
+
+# Determinism.
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gather"])
+def test_same_bits_on_any_number_of_threads(op: str, dtype: torch.dtype, form: Form) -> None:
+    # Enough chunks for two threads to get their share: walk.h, kGrain.
+    specs = [Spec((n,), offset=i % 2, group=i % 3) for i, n in enumerate((300001, 63, 33000, 16384, 400003, 5))]
+    results = []
+    for threads in (1, 2, 2):
+        problem = Problem(specs, dtype, op)
+        arguments = problem.arguments(op, form.addressed)
+        torch.set_num_threads(threads)
+        call(op, form, arguments)
+        torch.set_num_threads(1)
+        rows = [bits(t) for rows in problem.snapshot().values() for t in rows]
+        results.append([*rows, bits(arguments["sq"])] if "sq" in arguments else rows)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+# gather.
+
+
+GATHERED = [
+    Spec((2, 8, 3, 5), "channels_last"),
+    Spec((3, 5), "transposed"),
+    Spec((4,)),
+    Spec(()),
+    Spec((0,)),
+    Spec((6, 2)),
+]
+
+
+@every_backend
+@every_dtype
+def test_gather_takes_addresses(name: str, dtype: torch.dtype) -> None:
+    problem = Problem(GATHERED, dtype)
+    arguments = problem.arguments("gather")
+    before = arguments["table"].clone()
+    before[:, schema.GRAD] = torch.tensor([g.data_ptr() if g.numel() else 0 for g in problem.grads])
+    want = Want(problem, problem.snapshot())
+    call("gather", Form(name, False), arguments)
+    assert torch.equal(arguments["table"], before)
+    assert arguments["status"].tolist() == [0, 1]
+    want.check()
+
+
+def _without_memory(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def _with_stride(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return torch.zeros(1000, dtype=t.dtype).as_strided(t.size(), stride)
+
+
+# What stands in for a parameter's gradient -> whether kernels can use it where it lies.
+GRADIENTS = {
+    "same": (Spec((4, 3)), lambda g: g, True),
+    "other_strides": (Spec((4, 3)), lambda g: g.t().contiguous().t(), False),
+    "expanded": (Spec((4, 3)), lambda g: g[:, :1].expand(4, 3), False),
+    "gaps": (Spec((4, 3)), lambda g: _with_stride(g, (6, 2)), False),
+    "channels_last_for_contiguous": (
+        Spec((2, 8, 3, 5)),
+        lambda g: g.contiguous(memory_format=torch.channels_last),
+        False,
+    ),
+    "contiguous_for_channels_last": (Spec((2, 8, 3, 5), "channels_last"), lambda g: g.contiguous(), False),
+    "size_1_strides": (Spec((4, 1, 3)), lambda g: _with_stride(g, (3, 17, 1)), True),
+    "all_size_1": (Spec((1, 1)), lambda g: _with_stride(g, (5, 7)), True),
+    "other_dtype": (Spec((4, 3)), lambda g: g.double(), False),
+    "half_dtype": (Spec((4, 3)), lambda g: g.bfloat16(), False),
+    "fewer_dims": (Spec((4, 3)), lambda g: g.flatten(), False),
+    "more_dims": (Spec((4, 3)), lambda g: g[None], False),
+    "other_size": (Spec((4, 3)), lambda g: g[:3], False),
+    "swapped_size": (Spec((4, 3)), lambda g: g.t(), False),
+    "no_memory": (Spec((4, 3)), _without_memory, False),
+    "sparse": (Spec((4, 3)), lambda g: g.to_sparse(), False),
+    "sparse_csr": (Spec((4, 3)), lambda g: g.to_sparse_csr(), False),
+}
+
+
+@every_backend
+@pytest.mark.parametrize(("spec", "change", "usable"), GRADIENTS.values(), ids=GRADIENTS)
+def test_gather_compares_layouts(name: str, spec: Spec, change: Any, usable: bool) -> None:
+    problem = Problem([Spec((5,)), spec, Spec((7, 2), "transposed", grad=False)], torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")  # CSR tensors are in beta
+        grad = change(problem.grads[1])
+    grads = [problem.grads[0], grad, torch.empty(0)]
+    arguments = problem.arguments("gather", grads=grads)
+    call("gather", Form(name, False), arguments)
+    address = grad.data_ptr() if usable else schema.MISMATCH
+    assert arguments["table"][:, schema.GRAD].tolist() == [grads[0].data_ptr(), address, 0]
+    assert arguments["status"].tolist() == [int(not usable), 1]
+
+
+# Schemas.
+
+
+def test_every_schema_has_a_reference_and_nothing_else() -> None:
+    assert set(reference.IMPLEMENTATIONS) == set(schema.SCHEMAS)
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("sharpkern::")}
+    assert registered == {f"sharpkern::{op}" for op in schema.SCHEMAS}
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_compiled(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sharpkern::{op}", "CPU")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]
+
+
+@every_backend
+@pytest.mark.parametrize("op", OPS)
+def test_declared_mutations_are_the_true_ones(op: str, name: str) -> None:
+    """Every declared argument changes in a step or in a skipped one, and no other ever does."""
+    arguments_of = getattr(torch.ops.sharpkern, op).default._schema.arguments
+    declared = {a.name for a in arguments_of if a.alias_info is not None and a.alias_info.is_write}
+    changed = set()
+    for sq in (FINITE, IN_FIRST):
+        problem = Problem(SMALL, torch.float32)
+        given = {} if op.startswith("norm") else {"sq": torch.tensor(sq, dtype=torch.float64), "skip_nonfinite": True}
+        if op == "adam":
+            given["values"] = table_of(op, [ADAM_OPTIONS["amsgrad"] | {"beta2": 0.0}])  # the maximum surely moves
+        arguments = problem.arguments(op, **given)
+        values = {k: tensors(v) for k, v in arguments.items() if isinstance(v, (Tensor, list))}
+        before = {k: [t.clone() for t in v] for k, v in values.items()}
+        call(op, Form(name, False), arguments)
+        changed |= {k for k, v in values.items() if not all(map(same_bits, v, before[k]))}
+    # The reference needs no scratch.
+    assert changed == declared - ({"partials"} if name == "reference" else set())
+
+
+@every_backend
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, name: str) -> None:
+    problem = Problem([Spec((65,)), Spec((3, 5), "transposed"), Spec((7,), grad=False)], torch.float32)
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    with sk.use_backend(name):
+        torch.library.opcheck(getattr(torch.ops.sharpkern, op).default, (), problem.arguments(op), test_utils=utilities)
+
+
+# Backends.
+
+
+def test_use_backend_nests_and_comes_back() -> None:
+    default = BACKENDS[0]
+    assert backend.current_backend() == default
+    for outer, inner in itertools.product(BACKENDS, repeat=2):
+        with sk.use_backend(outer):
+            assert backend.current_backend() == outer
+            with sk.use_backend(inner):
+                assert backend.current_backend() == inner
+            assert backend.current_backend() == outer
+        assert backend.current_backend() == default
+
+
+@every_backend
+def test_use_backend_comes_back_after_an_exception(name: str) -> None:
+    default = BACKENDS[0]
+    with pytest.raises(KeyError), sk.use_backend(name):
+        raise KeyError
+    assert backend.current_backend() == default
+
+
+def test_use_backend_names_the_unknown_one() -> None:
+    with pytest.raises(ValueError, match=r"'opencl'.*reference"), sk.use_backend("opencl"):
+        pass
+    assert backend.current_backend() == BACKENDS[0]
+
+
+def runs_on(arguments: dict[str, Any], norm: Any) -> str:
+    """Only the compiled backend has a use for the scratch."""
+    arguments["partials"].fill_(-1)
+    norm(**arguments)
+    return "reference" if (arguments["partials"] == -1).all() else "cpp"
+
+
+def test_use_backend_changes_what_runs() -> None:
+    arguments = Problem(SMALL, torch.float32).arguments("norm")
+    for name in (*BACKENDS, *BACKENDS):
+        with sk.use_backend(name):
+            assert runs_on(arguments, torch.ops.sharpkern.norm.default) == name
+    assert runs_on(arguments, torch.ops.sharpkern.norm.default) == BACKENDS[0]
+
+
+def test_compiled_functions_follow_use_backend() -> None:
+    problem = Problem(SMALL, torch.float32)
+    arguments = problem.arguments("norm")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def norm(sq: Tensor, partials: Tensor, grads: list[Tensor], table: Tensor, dtype: torch.dtype) -> None:
+        torch.ops.sharpkern.norm(sq, partials, grads, table, dtype=dtype)
+
+    for name in (*BACKENDS, *BACKENDS):
+        arguments["sq"].zero_()
+        with sk.use_backend(name):
+            assert runs_on(arguments, norm) == name
+        assert arguments["sq"].item() == pytest.approx(squared_norm(problem, False), rel=norm_tolerance(torch.float32))
+    torch._dynamo.reset()
+
+
+# Argument checks of the compiled backend.
+
+# Op, what to change in its arguments, part of the message.
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "table_dtype": ("norm", lambda a: {"table": a["table"].int()}, "table should be .* int64"),
+    "table_columns": ("norm", lambda a: {"table": a["table"][:, :7].contiguous()}, "table should be .* 8 columns"),
+    "table_contiguous": ("ascend", lambda a: {"table": a["table"].t().contiguous().t()}, "contiguous"),
+    "table_dim": ("restore", lambda a: {"table": a["table"].flatten()}, "table should be"),
+    "params_length": ("restore", lambda a: {"params": a["params"][:-1]}, "params has 4 tensors, the table 5 rows"),
+    "grads_length": ("norm", lambda a: {"grads": a["grads"][:2]}, "grads has 2 tensors, the table 5 rows"),
+    "params_dtype": ("sgd", lambda a: {"params": [p.double() for p in a["params"]]}, "params should be Float.*Double"),
+    "grads_dtype": ("adam", lambda a: {"grads": [g.bfloat16() for g in a["grads"]]}, "grads should be Float.*BFloat16"),
+    "params_numel": ("ascend", lambda a: {"params": [p[:1] for p in a["params"]]}, r"params\[0\] has 1 elements.* 65"),
+    "grads_numel": ("ascend", lambda a: {"grads": [g[:1] for g in a["grads"]]}, r"grads\[0\] has 1 elements.* 65"),
+    "dtype": ("norm", lambda a: {"dtype": torch.int32, "grads": []}, "unsupported dtype Int"),
+    "sq_dtype": ("norm", lambda a: {"sq": torch.zeros(())}, "sq should be one float64"),
+    "sq_numel": ("norm_scaled", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be one"),
+    "sq_matrix": ("ascend", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be .* matrix"),
+    "sq_matrix_dtype": ("sgd", lambda a: {"sq": torch.zeros(1, 1)}, "sq should be .*float64"),
+    "partials_dtype": ("norm", lambda a: {"partials": a["partials"].float()}, "partials should be .*Double"),
+    "partials_short": ("norm", lambda a: {"partials": a["partials"][:0]}, "partials is empty"),
+    "radius_dtype": ("ascend", lambda a: {"radius": a["radius"].float()}, "radius should be .*float64"),
+    "radius_columns": ("ascend_scaled", lambda a: {"radius": a["radius"][:, :1].contiguous()}, "radius.* 2 columns"),
+    "radius_rows": ("norm_scaled", lambda a: {"radius": a["radius"][:0]}, "radius should be .* 1 rows"),
+    "values_columns": ("sgd", lambda a: {"values": a["values"][:, :5].contiguous()}, "values should be .* 6 columns"),
+    "values_dtype": ("adam", lambda a: {"values": a["values"].float()}, "values should be .*float64"),
+    "values_rows": ("adam", lambda a: {"values": a["values"][:0]}, "values should be .* 1 rows and 8 columns"),
+    "backup_short": ("ascend", lambda a: {"backup": a["backup"][:-32]}, "backup should be .* at least"),
+    "backup_dtype": ("ascend_scaled", lambda a: {"backup": a["backup"].double()}, "backup should be .*Float"),
+    "backup_empty": ("ascend", lambda a: {"backup": a["backup"][:0]}, "backup is empty"),
+    "restore_backup_empty": ("restore", lambda a: {"backup": a["backup"][:0]}, "backup is empty"),
+    "restore_backup_short": ("restore", lambda a: {"backup": a["backup"][:64]}, "backup should be .* at least"),
+    "descend_backup_empty": ("sgd", lambda a: {"backup": a["backup"][:0]}, "backup is empty"),
+    "descend_backup_short": ("adam", lambda a: {"backup": a["backup"][:64]}, "backup should be .* at least"),
+    "momentum_short": ("sgd", lambda a: {"momentum_buffer": a["momentum_buffer"][:64]}, "momentum_buffer should be"),
+    "momentum_dtype": ("sgd", lambda a: {"momentum_buffer": a["momentum_buffer"].double()}, "momentum_buffer.*Float"),
+    "momentum_empty": ("sgd", lambda a: {"momentum_buffer": a["momentum_buffer"][:0]}, "momentum_buffer is empty"),
+    "exp_avg_short": ("adam", lambda a: {"exp_avg": a["exp_avg"][:64]}, "exp_avg should be"),
+    "exp_avg_sq_dtype": ("adam", lambda a: {"exp_avg_sq": a["exp_avg_sq"].half()}, "exp_avg_sq should be .*Float"),
+    "exp_avg_sq_empty": ("adam", lambda a: {"exp_avg_sq": a["exp_avg_sq"][:0]}, "exp_avg.* is empty"),
+    "max_short": ("adam", lambda a: {"max_exp_avg_sq": a["max_exp_avg_sq"][:64]}, "max_exp_avg_sq should be"),
+    "max_empty": ("adam", lambda a: {"max_exp_avg_sq": a["max_exp_avg_sq"][:0]}, "max_exp_avg_sq is empty"),
+    "step_dtype": ("sgd", lambda a: {"step": a["step"].double()}, "step should be .*Float"),
+    "step_short": ("adam", lambda a: {"step": a["step"][:-1]}, "step should be .* 5"),
+    "step_empty": ("adam", lambda a: {"step": a["step"][:0]}, "step is empty"),
+    "ascend_counters_dtype": ("ascend", lambda a: {"counters": a["counters"].int()}, "counters should be .*Long"),
+    "ascend_counters_short": ("ascend_scaled", lambda a: {"counters": a["counters"][:2]}, "counters should be"),
+    "sgd_counters_dtype": ("sgd", lambda a: {"counters": a["counters"].float()}, "counters should be .*Long"),
+    "adam_counters_short": ("adam", lambda a: {"counters": a["counters"][:1]}, "counters should be"),
+    "gather_table_rows": ("gather", lambda a: {"grads": a["grads"][:-1]}, "table should be .* row"),
+    "gather_table_dtype": ("gather", lambda a: {"table": a["table"].double()}, "table should be int64"),
+    "gather_layout_rows": ("gather", lambda a: {"layout": a["layout"][:-1].contiguous()}, "layout should be int64"),
+    "gather_layout_dtype": ("gather", lambda a: {"layout": a["layout"].int()}, "layout should be int64"),
+    "gather_status": ("gather", lambda a: {"status": a["status"][:1]}, "status should be two int64"),
+    "gather_dtype": ("gather", lambda a: {"dtype": torch.int64}, "unsupported dtype Long"),
+}
+
+
+SKIPPING = [*ASCENTS, *RULES]
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("case", "skipping"),
+    [(case, False) for case in WRONG] + [(case, True) for case, (op, *_) in WRONG.items() if op in SKIPPING],
+)
+def test_wrong_arguments_change_nothing(case: str, skipping: bool) -> None:
+    op, change, message = WRONG[case]
+    specs = [*SMALL[:4], Spec((4000,))]
+    problem = Problem(specs, torch.float32)
+    arguments = problem.arguments(op)
+    if op in VALUES:
+        arguments["values"] = table_of(op, VALUES[op][:1])
+    if skipping:
+        arguments["skip_nonfinite"] = True
+        arguments["sq"][0] = INF
+    arguments |= change(arguments)
+    given = {k: [t.clone() for t in tensors(v)] for k, v in arguments.items() if isinstance(v, (Tensor, list))}
+    want = Want(problem, problem.snapshot())
+    with pytest.raises(RuntimeError, match=message):
+        call(op, Form("cpp", False), arguments)
+    want.check()
+    for key, before in given.items():
+        assert all(map(same_bits, tensors(arguments[key]), before)), key
