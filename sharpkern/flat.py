@@ -194,6 +194,10 @@ class FlatBuffers:
         # Any nonzero number marks a row, and an address is one.
         self._backup_column.copy_(self._grad_column)
 
+    def mark(self, i: int) -> None:
+        """The backup holds the weights of parameter i: it came from another layout."""
+        self._backup_column[i] = 1
+
     def written(self) -> None:
         """After a kernel wrote weights through the table: tell autograd, which could not see it."""
         for p, segment in self._copies:

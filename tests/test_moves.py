@@ -112,6 +112,28 @@ def test_moved_between_passes(move: str, end: str, base: Any, flatten: bool, bac
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_frozen_and_moved_between_passes(end: str, base: Any, backend: str) -> None:
+    model = make_net()
+    opt = sk.SAM(model.parameters(), base[0], **{**base[1], "lr": 0.0})
+    before = weights(model)
+    make_closure(model, batches(1)[0])()
+    opt.first_step(zero_grad=True)
+    model.hidden.requires_grad_(False)
+    swap_data(model)
+    getattr(opt, end)()
+    assert_same_bits(weights(model), before)
+
+
+def test_flatten_refuses_aliases_before_it_moves_them(backend: str) -> None:
+    memory = torch.ones(10)
+    a, b = nn.Parameter(memory[:6]), nn.Parameter(memory[4:])
+    before = [p.data_ptr() for p in (a, b)]
+    with pytest.raises(ValueError, match="share memory"):
+        sk.SAM([a, b], SGD, lr=0.1, flatten=True)
+    assert [p.data_ptr() for p in (a, b)] == before
+
+
 def test_model_changes_dtype(base: Any, flatten: bool, backend: str) -> None:
     """``model.to(dtype)``: the state follows, and the next steps are those of an optimizer made in that dtype."""
     model = make_net(torch.float32)

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
-from ..flat import SUPPORTED_DTYPES, FlatBuffers, overlaps
-from ..ops import schema
+from ..flat import SUPPORTED_DTYPES, FlatBuffers, is_dense, overlaps
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
@@ -182,14 +181,17 @@ class TwoPassOptimizer(Optimizer):
         """Lay out the parameters afresh and take the state over, from wherever it lies now."""
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
         idle = []
+        # Parameters whose weights are in a backup, and where; they have a slot whatever became of them.
+        backups = {p: (flat, i) for flat in self._flat for i, p in enumerate(flat.params) if flat.is_perturbed(i)}
         for entry in self._entries():
             p = entry[0]
-            if p.requires_grad or p.grad is not None:
+            if p.requires_grad or p.grad is not None or p in backups:
                 if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)
+        _check_aliases([(p, label) for entries in members.values() for p, _, _, label in entries])
         flats = [
             FlatBuffers(
                 [p for p, _, _, _ in entries],
@@ -200,9 +202,12 @@ class TwoPassOptimizer(Optimizer):
             )
             for entries in members.values()
         ]
-        _check_aliases(flats)
-        if self._pending == "perturbed":
-            self._move_backups(flats)
+        for flat in flats:
+            for i, p in enumerate(flat.params):
+                if p in backups:
+                    source, j = backups[p]
+                    flat.view("backup", i).copy_(source.view("backup", j))
+                    flat.mark(i)
         self._keep_statistics()
         self._flat, self._idle = flats, idle
         self._laid_out = True
@@ -227,16 +232,6 @@ class TwoPassOptimizer(Optimizer):
         if self._flat:
             self._counters = self._counters.to(self._flat[0].device)
         self._seen_state = (id(self.state), len(self.state))
-
-    def _move_backups(self, flats: list[FlatBuffers]) -> None:
-        """The user moved parameters between two passes: their backups follow."""
-        old = {p: (flat, i) for flat in self._flat for i, p in enumerate(flat.params) if flat.is_perturbed(i)}
-        for flat in flats:
-            for i, p in enumerate(flat.params):
-                if p in old:
-                    source, j = old[p]
-                    flat.view("backup", i).copy_(source.view("backup", j))
-                    flat.table[i, schema.BACKUP] = 1
 
     def _scaled_key(self) -> tuple[Any, ...]:
         return ()
@@ -632,13 +627,12 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"Invalid {name}: {value}")
 
 
-def _check_aliases(flats: list[FlatBuffers]) -> None:
+def _check_aliases(params: list[tuple[Tensor, str]]) -> None:
     """Two parameters over the same memory would be written by two threads at once."""
     spans = sorted(
-        (s.data_ptr(), s.data_ptr() + s.numel() * s.element_size(), name)
-        for flat in flats
-        for s, name in zip(flat.segments, flat.names, strict=True)
-        if s.numel()
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for p, name in params
+        if p.numel() and is_dense(p)  # one with gaps is written by torch, one at a time
     )
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
