@@ -39,12 +39,12 @@ bool same_layout(AtenTensorHandle grad, const int64_t* layout) {
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   int64_t dim = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(grad, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(grad, &dim));
   if (dim != layout[0]) {
     return false;
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(grad, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(grad, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(grad, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(grad, &strides));
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] != layout[1 + d] || (sizes[d] != 1 && strides[d] != layout[1 + dim + d])) {
       return false;
@@ -64,7 +64,7 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t strided = aoti_torch_layout_strided();
 
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list.handle, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list.handle, &size));
   const auto n = static_cast<int64_t>(size);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(0) == n &&
@@ -85,23 +85,23 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
   int64_t missing = 0;
   for (int64_t i = 0; i < n; ++i) {
     StableIValue item{};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list.handle, i, &item));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list.handle, i, &item));
     const Element grad{to<AtenTensorHandle>(item)};
     int32_t grad_layout = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(grad.handle, &grad_layout));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(grad.handle, &grad_layout));
     if (grad_layout == strided) {
       int64_t numel = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(grad.handle, &numel));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(grad.handle, &numel));
       if (numel == 0) {
         rows[i].grad = 0;
         ++missing;
         continue;
       }
       int32_t grad_dtype = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad.handle, &grad_dtype));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad.handle, &grad_dtype));
       if (grad_dtype == dtype && same_layout(grad.handle, layouts + i * width)) {
         const void* address = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &address));
+        TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &address));
         if (address != nullptr) {
           rows[i].grad = reinterpret_cast<int64_t>(address);
           continue;

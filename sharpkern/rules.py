@@ -162,6 +162,7 @@ class WrappedRule:
         """Make the wrapped optimizer see ``outer``'s groups and state: the same objects."""
         if self.optimizer is None:
             self.optimizer = self.base(outer.param_groups, **self.kwargs)
+            outer.state.update(self.optimizer.state)  # some make their state at once
         shared = {"state": outer.state, "param_groups": outer.param_groups}
         if self.optimizer.param_groups is not outer.param_groups or self.optimizer.state is not outer.state:
             self.optimizer.__setstate__(shared)

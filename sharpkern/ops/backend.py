@@ -18,7 +18,7 @@ from . import reference
 # Why the compiled kernels are missing, None when they are there.
 _missing: str | None = None
 try:
-    from sharpkern import _C
+    import sharpkern._C as _C
 except ImportError as error:  # built without the extension, or for another torch or Python
     _missing = str(error)
 
