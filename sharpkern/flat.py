@@ -95,28 +95,28 @@ class FlatBuffers:
 
         # A parameter with gaps between its elements is served by a dense copy of it.
         self.segments: list[Tensor] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[int, Tensor]] = []
         for p in self.params:
             segment = p
             if not is_dense(p):
-                segment = torch.empty(p.size(), dtype=p.dtype, device=p.device)
-                self._copies.append((p, segment))
+                segment = p.detach().clone(memory_format=torch.contiguous_format)
+                self._copies.append((len(self.segments), segment))
             self.segments.append(segment)
         # As laid out: the user may change a parameter's strides later, not those of its slot.
         self._shapes = [(s.size(), s.stride()) for s in self.segments]
         self._none = torch.empty(0, dtype=self.dtype, device=self.device)
         self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
 
-        table = torch.zeros(len(self.params), schema.COLUMNS, dtype=torch.int64)
-        table[:, schema.SLOT] = torch.tensor(self.slots)
-        table[:, schema.NUMEL] = torch.tensor([p.numel() for p in self.params])
-        table[:, schema.GROUP] = torch.tensor(self.groups)
-        table[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64)
+        table = torch.zeros(len(self.params), schema.COLUMNS, dtype=torch.int64, device="cpu")
+        table[:, schema.SLOT] = torch.tensor(self.slots, device="cpu")
+        table[:, schema.NUMEL] = torch.tensor([p.numel() for p in self.params], device="cpu")
+        table[:, schema.GROUP] = torch.tensor(self.groups, device="cpu")
+        table[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64, device="cpu")
         self.table = table
         self._grad_column = table[:, schema.GRAD]
         self._backup_column = table[:, schema.BACKUP]
         self._layout = _layouts(self.segments)
-        self._status = torch.zeros(2, dtype=torch.int64)
+        self._status = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._missing = 0  # parameters without a gradient in the last pass
         self.partials = torch.zeros(-(-size // schema.CHUNK), dtype=torch.float64, device=self.device)
         self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
@@ -126,7 +126,7 @@ class FlatBuffers:
         # Where the parameters lie: gather, turned on them, finds their addresses and checks their layouts.
         self._param_layout = _layouts(self.params)
         self._found = torch.zeros_like(table)
-        self._found_status = torch.zeros(2, dtype=torch.int64)
+        self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._addresses = self._locate().clone()
         self._point()
 
@@ -138,7 +138,7 @@ class FlatBuffers:
         return self._found[:, schema.GRAD]
 
     def _point(self) -> None:
-        self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments])
+        self.table[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments], device="cpu")
 
     def attached(self) -> bool:
         """Whether this layout still serves its parameters; follows those that merely moved.
@@ -175,24 +175,19 @@ class FlatBuffers:
         mismatches, self._missing = self._status.tolist()
         if mismatches:
             self._copy_mismatches(grads, error)
-        for p, segment in self._copies:
-            segment.copy_(p)
+        for i, segment in self._copies:
+            segment.copy_(self.params[i])
         self.grads = grads
 
     def _copy_mismatches(self, grads: list[Tensor], error: Callable[[str, Tensor], Exception]) -> None:
         for i in (self._grad_column == schema.MISMATCH).nonzero().flatten().tolist():
             grad, segment = grads[i], self.segments[i]
-            if grad.layout != torch.strided or grad.size() != segment.size():
+            if grad.layout != torch.strided or grad.size() != segment.size() or not grad.data_ptr():
                 raise error(self.names[i], grad)
             grads[i] = torch.empty_strided(
                 segment.size(), segment.stride(), dtype=self.dtype, device=self.device
             ).copy_(grad)
             self.table[i, schema.GRAD] = grads[i].data_ptr()
-
-    def mark_perturbed(self) -> None:
-        """From here on the backup holds the weights of every parameter with a gradient in this pass."""
-        # Any nonzero number marks a row, and an address is one.
-        self._backup_column.copy_(self._grad_column)
 
     def mark(self, i: int) -> None:
         """The backup holds the weights of parameter i: it came from another layout."""
@@ -200,8 +195,9 @@ class FlatBuffers:
 
     def written(self) -> None:
         """After a kernel wrote weights through the table: tell autograd, which could not see it."""
-        for p, segment in self._copies:
-            p.copy_(segment)
+        for i, segment in self._copies:
+            if self._grad_column[i] or self._backup_column[i]:
+                self.params[i].copy_(segment)
         params = self.params
         if self._missing:
             touched = ((self._grad_column != 0) | (self._backup_column != 0)).tolist()
@@ -252,7 +248,7 @@ class FlatBuffers:
 
     def _flatten(self) -> None:
         if self._copies:
-            name = self.names[next(i for i, p in enumerate(self.params) if p is self._copies[0][0])]
+            name = self.names[self._copies[0][0]]
             raise ValueError(f"flatten=True needs parameters without gaps in memory, but {name} has some")
         # Zeros, not empty: whoever reads the whole buffer (a collective, a norm) sees no garbage in gaps.
         self.flat_params = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -274,7 +270,9 @@ class FlatBuffers:
 
     def _point_grads(self) -> None:
         for p, view in zip(self.params, self._grad_views, strict=True):
-            if p.grad is not view and p.requires_grad:
+            if not p.requires_grad:
+                p.grad = None  # a gradient of zeros would still decay a frozen weight
+            elif p.grad is not view:
                 p.grad = view
 
     def zero_grads(self) -> None:
@@ -305,7 +303,7 @@ def _layouts(tensors: Sequence[Tensor]) -> Tensor:
     """What gather compares with: a row [dim, sizes..., strides...] a tensor, filled up with zeros."""
     dim = max(t.dim() for t in tensors)
     rows = [[t.dim(), *t.size(), *t.stride(), *([0] * 2 * (dim - t.dim()))] for t in tensors]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _meta(p: Tensor) -> tuple[object, ...]:

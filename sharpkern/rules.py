@@ -40,9 +40,8 @@ class FusedRule(ABC):
 
     def _probe(self, options: dict[str, Any]) -> dict[str, Any]:
         """torch's own defaults for these options, and torch's own error where one is wrong."""
-        if options.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the step writes weights in place")
-        return self.base([torch.zeros(1, 1)], **options).defaults
+        _refuse_differentiable(options)
+        return self.base([torch.zeros(1, 1, device="cpu")], **options).defaults
 
     def check(self, group: Group) -> None:
         """Raise torch's error for options of a group that torch would not take."""
@@ -79,7 +78,18 @@ class FusedRule(ABC):
             flat.exposed_groups = names
 
     def attach(self, flat: FlatBuffers, state: State, groups: Sequence[Group]) -> None:
-        """Take loaded or foreign state tensors into the flat buffers and leave views in their place."""
+        """Take loaded or foreign state tensors into the flat buffers and leave views in their place.
+
+        Raises:
+            RuntimeError: for state of another shape than its parameter; nothing was taken then.
+        """
+        for p, label in zip(flat.params, flat.names, strict=True):
+            for name in self.buffers:
+                value = state.get(p, {}).get(name)
+                if value is not None and value.size() != p.size():
+                    raise RuntimeError(
+                        f"{label} has shape {tuple(p.size())} now, its state {name} shape {tuple(value.size())}"
+                    )
         for i, p in enumerate(flat.params):
             entry = state.get(p)
             if not entry:
@@ -144,7 +154,7 @@ class WrappedRule:
     def __init__(self, base: type[Optimizer], kwargs: dict[str, Any]) -> None:
         self.base = base
         self.kwargs = kwargs
-        self.defaults = base([torch.zeros(1, 1)], **kwargs).defaults
+        self.defaults = base([torch.zeros(1, 1, device="cpu")], **kwargs).defaults
         self.optimizer: Optimizer | None = None
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -152,11 +162,11 @@ class WrappedRule:
                 f"{base.__name__} cannot be the base optimizer: its step needs a closure to evaluate the model "
                 "several times, and a sharpness-aware step hands over one gradient"
             )
-        if self.defaults.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the step writes weights in place")
+        _refuse_differentiable(self.defaults)
 
     def check(self, group: Group) -> None:
-        """The wrapped optimizer looks at its options itself."""
+        """The wrapped optimizer looks at its options itself; this one it would take."""
+        _refuse_differentiable(group)
 
     def share(self, outer: Optimizer) -> None:
         """Make the wrapped optimizer see ``outer``'s groups and state: the same objects."""
@@ -202,15 +212,20 @@ def make_rule(base_optimizer: Any, kwargs: dict[str, Any], own: Sequence[str], o
         )
     if hasattr(base_optimizer, "second_step"):
         raise ValueError(f"{base_optimizer.__name__} cannot be the base optimizer: it takes two passes itself")
-    known = inspect.signature(base_optimizer.__init__).parameters
+    rule = _FUSED.get(base_optimizer, WrappedRule)(base_optimizer, kwargs)
+    known = {*inspect.signature(base_optimizer.__init__).parameters, *rule.defaults}
     for key in own:
         if key in known:
             raise ValueError(
                 f"{base_optimizer.__name__} has an option {key!r} of its own, which collides with {owner}'s {key!r}; "
                 f"it cannot be the base optimizer of {owner}"
             )
-    rule = _FUSED.get(base_optimizer, WrappedRule)
-    return rule(base_optimizer, kwargs)
+    return rule
+
+
+def _refuse_differentiable(options: Mapping[str, Any]) -> None:
+    if options.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the step writes weights in place")
 
 
 def number(value: Any) -> float | Tensor:

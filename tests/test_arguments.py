@@ -34,6 +34,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rho negative": (lambda: sk.SAM(params(), SGD, rho=-0.1, lr=0.1), ValueError, "Invalid rho: -0.1"),
     "rho nan": (lambda: sk.SAM(params(), SGD, rho=math.nan, lr=0.1), ValueError, "Invalid rho: nan"),
     "rho inf": (lambda: sk.ASAM(params(), SGD, rho=math.inf, lr=0.1), ValueError, "Invalid rho: inf"),
+    "eps zero": (lambda: sk.SAM(params(), SGD, perturb_eps=0, lr=0.1), ValueError, "Invalid perturb_eps: 0"),
+    "lazy": (
+        lambda: sk.SAM(nn.LazyLinear(3).named_parameters(), SGD, lr=0.1),
+        ValueError,
+        "'weight' is not initialized",
+    ),
+    "differentiable in a group": (
+        lambda: sk.SAM([{"params": params(), "differentiable": True}], torch.optim.RMSprop),
+        ValueError,
+        "differentiable=True",
+    ),
     "rho text": (lambda: sk.SAM(params(), SGD, rho="big", lr=0.1), TypeError, "rho should be a number, but got 'big'"),
     "rho of a group": (lambda: sk.SAM([{"params": params(), "rho": -1}], SGD, lr=0.1), ValueError, "Invalid rho: -1"),
     "eta negative": (lambda: sk.ASAM(params(), SGD, eta=-0.5, lr=0.1), ValueError, "Invalid eta: -0.5"),
@@ -112,11 +123,18 @@ def test_bad_arguments(case: str) -> None:
 
 
 def test_overlapping_parameters_are_refused_before_anything_moves(backend: str) -> None:
-    a, b = memory[:6].requires_grad_(), memory[4:].detach().requires_grad_()
-    opt = sk.SAM([("a", a), ("b", b)], SGD, lr=0.1)
-    a.grad, b.grad = torch.ones(6), torch.ones(6)
-    before = memory.clone()
+    a, b = (nn.Parameter(m) for m in (memory[:6], memory[4:]))
     with pytest.raises(ValueError, match="'a' and parameter 'b' share memory"):
+        sk.SAM([("a", a), ("b", b)], SGD, lr=0.1)
+    opt = sk.SAM([("a", a)], SGD, lr=0.1)
+    with pytest.raises(ValueError, match="'b' share memory"):
+        opt.add_param_group({"params": [("b", b)]})
+    c = nn.Parameter(torch.ones(6))
+    opt.add_param_group({"params": [("c", c)]})
+    c.data = b.data
+    a.grad, c.grad = torch.ones(6), torch.ones(6)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="'a' and parameter 'c' share memory"):
         opt.first_step()
     assert torch.equal(memory, before)
     assert not opt.is_perturbed

@@ -175,7 +175,7 @@ def test_collect_takes_gradients_where_they_lie() -> None:
         assert g is p.grad
     assert all(g.numel() == 0 for g in flat.grads[4:])
     assert all(map(same_bits, (p.detach() for p in params), before))
-    flat.mark_perturbed()
+    flat.table[:, schema.BACKUP] = flat.table[:, schema.GRAD] != 0
     assert [flat.is_perturbed(i) for i in range(6)] == [True] * 4 + [False] * 2
     flat.finish()
     assert not any(flat.is_perturbed(i) for i in range(6))
@@ -274,7 +274,7 @@ def test_parameters_with_gaps_are_served_by_copies() -> None:
     base[:, ::2] += 100  # after the copy was made
     p.grad, dense.grad = numbered(4, 3), numbered(5)
     flat.collect(refuse)
-    flat.mark_perturbed()
+    flat.table[:, schema.BACKUP] = flat.table[:, schema.GRAD] != 0
     params, grads = flat.lists
     radius = torch.tensor([[2.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
@@ -337,7 +337,7 @@ def test_written_bumps_the_versions_of_what_was_touched() -> None:
     assert [new > old for new, old in zip(versions(params), before, strict=True)] == [True, False, True]
 
     # A parameter that comes back from the backup is touched without a gradient.
-    flat.mark_perturbed()
+    flat.table[:, schema.BACKUP] = flat.table[:, schema.GRAD] != 0
     params[0].grad = None
     params[1].grad = torch.ones(4)
     flat.collect(refuse)

@@ -208,7 +208,56 @@ def test_a_parameter_replaced_in_its_group_is_followed(base: Any, backend: str) 
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_a_parameter_with_gaps_that_took_no_part(end: str, backend: str) -> None:
+    gappy, other = nn.Parameter(torch.randn(4, 6)[:, :3]), nn.Parameter(torch.ones(3))
+    opt = sk.SAM([gappy, other], SGD, lr=0.1)
+    other.grad = torch.ones(3)
+    opt.first_step()
+    with torch.no_grad():
+        gappy.fill_(7.0)
+    other.grad = None
+    other.data = other.data.double()
+    getattr(opt, end)()
+    assert (gappy == 7.0).all()
+    torch.testing.assert_close(other.detach(), torch.ones(3, dtype=torch.float64))
+
+
+def test_state_of_another_shape_is_an_error_that_loses_nothing(backend: str) -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    opt = sk.SAM([("p", p), ("q", q)], SGD, lr=0.1, momentum=0.9)
+    p.grad, q.grad = torch.ones(3), torch.ones(2)
+    opt.step()
+    p.data, p.grad = torch.ones(5), torch.ones(5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="'p' has shape .5,. now, its state momentum_buffer"):
+            opt.step()
+    del opt.state[p]
+    opt.step()
+    assert opt.state[q]["step"] == 2
+    assert torch.equal(opt.state[q]["momentum_buffer"], torch.full((2,), 1.9))
+
+
 # flatten=True
+
+
+def test_flat_frozen_weights_stay(backend: str) -> None:
+    model = make_net()
+    opt = sk.SAM(model.parameters(), SGD, lr=0.1, momentum=0.9, weight_decay=0.1, flatten=True)
+    train(model, opt, batches(2))
+    model.hidden.requires_grad_(False)
+    before = model.hidden.weight.detach().clone()
+    opt.zero_grad()
+    train(model, opt, batches(2))
+    assert torch.equal(model.hidden.weight, before)
+
+
+def test_flat_refuses_gaps_before_it_moves_anything() -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 6, dtype=torch.float64)[:, ::2])
+    before = p.data_ptr()
+    with pytest.raises(ValueError, match="without gaps"):
+        sk.SAM([p, q], SGD, lr=0.1, flatten=True)
+    assert p.data_ptr() == before
 
 
 def test_flat_has_the_same_bits(base: Any, backend: str) -> None:

@@ -195,6 +195,98 @@ def test_an_exception_in_a_pass_leaves_no_trace(fail: int, error: type[BaseExcep
     assert_same_bits(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize("after", ["_perturb", "first_step", "_collect"])
+def test_an_interrupt_right_after_a_kernel(
+    after: str, base: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python delivers an interrupt when a long C call returns: before the next line of ours runs."""
+    model = make_net(torch.float32)
+    opt = sam(model, base, model=model)
+    closure = make_closure(model, batches(1, torch.float32)[0])
+    opt.step(closure)
+    before = weights(model)
+    original = getattr(opt, after)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opt, after, interrupted)
+        opt.step(closure)
+    assert_same_bits(weights(model), before)
+    assert not opt.is_perturbed
+    opt.step(closure)
+
+
+def test_a_wrapped_optimizer_that_raises_leaves_nothing_frozen() -> None:
+    class Failing(SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise ValueError("inside")
+
+    model = make_net(torch.float32)
+    opt = sk.SAM(model.parameters(), Failing, lr=0.1, model=model)
+    before = weights(model)
+    make_closure(model, batches(1, torch.float32)[0])()
+    opt.first_step()
+    with pytest.raises(ValueError, match="inside"):
+        opt.second_step()
+    assert_same_bits(weights(model), before)
+    assert model.bn.track_running_stats
+    assert not opt.is_perturbed
+
+
+def test_an_autocast_region_around_both_passes() -> None:
+    """autocast keeps low-precision copies of weights: the second pass must not see those of the first."""
+    losses = []
+    for outside in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 3)
+        opt = sk.SAM(model.parameters(), SGD, rho=5.0, lr=0.1)
+        x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+        seen = []
+
+        def closure(
+            model: nn.Module = model, x: Any = x, y: Any = y, seen: Any = seen, outside: bool = outside
+        ) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=True) if not outside else torch.enable_grad():
+                loss = nn.functional.cross_entropy(model(x).float(), y)
+            loss.backward()
+            seen.append(float(loss.detach()))
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            for _ in range(2):
+                opt.step(closure)
+        losses.append(seen)
+    assert losses[0] == losses[1]
+    assert losses[0][1] > 1.5 * losses[0][0]
+
+
+def test_lazily_negated_gradients(backend: str) -> None:
+    """The imaginary part of a conjugate is a view that torch negates when it is read."""
+    p, q = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.ones(5))
+    opt = sk.SAM([p, q], SGD, lr=0.1, rho=0.0)
+    p.grad, q.grad = torch._neg_view(torch.tensor(2.0)), torch._neg_view(torch.arange(5.0))
+    assert p.grad.is_neg()
+    opt.first_step()
+    opt.second_step()
+    torch.testing.assert_close(p.detach(), torch.tensor(1.5))
+    torch.testing.assert_close(q.detach(), 1 + 0.1 * torch.arange(5.0))
+
+
+def test_a_default_device_makes_no_difference() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with torch.device("meta"):
+        opt = sk.SAM([p], AdamW, lr=0.1)
+        for _ in range(2):
+            opt.first_step()
+            opt.second_step()
+    assert torch.isfinite(p).all()
+    assert opt.state[p]["step"] == 2
+
+
 def test_an_abandoned_step_by_hand_is_undone_by_restore(base: Any) -> None:
     model = make_net(torch.float32)
     opt = sam(model, base, model=model)

@@ -42,8 +42,8 @@ SK_CLONES void move(
 }
 
 void run(
-    const Rows& rows, const Tensor& backup, const Tensor& counters, const double* radius, const Tensor& sq,
-    bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
+    const Rows& rows, const Tensor& backup, const Tensor& counters, const Tensor& table, const double* radius,
+    const Tensor& sq, bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Norms norms(sq);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   const bool skip = skip_nonfinite && !norms.finite;
@@ -73,6 +73,12 @@ void run(
       }
     });
   });
+  auto* marks = static_cast<Row*>(table.mutable_data_ptr());
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].grad != 0) {
+      marks[i].backup = 1;
+    }
+  }
   if (count != nullptr) {
     count[0] += 1;
     count[1] += 1;
@@ -83,14 +89,15 @@ void ascend(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
     double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite, dtype);
+  run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite,
+      dtype);
 }
 
 void ascend_scaled(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
     double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite, dtype);
+  run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite, dtype);
 }
 
 }  // namespace

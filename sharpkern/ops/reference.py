@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the fallback where nothing is compiled, and the tests' oracle.
 
-Each function has the arguments of its schema (see ``schema.py``) and walks the lists of tensors. Nothing
-here reads a device scalar on the host: a skipped step is a ``torch.where``, not an ``if``. Arithmetic is
-float32 for the half types, as in every backend.
+Each function has the arguments of its schema (see ``schema.py``) and walks the lists of tensors. No number
+made from data is read on the host: a skipped step is a ``torch.where``, not an ``if``. Arithmetic is float32
+for the half types, as in every backend. Sums are torch's: the same on every run, not for every number of threads.
 """
 
 from __future__ import annotations
@@ -56,8 +56,21 @@ def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tenso
             ):
                 address = grad.data_ptr() or MISMATCH
         addresses.append(address)
-    table[:, GRAD] = torch.tensor(addresses, dtype=torch.int64)
-    status.copy_(torch.tensor([addresses.count(MISMATCH), addresses.count(0)]))
+    table[:, GRAD] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+    status.copy_(torch.tensor([addresses.count(MISMATCH), addresses.count(0)], device="cpu"))
+
+
+def gather_negative(
+    table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, *, dtype: torch.dtype
+) -> None:
+    """gather for a list with lazily negated tensors, which torch would resolve into copies that do not live on.
+
+    A real gradient comes out so when it is the imaginary part of a conjugate.
+    """
+    unusable = torch.empty(1, dtype=torch.bool, device="cpu")  # of a dtype that nothing has: a mismatch
+    torch.ops.sharpkern.gather.default(
+        table, status, [unusable if g.is_neg() else g for g in grads], layout, dtype=dtype
+    )
 
 
 def norm(sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, *, dtype: torch.dtype) -> None:
@@ -104,10 +117,11 @@ def _ascend(
     squared = sq.sum(-1)
     go = squared.isfinite().all() if skip_nonfinite else torch.ones_like(squared[-1], dtype=torch.bool)
     scales = radius[:, 0] / (squared[-1].sqrt() + eps)
-    for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
         if not _has_grad(param, grad):
             continue
         _slot(backup, param, row).copy_(param)
+        table[i, BACKUP] = 1
         w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]].to(w.dtype) * g
         if scaled and row[SCALED]:
@@ -287,3 +301,4 @@ IMPLEMENTATIONS = {
 
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
+library.impl("gather", gather_negative, "Negative")

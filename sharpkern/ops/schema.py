@@ -54,7 +54,8 @@ _RULE = (
 )
 _ASCEND = (
     "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, "
-    f"{_PASS}, Tensor radius, Tensor sq, *, float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
+    "Tensor[] grads, Tensor(d!) table, Tensor radius, Tensor sq, *, "
+    "float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
 )
 
 SCHEMAS: dict[str, str] = {
@@ -66,7 +67,8 @@ SCHEMAS: dict[str, str] = {
     "norm_scaled": (
         f"(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, {_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
     ),
-    # backup = w;  w += rho g / (norm + eps)
+    # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call, so that no
+    # interrupt can come in between
     "ascend": _ASCEND,
     # backup = w;  w += rho T_w^2 g / (norm + eps)
     "ascend_scaled": _ASCEND,

@@ -73,7 +73,7 @@ class ASAM(SAM):
         return "weight" in name if name is not None else param.dim() >= 2
 
     def _scaled_key(self) -> tuple[Any, ...]:
-        return ()
+        return tuple(tuple(group.get("param_names", ())) for group in self.param_groups)
 
     def _eta(self, group: Group) -> float:
         return float(group["eta"])

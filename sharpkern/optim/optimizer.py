@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -55,24 +57,20 @@ class TwoPassOptimizer(Optimizer):
         flatten: bool,
         base_kwargs: dict[str, Any],
     ) -> None:
-        name = type(self).__name__
-        self._own = tuple(own)
-        _check_number("perturb_eps", perturb_eps)
+        _check_number("perturb_eps", perturb_eps, positive=True)  # 0 would make a zero gradient NaN
         if max_grad_norm is not None:
-            _check_number("max_grad_norm", max_grad_norm)
-            if max_grad_norm == 0:
-                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+            _check_number("max_grad_norm", max_grad_norm, positive=True)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model should be a torch.nn.Module, but got {torch.typename(model)}")
-        self._rule = make_rule(base_optimizer, base_kwargs, self._own, name)
+        self._rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self._check_options(own)
         self._perturb_eps = float(perturb_eps)
         self._model = model
         self._max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
         self._skip_nonfinite = bool(skip_nonfinite)
         self._flatten = bool(flatten)
-        self._counters = torch.zeros(len(_COUNTERS), dtype=torch.int64)
-        self._measured = torch.zeros((), dtype=torch.float64)
+        self._counters = torch.zeros(len(_COUNTERS), dtype=torch.int64, device="cpu")
+        self._measured = torch.zeros((), dtype=torch.float64, device="cpu")
         self._loading: dict[str, Any] | None = None
         self._reset()
         super().__init__(params, {**self._rule.defaults, **own})
@@ -88,7 +86,7 @@ class TwoPassOptimizer(Optimizer):
         self._idle: list[Tensor] = []
         self._members: list[list[Tensor]] = []
         self._laid_out = False
-        self._seen_state = (0, 0)
+        self._seen_state = (0, 0, 0)
         self._norms: dict[torch.device, Tensor] = {}
         self._scaled_for: tuple[Any, ...] = ()
         self._tables: dict[tuple[str, torch.device], tuple[list[list[float | Tensor]], Tensor]] = {}
@@ -142,6 +140,7 @@ class TwoPassOptimizer(Optimizer):
     def _check_params(self, params: Any, index: int) -> None:
         seen: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
         entries = [params] if isinstance(params, Tensor) else params
+        trainable = [(p, label) for p, _, _, label in self._entries() if p.requires_grad and not p.is_meta]
         for i, entry in enumerate(entries):
             named = isinstance(entry, tuple) and len(entry) == 2
             param = entry[1] if named else entry
@@ -151,6 +150,8 @@ class TwoPassOptimizer(Optimizer):
             if param in seen:
                 raise ValueError(f"{name} appears more than once among the parameters")
             seen.add(param)
+            if is_lazy(param):
+                raise ValueError(f"{name} is not initialized: run a forward pass of its lazy module first")
             if param.is_meta:
                 raise ValueError(f"{name} is on the meta device: it has no data to optimize")
             if not param.requires_grad:
@@ -166,6 +167,8 @@ class TwoPassOptimizer(Optimizer):
                 )
             if overlaps(param):
                 raise ValueError(f"{name} has elements that share memory (an expanded tensor?)")
+            trainable.append((param, name))
+        _check_aliases(trainable)
 
     def _entries(self) -> Iterable[tuple[Tensor, int, str | None, str]]:
         """(parameter, group index, its name or None, what errors call it)."""
@@ -191,7 +194,11 @@ class TwoPassOptimizer(Optimizer):
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)
-        _check_aliases([(p, label) for entries in members.values() for p, _, _, label in entries])
+        laid = [(p, label) for entries in members.values() for p, _, _, label in entries]
+        _check_aliases(laid)
+        for p, label in laid if self._flatten else []:
+            if not is_dense(p):
+                raise ValueError(f"flatten=True needs parameters without gaps in memory, but {label} has some")
         flats = [
             FlatBuffers(
                 [p for p, _, _, _ in entries],
@@ -210,7 +217,7 @@ class TwoPassOptimizer(Optimizer):
                     flat.mark(i)
         self._keep_statistics()
         self._flat, self._idle = flats, idle
-        self._laid_out = True
+        self._laid_out = False  # until the state has been taken over
         self._members = [list(group["params"]) for group in self.param_groups]
         self._scaled_for = self._scaled_key()
         self._tables = {}
@@ -219,6 +226,7 @@ class TwoPassOptimizer(Optimizer):
             for device in {flat.device for flat in flats}
         }
         self._take_state()
+        self._laid_out = True
 
     def _take_state(self) -> None:
         """Take over whatever ``self.state`` and the loaded statistics hold now."""
@@ -231,7 +239,11 @@ class TwoPassOptimizer(Optimizer):
             norms[FIRST, 0] = self._measured
         if self._flat:
             self._counters = self._counters.to(self._flat[0].device)
-        self._seen_state = (id(self.state), len(self.state))
+        self._seen_state = self._state_key()
+
+    def _state_key(self) -> tuple[int, int, int]:
+        """Changes when the user clears or replaces state, or a part of it."""
+        return id(self.state), len(self.state), sum(map(len, self.state.values()))
 
     def _scaled_key(self) -> tuple[Any, ...]:
         return ()
@@ -255,7 +267,7 @@ class TwoPassOptimizer(Optimizer):
         attached = [flat.attached() for flat in self._flat]
         if stale or not all(attached):
             self._lay_out()
-        elif isinstance(self._rule, FusedRule) and self._seen_state != (id(self.state), len(self.state)):
+        elif isinstance(self._rule, FusedRule) and self._pending is None and self._seen_state != self._state_key():
             self._keep_statistics()
             self._take_state()
         if isinstance(self._rule, WrappedRule):
@@ -288,7 +300,7 @@ class TwoPassOptimizer(Optimizer):
         if cached is not None and not on_device and cached[0] == rows:
             return cached[1]
         host = torch.tensor(
-            [[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64
+            [[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64, device="cpu"
         )
         table = host.to(device) if cached is None else cached[1].copy_(host)
         if on_device:
@@ -328,13 +340,14 @@ class TwoPassOptimizer(Optimizer):
         for i, flat in enumerate(self._flat):
             self._measure(flat, self._norms[flat.device][FIRST, i])
         self._share_norms(FIRST)
+        # Before anything moves: an interrupt may come right after a kernel, and restore() must know then.
+        self._pending = "perturbed"
         for flat in self._flat:
             self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
-            flat.mark_perturbed()
-            self._pending = "perturbed"
             flat.written()
             flat.grads = []
-        self._pending = "perturbed"
+        # An autocast region around both passes keeps low-precision copies of the weights.
+        torch.clear_autocast_cache()
         if self._model is not None:
             self._frozen = ExitStack()
             self._frozen.enter_context(frozen_batch_stats(self._model))
@@ -424,7 +437,7 @@ class TwoPassOptimizer(Optimizer):
                 dtype=flat.dtype,
             )
             flat.written()
-        self._seen_state = (id(self.state), len(self.state))
+        self._seen_state = self._state_key()
 
     def _restore_and_step(self, rule: WrappedRule, first: int) -> None:
         self._put_back()
@@ -449,11 +462,16 @@ class TwoPassOptimizer(Optimizer):
                 flat.written()
                 flat.finish()
             self._pending = None
+        self._thaw()  # whatever a wrapped optimizer does next
 
     def _finish(self) -> None:
         self._pending = None
         for flat in self._flat:
             flat.finish()
+        self._thaw()
+        torch.clear_autocast_cache()
+
+    def _thaw(self) -> None:
         if self._frozen is not None:
             self._frozen.close()
             self._frozen = None
@@ -512,6 +530,9 @@ class TwoPassOptimizer(Optimizer):
         """
         self._refuse_perturbed("state_dict()")
         state = super().state_dict()
+        if isinstance(self._rule, FusedRule):
+            # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
+            state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
         self._keep_statistics()
         state["sharpkern"] = {
             "version": 1,
@@ -566,6 +587,10 @@ class TwoPassOptimizer(Optimizer):
         own = state_dict.get("sharpkern")
         if own is not None and own.get("version") != 1:
             raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
+        if own is not None and not {"counters", "squared_norm"} <= own.keys():
+            raise ValueError(
+                f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
+            )
         self._loading = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -602,7 +627,7 @@ class TwoPassOptimizer(Optimizer):
             self._lay_out()
 
     # Attributes that a copy keeps; the rest is rebuilt.
-    _kept = ("_own", "_rule", "_perturb_eps", "_model", "_max_norm", "_skip_nonfinite", "_flatten")
+    _kept = ("_rule", "_perturb_eps", "_model", "_max_norm", "_skip_nonfinite", "_flatten")
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling an optimizer")
@@ -612,18 +637,22 @@ class TwoPassOptimizer(Optimizer):
             # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
             clones: dict[Tensor, Any] = type(self.state)(dict)
             for p, entry in self.state.items():
-                clones[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+                clones[p] = _cloned(entry)
             state["state"] = clones
         state.update({name: getattr(self, name) for name in self._kept})
         state.update(_counters=self._counters.clone(), _measured=self._measured.clone())
         return state
 
 
-def _check_number(name: str, value: Any) -> None:
-    """A finite number >= 0, or torch's kind of error."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _cloned(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    """A finite number >= 0 (> 0), or torch's kind of error."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} should be a number, but got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    if not (math.isfinite(value) and float(value) >= 0) or (positive and value == 0):
         raise ValueError(f"Invalid {name}: {value}")
 
 
