@@ -29,14 +29,14 @@ constexpr int64_t kChunk = 16384;
 
 // One parameter, as a row of the int64 table; schema.py names the columns.
 struct Row {
-  int64_t param;  // address of the weights
-  int64_t grad;   // address of the gradient, 0 when there is none in this pass
-  int64_t slot;   // first element in every flat buffer
+  int64_t param;   // address of the weights
+  int64_t grad;    // address of the gradient, 0 when there is none in this pass
+  int64_t backup;  // nonzero: the flat backup, not the parameter, holds the weights
+  int64_t slot;    // first element in every flat buffer
   int64_t numel;
   int64_t group;   // row of the group tables
   int64_t scaled;  // 1: T_w = |w| + eta; 0: T_w = 1
-  int64_t backup;  // nonzero: the flat backup, not the parameter, holds the weights
-  int64_t reserved;
+  int64_t ticket;  // scratch of device kernels
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
 

@@ -9,6 +9,7 @@ their addresses is what the kernels walk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,6 +48,91 @@ def overlaps(t: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Sender:
+    """Sends host values to one tensor on a device, without waiting for it.
+
+    The copy starts from pinned memory that nothing writes to while the copy may still read it: torch's
+    allocator hands out a block anew only after the streams that used it have come so far. A CUDA graph reads
+    its block on every replay, so the blocks that went into a capture are kept; they are taken from a stock,
+    because memory cannot be pinned while a graph is captured.
+    """
+
+    STOCK = 32  # sends that may go into captures: two for each step captured
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+        self._stock: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        if target.device.type != "cpu" and not is_capturing(target.device):
+            self._stock = list(torch.empty(self.STOCK, *target.size(), dtype=target.dtype, pin_memory=True))
+
+    def send(self, values: Tensor) -> None:
+        """``target[: len(values)] = values``, in the order of the current stream.
+
+        Raises:
+            RuntimeError: in a capture, when its stock is used up.
+        """
+        target = self.target[: values.size(0)]
+        if target.device.type == "cpu":
+            target.copy_(values)
+            return
+        if is_capturing(target.device):
+            if not self._stock:
+                raise RuntimeError(
+                    "a step was captured before any other step ran, or too many were: take one step before the "
+                    f"capture, and capture at most {self.STOCK // 2} in the life of an optimizer"
+                )
+            self._kept.append(self._stock.pop())
+            pinned = self._kept[-1][: values.size(0)].copy_(values)
+        else:
+            pinned = values.pin_memory()
+        target.copy_(pinned, non_blocking=True)
+
+
+class GroupTable:
+    """A float64 table of group values on a device, rewritten where a value changed.
+
+    Args:
+        shape: groups, values a group.
+        device: where the kernels read it.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self._sender = Sender(torch.zeros(shape, dtype=torch.float64, device=device))
+        self._sent: list[list[float | None]] | None = None
+
+    def update(self, rows: list[list[float | Tensor]]) -> Tensor:
+        """The table with these values. A tensor's value goes there from its device, every time."""
+        table = self._sender.target
+        numbers = [[None if isinstance(x, Tensor) else x for x in row] for row in rows]
+        if numbers != self._sent:
+            self._sender.send(
+                torch.tensor(
+                    [[math.nan if x is None else x for x in row] for row in numbers], dtype=torch.float64, device="cpu"
+                )
+            )
+            # What goes into a capture is not there yet.
+            self._sent = None if is_capturing(table.device) else numbers
+        for g, row in enumerate(rows):
+            for c, x in enumerate(row):
+                if isinstance(x, Tensor):
+                    table[g, c].copy_(x)
+        return table
+
+
+def blocks_of(numels: Sequence[int]) -> Tensor:
+    """``[row, k]`` of every ``schema.BLOCK`` elements of every row, in order: what a device kernel walks."""
+    counts = torch.tensor([-(-n // schema.BLOCK) for n in numels], dtype=torch.int64, device="cpu")
+    rows = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    k = torch.arange(rows.numel(), device="cpu") - (counts.cumsum(0) - counts)[rows]
+    return torch.stack([rows, k], dim=1).to(torch.int32)
 
 
 class FlatBuffers:
@@ -118,7 +204,9 @@ class FlatBuffers:
         self._layout = _layouts(self.segments)
         self._status = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._missing = 0  # parameters without a gradient in the last pass
-        self.partials = torch.zeros(-(-size // schema.CHUNK), dtype=torch.float64, device=self.device)
+        blocks = blocks_of([p.numel() for p in self.params])
+        self.blocks = blocks.to(self.device)
+        self.partials = torch.zeros(schema.partials_size(size, len(blocks)), dtype=torch.float64, device=self.device)
         self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         if flatten:
             self._flatten()
@@ -129,6 +217,11 @@ class FlatBuffers:
         self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._addresses = self._locate().clone()
         self._point()
+        # The table on a device: column after column, so that the ones that change go there in one copy.
+        self._upload: Sender | None = None
+        self._sent: Tensor | None = None  # the columns PARAM and GRAD as they are there
+        self._complete = False  # whether the other columns are there
+        self._marked = False  # whether a kernel may have marked backups there
 
     # Where the weights are.
 
@@ -158,14 +251,54 @@ class FlatBuffers:
             return False
         self._addresses = addresses.clone()
         self._point()
+        if self._complete:
+            self._send_table(fresh=False)
         return True
+
+    # The table on a device.
+
+    @property
+    def rows(self) -> Tensor:
+        """The table for the backend in charge: the host's, or the one on the device where kernels read it there."""
+        if self.device.type == "cpu" or walks_lists(self.device.type):
+            return self.table
+        if not self._complete:
+            self._send_table(fresh=False)
+        assert self._upload is not None
+        return self._upload.target.t()
+
+    def _send_table(self, fresh: bool) -> None:
+        """Bring the device's table up to date; its marks of backups too when no step is pending (``fresh``)."""
+        if self.device.type == "cpu" or walks_lists(self.device.type):
+            return
+        if self._upload is None:
+            shape = (schema.COLUMNS, len(self.params))
+            self._upload = Sender(torch.zeros(shape, dtype=torch.int64, device=self.device))
+        capturing = is_capturing(self.device)
+        columns = self.table.t()
+        if not self._complete:
+            count = schema.COLUMNS
+        elif capturing or self._sent is None or not torch.equal(columns[: schema.BACKUP], self._sent):
+            # A graph brings its own addresses along: eager steps between its replays may send others.
+            count = schema.BACKUP + fresh
+        else:
+            count = (schema.BACKUP + 1) * (fresh and self._marked)
+        if not count:
+            return
+        self._upload.send(columns[:count].contiguous())
+        # What goes into a capture is not there yet.
+        self._sent = None if capturing else columns[: schema.BACKUP].clone()
+        self._complete = not capturing
+        if fresh:
+            self._marked = capturing
 
     # One pass.
 
-    def collect(self, error: Callable[[str, Tensor], Exception]) -> None:
+    def collect(self, error: Callable[[str, Tensor], Exception], fresh: bool = True) -> None:
         """Take the gradients of a pass as autograd left them; nothing of the parameters changes.
 
         Args:
+            fresh: whether no parameter is perturbed now.
             error: makes the exception for a gradient that no kernel can use (sparse), of its parameter's
                 name and the gradient.
         """
@@ -178,6 +311,7 @@ class FlatBuffers:
         for i, segment in self._copies:
             segment.copy_(self.params[i])
         self.grads = grads
+        self._send_table(fresh)
 
     def _copy_mismatches(self, grads: list[Tensor], error: Callable[[str, Tensor], Exception]) -> None:
         for i in (self._grad_column == schema.MISMATCH).nonzero().flatten().tolist():
@@ -192,6 +326,15 @@ class FlatBuffers:
     def mark(self, i: int) -> None:
         """The backup holds the weights of parameter i: it came from another layout."""
         self._backup_column[i] = 1
+
+    def ascended(self) -> None:
+        """After a kernel perturbed the parameters with a gradient, and kept them in the backup."""
+        if walks_lists(self.device.type):
+            self._complete = False  # the marks are the host's
+        elif self.device.type != "cpu":
+            self._backup_column.copy_(self._grad_column != 0)
+            self._marked = True
+        self.written()
 
     def written(self) -> None:
         """After a kernel wrote weights through the table: tell autograd, which could not see it."""
@@ -241,8 +384,9 @@ class FlatBuffers:
         self.exposed = [()] * len(self.params)
         self.exposed_groups = None
 
-    def is_perturbed(self, i: int) -> bool:
-        return bool(self.table[i, schema.BACKUP])
+    def perturbed(self) -> list[bool]:
+        """Whether the backup holds the weights, for each parameter. Waits for a device."""
+        return [mark != 0 for mark in self.rows[:, schema.BACKUP].tolist()]
 
     # flatten=True.
 

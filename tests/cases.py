@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sharpkern as sk
+from sharpkern.flat import blocks_of
 from sharpkern.ops import schema
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -306,11 +307,11 @@ class Problem:
             [
                 p.data_ptr() if addressed else 0,
                 g.data_ptr() if addressed and g.numel() else 0,
+                int(spec.backed) << 40,  # any number but 0
                 slot,
                 p.numel(),
                 spec.group,
                 int(spec.scaled),
-                int(spec.backed) << 40,  # any number but 0
                 0,
             ]
             for p, g, slot, spec in zip(self.params, self.grads, self.slots, self.specs, strict=True)
@@ -325,11 +326,13 @@ class Problem:
 
     def arguments(self, op: str, addressed: bool = False, **given: Any) -> dict[str, Any]:
         """Arguments of an op by the names of its schema, ``given`` first."""
+        blocks = blocks_of([p.numel() for p in self.params])
         have: dict[str, Any] = {
             "params": [] if addressed else self.params,
             "grads": [] if addressed else self.grads,
             "table": self.table(addressed),
-            "partials": torch.full((-(-self.size // schema.CHUNK),), NAN, dtype=torch.float64),
+            "blocks": blocks,
+            "partials": self._scratch(len(blocks)),
             "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
             "radius": torch.tensor(RADIUS, dtype=torch.float64),
             "eps": 1e-12,
@@ -351,6 +354,11 @@ class Problem:
             argument.name: have[argument.name]
             for argument in getattr(torch.ops.sharpkern, op).default._schema.arguments
         }
+
+    def _scratch(self, blocks: int) -> Tensor:
+        partials = torch.full((schema.partials_size(self.size, blocks),), NAN, dtype=torch.float64)
+        partials[0] = 0  # the ticket
+        return partials
 
     def rows(self) -> dict[str, list[Tensor]]:
         """Everything an op may change, as rows."""

@@ -117,7 +117,8 @@ def test_slots_start_on_cache_lines_and_do_not_meet(layout: str, dtype: torch.dt
     assert flat.buffer("backup").dtype == dtype
     assert flat.buffer("momentum_buffer").dtype == flat.state_dtype
     assert flat.state_dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert flat.partials.numel() * schema.CHUNK >= flat.size
+    assert flat.partials.numel() == schema.partials_size(flat.size, len(flat.blocks))
+    assert (flat.partials == 0).all()
     assert flat.step.tolist() == [0.0] * len(params)
 
 
@@ -176,9 +177,9 @@ def test_collect_takes_gradients_where_they_lie() -> None:
     assert all(g.numel() == 0 for g in flat.grads[4:])
     assert all(map(same_bits, (p.detach() for p in params), before))
     flat.table[:, schema.BACKUP] = flat.table[:, schema.GRAD] != 0
-    assert [flat.is_perturbed(i) for i in range(6)] == [True] * 4 + [False] * 2
+    assert flat.perturbed() == [True] * 4 + [False] * 2
     flat.finish()
-    assert not any(flat.is_perturbed(i) for i in range(6))
+    assert not any(flat.perturbed())
     assert flat.grads == []
 
 
@@ -284,6 +285,7 @@ def test_parameters_with_gaps_are_served_by_copies() -> None:
         torch.zeros(3, dtype=torch.int64),
         grads,
         flat.table,
+        flat.blocks,
         radius,
         one,
         eps=0.0,
@@ -298,7 +300,7 @@ def test_parameters_with_gaps_are_served_by_copies() -> None:
     assert flat.view("backup", 0).is_contiguous()
 
     params, _ = flat.lists
-    torch.ops.sharpkern.restore(params, flat.buffer("backup"), flat.table, dtype=torch.float32)
+    torch.ops.sharpkern.restore(params, flat.buffer("backup"), flat.table, flat.blocks, dtype=torch.float32)
     flat.written()
     start[:, ::2] += 100
     assert torch.equal(base, start)

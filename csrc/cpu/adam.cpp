@@ -33,7 +33,7 @@ SK_CLONES void update(
 
 void adam_step(
     Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
-    Tensors grads, Tensor backup, Tensor table, Tensor group_values, Tensor sq, double max_norm,
+    Tensors grads, Tensor backup, Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm,
     bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kValues, "values");

@@ -86,16 +86,16 @@ void run(
 }
 
 void ascend(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
-    double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
+    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite,
       dtype);
 }
 
 void ascend_scaled(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor radius, Tensor sq,
-    double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
+    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite, dtype);
 }

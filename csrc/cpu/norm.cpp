@@ -41,8 +41,9 @@ void reduce(
       sq.scalar_type() == ScalarType::Double && sq.numel() == 1,
       "sharpkern: sq should be one float64 element");
   const int64_t chunks = (rows.extent() + kChunk - 1) / kChunk;
-  double* partial = buffer<double>(partials, ScalarType::Double, chunks, "partials");
-  STD_TORCH_CHECK(partial != nullptr || chunks == 0, "sharpkern: partials is empty");
+  double* partial = buffer<double>(partials, ScalarType::Double, 1 + chunks, "partials");
+  STD_TORCH_CHECK(partial != nullptr, "sharpkern: partials is empty");
+  ++partial;  // a device kernel's ticket
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     torch::stable::parallel_for(0, chunks, kGrain, [&](int64_t first, int64_t last) {
@@ -75,12 +76,12 @@ void reduce(
   *static_cast<double*>(sq.mutable_data_ptr()) = total;
 }
 
-void norm(Tensor sq, Tensor partials, Tensors grads, Tensor table, ScalarType dtype) {
+void norm(Tensor sq, Tensor partials, Tensors grads, Tensor table, Tensor, ScalarType dtype) {
   reduce(sq, partials, Rows(nullptr, &grads, table, dtype), nullptr, dtype);
 }
 
 void norm_scaled(
-    Tensor sq, Tensor partials, Tensors params, Tensors grads, Tensor table, Tensor radius,
+    Tensor sq, Tensor partials, Tensors params, Tensors grads, Tensor table, Tensor, Tensor radius,
     ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   reduce(sq, partials, rows, values(radius, rows, 2, "radius"), dtype);

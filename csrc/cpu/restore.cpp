@@ -5,7 +5,7 @@
 namespace sharpkern::cpu {
 namespace {
 
-void restore(Tensors params, Tensor backup, Tensor table, ScalarType dtype) {
+void restore(Tensors params, Tensor backup, Tensor table, Tensor, ScalarType dtype) {
   const Rows rows(&params, nullptr, table, dtype);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

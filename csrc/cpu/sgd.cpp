@@ -27,7 +27,8 @@ SK_CLONES void update(
 
 void sgd(
     Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
-    Tensor table, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite, ScalarType dtype) {
+    Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite,
+    ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kValues, "values");
   const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);

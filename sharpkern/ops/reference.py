@@ -73,7 +73,9 @@ def gather_negative(
     )
 
 
-def norm(sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, *, dtype: torch.dtype) -> None:
+def norm(
+    sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, *, dtype: torch.dtype
+) -> None:
     total = torch.zeros_like(sq)
     for grad in grads:
         if grad.numel():
@@ -87,6 +89,7 @@ def norm_scaled(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     table: Tensor,
+    blocks: Tensor,
     radius: Tensor,
     *,
     dtype: torch.dtype,
@@ -138,6 +141,7 @@ def ascend(
     counters: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
+    blocks: Tensor,
     radius: Tensor,
     sq: Tensor,
     *,
@@ -154,6 +158,7 @@ def ascend_scaled(
     counters: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
+    blocks: Tensor,
     radius: Tensor,
     sq: Tensor,
     *,
@@ -164,7 +169,7 @@ def ascend_scaled(
     _ascend(params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=True)
 
 
-def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, *, dtype: torch.dtype) -> None:
+def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
     for param, row in zip(params, _rows(table, params), strict=True):
         if row[BACKUP]:
             param.copy_(_slot(backup, param, row))
@@ -216,6 +221,7 @@ def sgd(
     grads: Sequence[Tensor],
     backup: Tensor,
     table: Tensor,
+    blocks: Tensor,
     values: Tensor,
     sq: Tensor,
     *,
@@ -250,6 +256,7 @@ def adam(
     grads: Sequence[Tensor],
     backup: Tensor,
     table: Tensor,
+    blocks: Tensor,
     values: Tensor,
     sq: Tensor,
     *,

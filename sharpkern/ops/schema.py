@@ -12,12 +12,15 @@ cannot name; it is for this package's flat layer, and nobody is promised that it
 ==================  ===================================================================================
 argument            holds
 ==================  ===================================================================================
-``table``           int64 ``[rows, 8]``, one row a parameter, columns below
+``table``           int64 ``[rows, 8]``, one row a parameter, columns below; on a device in any memory order
+``blocks``          int32 ``[blocks, 2]``: row, and which ``BLOCK`` elements of it; what a device kernel walks,
+                    in the order of the rows, and whole. CPU kernels split slot space themselves
 ``backup``          flat, dtype of the parameters: the weights before the perturbation
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
 ``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
-``partials``        float64, one element a chunk of ``CHUNK`` slot elements: scratch
+``partials``        float64, ``partials_size()`` elements: scratch. The first is a device kernel's ticket: zero
+                    before the first call, zero again after each
 ``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
 ``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
 ``sq``              float64: a squared norm; as input of a rule ``[passes, buffers]``, summed over buffers
@@ -31,11 +34,12 @@ import torch
 # Columns of the table.
 PARAM = 0  # address of the weights
 GRAD = 1  # address of the gradient; 0: none in this pass; MISMATCH: gather could not use it as it is
-SLOT = 2  # first element in the flat buffers
-NUMEL = 3
-GROUP = 4  # row of the group tables
-SCALED = 5  # 1: T_w = |w| + eta; 0: T_w = 1
-BACKUP = 6  # nonzero: the weights are in the backup
+BACKUP = 2  # nonzero: the weights are in the backup
+SLOT = 3  # first element in the flat buffers
+NUMEL = 4
+GROUP = 5  # row of the group tables
+SCALED = 6  # 1: T_w = |w| + eta; 0: T_w = 1
+TICKET = 7  # scratch of a device kernel, whose blocks count themselves here: zero between two calls
 COLUMNS = 8
 
 MISMATCH = -1
@@ -43,18 +47,21 @@ MISMATCH = -1
 # Slot elements a partial sum covers; csrc/common.h has its twin.
 CHUNK = 16384
 
+# Elements of a parameter in one row of ``blocks``; csrc/cuda/walk.h has its twin.
+BLOCK = 2048
+
 # Columns of the group values.
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
-_PASS = "Tensor[] grads, Tensor table"
+_PASS = "Tensor[] grads, Tensor table, Tensor blocks"
 _RULE = (
-    "Tensor[] grads, Tensor backup, Tensor table, Tensor values, Tensor sq, *, "
+    "Tensor[] grads, Tensor backup, Tensor table, Tensor blocks, Tensor values, Tensor sq, *, "
     "float max_norm, bool skip_nonfinite, ScalarType dtype"
 )
 _ASCEND = (
     "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, "
-    "Tensor[] grads, Tensor(d!) table, Tensor radius, Tensor sq, *, "
+    "Tensor[] grads, Tensor(d!) table, Tensor blocks, Tensor radius, Tensor sq, *, "
     "float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
 )
 
@@ -67,13 +74,13 @@ SCHEMAS: dict[str, str] = {
     "norm_scaled": (
         f"(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, {_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
     ),
-    # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call, so that no
-    # interrupt can come in between
+    # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call (on a device:
+    # by the same launch), so that no interrupt can come in between
     "ascend": _ASCEND,
     # backup = w;  w += rho T_w^2 g / (norm + eps)
     "ascend_scaled": _ASCEND,
     # w = backup
-    "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, *, ScalarType dtype) -> ()",
+    "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, Tensor blocks, *, ScalarType dtype) -> ()",
     # torch.optim.SGD's step from the backup, or in place
     "sgd": f"(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, {_RULE}) -> ()",
     # torch.optim.Adam's and AdamW's
@@ -82,6 +89,12 @@ SCHEMAS: dict[str, str] = {
         f"Tensor(e!) step, Tensor(f!) counters, {_RULE}) -> ()"
     ),
 }
+
+
+def partials_size(size: int, blocks: int) -> int:
+    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks, for any backend."""
+    return 1 + max(1, -(-size // CHUNK), blocks)
+
 
 library = torch.library.Library("sharpkern", "DEF")
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
-from ..flat import SUPPORTED_DTYPES, FlatBuffers, is_dense, overlaps
+from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_dense, overlaps
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
@@ -89,7 +89,7 @@ class TwoPassOptimizer(Optimizer):
         self._seen_state = (0, 0, 0)
         self._norms: dict[torch.device, Tensor] = {}
         self._scaled_for: tuple[Any, ...] = ()
-        self._tables: dict[tuple[str, torch.device], tuple[list[list[float | Tensor]], Tensor]] = {}
+        self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._pending: str | None = None
         self._frozen: ExitStack | None = None
 
@@ -185,7 +185,12 @@ class TwoPassOptimizer(Optimizer):
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
         idle = []
         # Parameters whose weights are in a backup, and where; they have a slot whatever became of them.
-        backups = {p: (flat, i) for flat in self._flat for i, p in enumerate(flat.params) if flat.is_perturbed(i)}
+        backups = {
+            p: (flat, i)
+            for flat in (self._flat if self._pending == "perturbed" else [])
+            for i, (p, perturbed) in enumerate(zip(flat.params, flat.perturbed(), strict=True))
+            if perturbed
+        }
         for entry in self._entries():
             p = entry[0]
             if p.requires_grad or p.grad is not None or p in backups:
@@ -277,7 +282,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _collect(self) -> None:
         for flat in self._flat:
-            flat.collect(self._bad_gradient)
+            flat.collect(self._bad_gradient, fresh=self._pending is None)
 
     def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
         if grad.layout != torch.strided:
@@ -294,22 +299,11 @@ class TwoPassOptimizer(Optimizer):
                     norms[row, i].copy_(self._norms[flat.device][row, i], non_blocking=True)
 
     def _group_table(self, name: str, rows: list[list[float | Tensor]], device: torch.device) -> Tensor:
-        """A float64 table of group values on a device, rewritten only when a value changed."""
-        cached = self._tables.get((name, device))
-        on_device = any(isinstance(x, Tensor) for row in rows for x in row)
-        if cached is not None and not on_device and cached[0] == rows:
-            return cached[1]
-        host = torch.tensor(
-            [[math.nan if isinstance(x, Tensor) else x for x in row] for row in rows], dtype=torch.float64, device="cpu"
-        )
-        table = host.to(device) if cached is None else cached[1].copy_(host)
-        if on_device:
-            for g, row in enumerate(rows):
-                for c, x in enumerate(row):
-                    if isinstance(x, Tensor):
-                        table[g, c].copy_(x)
-        self._tables[name, device] = (rows, table)
-        return table
+        """The table of group values ``name`` on a device."""
+        table = self._tables.get((name, device))
+        if table is None:
+            table = self._tables[name, device] = GroupTable((len(rows), len(rows[0])), device)
+        return table.update(rows)
 
     def _counters_for(self, flat: FlatBuffers) -> Tensor:
         """The counters for one layout of a step, so that each step counts once; nothing for the others."""
@@ -344,7 +338,7 @@ class TwoPassOptimizer(Optimizer):
         self._pending = "perturbed"
         for flat in self._flat:
             self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
-            flat.written()
+            flat.ascended()
             flat.grads = []
         # An autocast region around both passes keeps low-precision copies of the weights.
         torch.clear_autocast_cache()
@@ -411,7 +405,7 @@ class TwoPassOptimizer(Optimizer):
             for i, flat in enumerate(self._flat):
                 _, grads = flat.lists
                 torch.ops.sharpkern.norm.default(
-                    self._norms[flat.device][LAST, i], flat.partials, grads, flat.table, dtype=flat.dtype
+                    self._norms[flat.device][LAST, i], flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype
                 )
             self._share_norms(LAST)
         first = FIRST if self._pending and self._skip_nonfinite else LAST
@@ -428,8 +422,9 @@ class TwoPassOptimizer(Optimizer):
             rule.step(
                 flat,
                 self._counters_for(flat),
-                flat.buffers.get("backup", flat.empty),
-                flat.table,
+                flat.buffer("backup") if self._pending == "perturbed" else flat.empty,
+                flat.rows,
+                flat.blocks,
                 self._group_table("values", rows, flat.device),
                 self._norms[flat.device][first:],
                 max_norm=self._max_norm,
@@ -458,7 +453,9 @@ class TwoPassOptimizer(Optimizer):
         if self._pending == "perturbed":
             for flat in self._flat:
                 params, _ = flat.lists
-                torch.ops.sharpkern.restore.default(params, flat.buffer("backup"), flat.table, dtype=flat.dtype)
+                torch.ops.sharpkern.restore.default(
+                    params, flat.buffer("backup"), flat.rows, flat.blocks, dtype=flat.dtype
+                )
                 flat.written()
                 flat.finish()
             self._pending = None

@@ -103,10 +103,10 @@ class SAM(TwoPassOptimizer):
     def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
         params, grads = flat.lists
         if not flat.any_scaled:
-            torch.ops.sharpkern.norm.default(sq, flat.partials, grads, flat.table, dtype=flat.dtype)
+            torch.ops.sharpkern.norm.default(sq, flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype)
         else:
             torch.ops.sharpkern.norm_scaled.default(
-                sq, flat.partials, params, grads, flat.table, self._radius(flat.device), dtype=flat.dtype
+                sq, flat.partials, params, grads, flat.rows, flat.blocks, self._radius(flat.device), dtype=flat.dtype
             )
 
     def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
@@ -117,7 +117,8 @@ class SAM(TwoPassOptimizer):
             flat.buffer("backup"),
             counters,
             grads,
-            flat.table,
+            flat.rows,
+            flat.blocks,
             self._radius(flat.device),
             sq,
             eps=self._perturb_eps,
