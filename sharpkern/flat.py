@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ops import schema
-from .ops.backend import notice_reference, walks_lists
+from .ops.backend import prepare, walks_lists
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,6 +48,11 @@ def overlaps(t: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def is_remote(device: torch.device) -> bool:
+    """Whether kernels on a device cannot read the host's memory."""
+    return device.type != "cpu"
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -154,13 +159,13 @@ class FlatBuffers:
         scaled: Sequence[bool],
         flatten: bool = False,
     ) -> None:
-        notice_reference(params[0].device.type)
+        prepare(params[0].device)
         self.params = list(params)
         self.names = list(names)
         self.groups = list(groups)
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
-        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.state_dtype = schema.state_dtype(self.dtype)
         self.flat_params: Tensor | None = None
         self.flat_grads: Tensor | None = None
         self._grad_views: list[Tensor] = []
@@ -260,7 +265,7 @@ class FlatBuffers:
     @property
     def rows(self) -> Tensor:
         """The table for the backend in charge: the host's, or the one on the device where kernels read it there."""
-        if self.device.type == "cpu" or walks_lists(self.device.type):
+        if not is_remote(self.device) or walks_lists(self.device.type):
             return self.table
         if not self._complete:
             self._send_table(fresh=False)
@@ -269,7 +274,7 @@ class FlatBuffers:
 
     def _send_table(self, fresh: bool) -> None:
         """Bring the device's table up to date; its marks of backups too when no step is pending (``fresh``)."""
-        if self.device.type == "cpu" or walks_lists(self.device.type):
+        if not is_remote(self.device) or walks_lists(self.device.type):
             return
         if self._upload is None:
             shape = (schema.COLUMNS, len(self.params))
@@ -331,7 +336,7 @@ class FlatBuffers:
         """After a kernel perturbed the parameters with a gradient, and kept them in the backup."""
         if walks_lists(self.device.type):
             self._complete = False  # the marks are the host's
-        elif self.device.type != "cpu":
+        elif is_remote(self.device):
             self._backup_column.copy_(self._grad_column != 0)
             self._marked = True
         self.written()

@@ -17,7 +17,9 @@ from sharpkern.flat import blocks_of
 from sharpkern.ops import schema
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BACKENDS = sk.available_backends()
+# The device of every test: the CPU, unless the suite was told otherwise (conftest.py).
+DEVICE = torch.get_default_device()
+BACKENDS = sk.available_backends(DEVICE)
 
 # Elements around every tensor that nothing may write to; a multiple of 64 bytes in every dtype.
 GUARD = 64
@@ -48,7 +50,16 @@ class Form(NamedTuple):
         return f"{self.backend}-{'addresses' if self.addressed else 'lists'}"
 
 
-FORMS = [Form(backend, addressed) for backend in BACKENDS for addressed in (False, True)[: 1 + (backend == "cpp")]]
+# The reference walks lists only. Triton's way with lists is tried by the tests of the schemas: its interpreter is slow.
+FORMS = [
+    Form(backend, addressed)
+    for backend in BACKENDS
+    for addressed in {"cpp": (False, True), "triton": (True,), "reference": (False,)}[backend]
+]
+
+
+# Triton's interpreter is a thousand times slower than a kernel: what is only large, or only for threads, is not for it.
+COMPILED_FORMS = [form for form in FORMS if form.backend != "triton" or DEVICE.type != "cpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +255,7 @@ class Problem:
         self.dtype = dtype
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.memory = Memory()
-        self._random = torch.Generator().manual_seed(0)
+        self._random = torch.Generator("cpu").manual_seed(0)
         ends = list(itertools.accumulate(-(-math.prod(spec.shape) // 32) * 32 for spec in specs))
         self.slots = [0, *ends[:-1]]
         self.size = ends[-1]
@@ -272,8 +283,8 @@ class Problem:
 
     def _fresh(self, spec: Spec, dtype: torch.dtype, low: float, high: float) -> Tensor:
         shape = spec.shape[::-1] if spec.order == "transposed" else spec.shape
-        values = torch.empty(shape).uniform_(low - high, high - low, generator=self._random)
-        values = (values + values.sign() * low).to(dtype)  # magnitude in [low, high]
+        values = torch.empty(shape, device="cpu").uniform_(low - high, high - low, generator=self._random)
+        values = (values + values.sign() * low).to(DEVICE, dtype)  # magnitude in [low, high]
         if spec.order == "transposed":
             return values.t()
         if spec.order == "channels_last":
@@ -322,7 +333,7 @@ class Problem:
         """gather's argument."""
         dim = max(len(spec.shape) for spec in self.specs)
         rows = [[p.dim(), *p.size(), *p.stride(), *([0] * 2 * (dim - p.dim()))] for p in self.params]
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def arguments(self, op: str, addressed: bool = False, **given: Any) -> dict[str, Any]:
         """Arguments of an op by the names of its schema, ``given`` first."""
@@ -331,7 +342,7 @@ class Problem:
             "params": [] if addressed else self.params,
             "grads": [] if addressed else self.grads,
             "table": self.table(addressed),
-            "blocks": blocks,
+            "blocks": blocks.to(DEVICE),
             "partials": self._scratch(len(blocks)),
             "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
             "radius": torch.tensor(RADIUS, dtype=torch.float64),
@@ -348,7 +359,8 @@ class Problem:
         if op.startswith("norm"):
             have["sq"] = torch.full((), NAN, dtype=torch.float64)
         if op == "gather":
-            have |= {"grads": self.grads, "status": torch.full((2,), -5), "layout": self.layout()}
+            host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
+            have |= {"grads": self.grads, **host}
         have |= given
         return {
             argument.name: have[argument.name]

@@ -26,18 +26,23 @@ class Net(nn.Module):
 
 def make_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
     torch.manual_seed(seed)
-    return Net().to(dtype)
+    with torch.device("cpu"):  # the same weights on every device
+        net = Net()
+    return net.to(torch.get_default_device(), dtype)
 
 
 def batches(n: int, dtype: torch.dtype = torch.float64, size: int = 24, seed: int = 7) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randint(0, 3, (size,), generator=generator),
-        )
-        for _ in range(n)
-    ]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        data = [
+            (
+                torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64),
+                torch.randint(0, 3, (size,), generator=generator),
+            )
+            for _ in range(n)
+        ]
+    return [(x.to(device, dtype), y.to(device)) for x, y in data]
 
 
 def make_closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:

@@ -91,6 +91,11 @@ SCHEMAS: dict[str, str] = {
 }
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state buffers for parameters of a dtype: that of the arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def partials_size(size: int, blocks: int) -> int:
     """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks, for any backend."""
     return 1 + max(1, -(-size // CHUNK), blocks)

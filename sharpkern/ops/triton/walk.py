@@ -1,0 +1,253 @@
+"""How a Triton kernel walks the segments, and how it is launched.
+
+The blocks of ``schema.BLOCK`` elements are dealt out to a fixed number of programs, each a run of neighbours.
+A program so sees few rows, and reads a row's addresses and coefficients once. Whole blocks take a loop without
+masks, which the compiler turns into 16-byte accesses; the end of a row, and rows whose addresses are not multiples
+of 16 bytes, take another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import schema
+
+BLOCK = tl.constexpr(schema.BLOCK)
+PARAM = tl.constexpr(schema.PARAM)
+GRAD = tl.constexpr(schema.GRAD)
+BACKUP = tl.constexpr(schema.BACKUP)
+SLOT = tl.constexpr(schema.SLOT)
+NUMEL = tl.constexpr(schema.NUMEL)
+GROUP = tl.constexpr(schema.GROUP)
+SCALED = tl.constexpr(schema.SCALED)
+TICKET = tl.constexpr(schema.TICKET)
+
+ELEMENT = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+# Elements at a time where there are masks: so few that this path costs the other one no registers.
+STEP = tl.constexpr(256)
+# Programs a multiprocessor gets. Eight fill one with 2048 threads; more would only shorten their runs.
+PROGRAMS = 8
+
+
+@triton.jit
+def share(n_blocks):
+    """[begin, end): the blocks of this program."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    return program * n_blocks // programs, (program + 1) * n_blocks // programs
+
+
+@triton.jit
+def cell(table, row, column: tl.constexpr, stride_row, stride_column):
+    """table[row, column]"""
+    return tl.load(table + row * stride_row + column * stride_column)
+
+
+@triton.jit
+def address(buffer, slot, T: tl.constexpr):
+    """The address of a slot of a flat buffer. In integers: the compiler would fold a pointer's way there and
+    back, and with it the hint in ``elements``."""
+    return tl.cast(buffer, tl.int64) + slot * (T.primitive_bitwidth // 8)
+
+
+@triton.jit
+def whole(addresses, numel, k, count):
+    """Of the ``count`` blocks of a row from block k on, the end of those that are whole; k itself when 16-byte
+    accesses do not work from an address (all of them or-ed together)."""
+    return tl.where((addresses & 15) == 0, tl.minimum(k + count, numel // BLOCK), k)
+
+
+@triton.jit
+def elements(address, offset, T: tl.constexpr, FULL: tl.constexpr):
+    """Pointers to the elements from ``offset`` (int64) on: a whole block, or a step of the masked path."""
+    base = tl.cast(address, tl.pointer_type(T))
+    if FULL:
+        pointers = tl.multiple_of(base, 16) + offset + tl.arange(0, BLOCK)
+    else:
+        pointers = base + offset + tl.arange(0, STEP)
+    return pointers
+
+
+@triton.jit
+def in_row(left, FULL: tl.constexpr):
+    """The mask of a step with ``left`` elements of its row to go; none for a whole block."""
+    mask = None
+    if not FULL:
+        mask = tl.arange(0, STEP) < tl.minimum(left, STEP).to(tl.int32)
+    return mask
+
+
+@triton.jit
+def norms(sq, n_buffers, PASSES: tl.constexpr):
+    """(norm of the last pass, whether the squared norm of every pass is finite)."""
+    finite = tl.full((), 1, tl.int1)
+    last = tl.full((), 0, tl.float64)
+    for p in tl.static_range(PASSES):
+        last = tl.load(sq + p * n_buffers)
+        for i in range(1, n_buffers):
+            last += tl.load(sq + p * n_buffers + i)
+        finite = finite & (tl.abs(last) < float("inf"))
+    return tl.sqrt(last), finite
+
+
+@triton.jit
+def float64(bits):
+    """A Python float reaches a kernel as float32; this one came as the bits of its float64."""
+    return bits.to(tl.float64, bitcast=True)
+
+
+def bits(value: float) -> int:
+    """For ``float64`` above."""
+    number: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return number
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 3  # the interpreter runs one after the other; a few, so that a program has blocks of several rows
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    count: int = properties["multiprocessor_count"]
+    return PROGRAMS * count
+
+
+def options(backend: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any]:
+    """How a kernel is compiled for one of Triton's backends.
+
+    Args:
+        mixed: whether the kernel has float32 state beside its parameters, whatever their dtype. Half-precision
+            parameters then get 4 elements a thread: with 8, the stores of the state would go through shared memory.
+    """
+    half = dtype.itemsize == 2
+    chosen: dict[str, Any] = {"num_warps": 16 if half and mixed else 8, "enable_fp_fusion": True}
+    if backend == "cuda":
+        # Left to itself, ptxas unrolls until few warps fit on a multiprocessor. Nothing is spilled with these.
+        chosen["maxnreg"] = 128 if dtype == torch.float64 or (half and mixed) else 64
+    return chosen
+
+
+@functools.cache
+def _options(device_type: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any]:
+    if device_type == "cpu":
+        return {}  # the interpreter
+    return options(triton.runtime.driver.active.get_current_target().backend, dtype, mixed)
+
+
+def launch(
+    kernel: Any,
+    table: Tensor,
+    blocks: Tensor,
+    *args: Any,
+    dtype: torch.dtype,
+    mixed: bool = False,
+    **constants: Any,
+) -> None:
+    """Run a kernel over the blocks. One program runs even when there are none: somebody has to count."""
+    device = table.device
+    n = blocks.size(0)
+    grid = (max(1, min(n, _programs(device))),)
+    guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device.index)
+    with guard:
+        kernel[grid](
+            table,
+            *table.stride(),
+            blocks,
+            n,
+            *args,
+            T=ELEMENT[dtype],
+            A=tl.float64 if dtype == torch.float64 else tl.float32,
+            **constants,
+            **_options(device.type, dtype, mixed),
+        )
+
+
+def addressed(
+    table: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype, blocks: Tensor
+) -> Tensor:
+    """The table with the addresses of the lists, where lists were handed over; checks what can be checked
+    without waiting for a device.
+
+    Raises:
+        RuntimeError: for arguments that do not fit together.
+    """
+    if dtype not in ELEMENT:
+        raise RuntimeError(f"sharpkern: unsupported dtype {dtype}")
+    if table.dtype != torch.int64 or table.dim() != 2 or table.size(1) != schema.COLUMNS:
+        raise RuntimeError(f"sharpkern: table should be an int64 tensor of {schema.COLUMNS} columns")
+    if blocks.dtype != torch.int32 or blocks.dim() != 2 or blocks.size(1) != 2 or not blocks.is_contiguous():
+        raise RuntimeError("sharpkern: blocks should be a contiguous int32 tensor of 2 columns")
+    if blocks.device != table.device:
+        raise RuntimeError(f"sharpkern: blocks are on {blocks.device}, the table on {table.device}")
+    if not params and not grads:
+        return table
+    table = table.clone()
+    for name, column, tensors in (("params", schema.PARAM, params), ("grads", schema.GRAD, grads)):
+        if tensors:
+            if len(tensors) != table.size(0):
+                raise RuntimeError(f"sharpkern: {name} has {len(tensors)} tensors, the table {table.size(0)} rows")
+            for t in tensors:
+                if t.dtype != dtype:
+                    raise RuntimeError(f"sharpkern: {name} should be {dtype}, found {t.dtype}")
+            addresses = [t.data_ptr() if t.numel() else 0 for t in tensors]
+            table[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(table.device)
+    return table
+
+
+def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 0) -> None:
+    """A contiguous buffer of a dtype with at least ``numel`` elements, on the table's device.
+
+    Raises:
+        RuntimeError: when it is not; empty ones pass where ``numel`` is 0.
+    """
+    if t.numel() == 0 and numel == 0:
+        return
+    if t.dtype != dtype or not t.is_contiguous() or t.numel() < numel or t.device != table.device:
+        raise RuntimeError(
+            f"sharpkern: {name} should be contiguous, {dtype}, with at least {numel} elements, on {table.device}"
+        )
+
+
+def check_norms(sq: Tensor, table: Tensor) -> None:
+    """The squared norms of the passes of a step.
+
+    Raises:
+        RuntimeError: when they are none.
+    """
+    if sq.dim() != 2 or not 1 <= sq.size(0) <= 2 or sq.size(1) == 0:
+        raise RuntimeError("sharpkern: sq should be a contiguous float64 matrix")
+    check(sq, table, torch.float64, "sq", sq.numel())
+
+
+def check_values(t: Tensor, table: Tensor, columns: int, name: str) -> None:
+    """A float64 table of group values.
+
+    Raises:
+        RuntimeError: when it is none.
+    """
+    if t.dim() != 2 or t.size(1) != columns or t.size(0) == 0:
+        raise RuntimeError(f"sharpkern: {name} should be a contiguous float64 tensor of {columns} columns")
+    check(t, table, torch.float64, name, columns)
+
+
+def check_counters(counters: Tensor, table: Tensor) -> None:
+    """The three counters, or none.
+
+    Raises:
+        RuntimeError: when they are something else.
+    """
+    check(counters, table, torch.int64, "counters", 3 if counters.numel() else 0)
