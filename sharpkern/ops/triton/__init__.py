@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .adam import adam
-from .ascend import ascend, ascend_scaled
-from .norm import norm, norm_scaled
-from .restore import restore
-from .sgd import sgd
+from . import adam, ascend, norm, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "norm": norm,
-    "norm_scaled": norm_scaled,
-    "ascend": ascend,
-    "ascend_scaled": ascend_scaled,
-    "restore": restore,
-    "sgd": sgd,
-    "adam": adam,
+    "norm": norm.norm,
+    "norm_scaled": norm.norm_scaled,
+    "ascend": ascend.ascend,
+    "ascend_scaled": ascend.ascend_scaled,
+    "restore": restore.restore,
+    "sgd": sgd.sgd,
+    "adam": adam.adam,
 }

@@ -1,0 +1,441 @@
+"""What is particular to a device: tables that go there, marks that live there, launches, and nothing that waits.
+
+Without a GPU the CPU stands in for one: Triton's interpreter runs the kernels, and the flat layer takes the way
+of a device whose kernels cannot read the host's memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import assert_same_bits, batches, make_closure, make_net, train, weights
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sharpkern as sk
+from sharpkern import flat as flat_module
+from sharpkern.flat import FlatBuffers, GroupTable, Sender, blocks_of
+from sharpkern.ops import schema
+
+SGD, AdamW, RMSprop = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
+
+pytestmark = pytest.mark.skipif("triton" not in sk.available_backends("cpu"), reason="no Triton interpreter")
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flat_module, "is_remote", lambda device: True)
+    with torch.device("cpu"), sk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, remote: None) -> list[str]:
+    """Names of the kernels that would have been launched. None is: 400 tensors take the interpreter seconds."""
+    from sharpkern.ops.triton import adam, ascend, norm, restore, sgd
+
+    names: list[str] = []
+    for module in (adam, ascend, norm, restore, sgd):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: names.append(kernel.__name__))
+    return names
+
+
+def parameters(count: int, groups: int = 1) -> list[dict[str, Any]]:
+    params = [nn.Parameter(torch.full((2 + i % 3,), float(i + 1))) for i in range(count)]
+    return [{"params": params[g::groups], "weight_decay": 0.01 * g} for g in range(groups)]
+
+
+def give_gradients(opt: torch.optim.Optimizer) -> None:
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.full_like(p, 0.5)
+
+
+# Launches.
+
+
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sam": (sk.SAM, {}),
+    "adaptive": (sk.SAM, {"adaptive": True}),
+    "asam": (sk.ASAM, {}),
+}
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (400, 1), (24, 24), (400, 24)])
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_of_a_step(method: str, base: Any, count: int, groups: int, launched: list[str]) -> None:
+    options = {"momentum": 0.9} if base is SGD else {}
+    rule = "sgd_kernel" if base is SGD else "adam_kernel"
+    cls, own = METHODS[method]
+    for check in (True, False):
+        opt = cls(parameters(count, groups), base, lr=0.1, skip_nonfinite=check, **own, **options)
+        for _ in range(3):
+            launched.clear()
+            give_gradients(opt)
+            opt.first_step()
+            assert launched == ["norm_kernel", "ascend_kernel"]
+            give_gradients(opt)
+            opt.second_step()
+            assert launched[2:] == (["norm_kernel", rule] if check else [rule])
+            launched.clear()
+            give_gradients(opt)
+            opt.step()
+            assert launched == (["norm_kernel", rule] if check else [rule])
+
+
+def test_launches_around_a_wrapped_optimizer(launched: list[str]) -> None:
+    opt = sk.SAM(parameters(5), RMSprop, lr=0.1)
+    give_gradients(opt)
+    opt.first_step()
+    opt.second_step()
+    assert launched == ["norm_kernel", "ascend_kernel", "norm_kernel", "restore_kernel"]
+
+
+# What goes to the device.
+
+
+class Sent:
+    """Records what is sent: the shape of every piece."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        send = Sender.send
+
+        def recording(sender: Sender, values: Tensor) -> None:
+            self.shapes.append(tuple(values.size()))
+            send(sender, values)
+
+        monkeypatch.setattr(Sender, "send", recording)
+
+    def take(self) -> list[tuple[int, ...]]:
+        taken, self.shapes = self.shapes, []
+        return taken
+
+
+def test_only_what_changed_is_sent(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = Sent(monkeypatch)
+    opt = sk.SAM(parameters(7), SGD, lr=0.1, momentum=0.9)
+    params = opt.param_groups[0]["params"]
+    first, second = ([torch.full_like(p, 0.5) for p in params] for _ in range(2))
+
+    def grads(values: list[Tensor]) -> None:
+        for p, g in zip(params, values, strict=True):
+            p.grad = g
+
+    grads(first)
+    opt.first_step()
+    assert sent.take() == [(schema.COLUMNS, 7), (1, 2)]  # the whole table, then radius
+    opt.second_step()
+    assert sent.take() == [(1, len(schema.SGD))]
+    for _ in range(3):
+        opt.first_step()
+        assert sent.take() == [(3, 7)]  # addresses, and marks to clear
+        opt.second_step()
+        assert sent.take() == []
+    opt.first_step()
+    sent.take()
+    grads(second)
+    opt.second_step()
+    assert sent.take() == [(2, 7)]  # addresses: the marks there are the kernel's
+    opt.param_groups[0]["lr"] = 0.2
+    opt.step()
+    assert sent.take() == [(3, 7), (1, len(schema.SGD))]
+    opt.step()
+    assert sent.take() == []
+
+
+def test_the_table_on_a_device(remote: None) -> None:
+    params = [nn.Parameter(torch.randn(n)) for n in (5, 0, 3000)]
+    flat = FlatBuffers(params, ["a", "b", "c"], [0, 1, 1], [True, False, True])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    flat.collect(lambda name, grad: ValueError(name))
+    assert flat.rows is not flat.table
+    assert torch.equal(flat.rows, flat.table)
+    assert flat.rows.stride() == (1, 3)  # a column goes up in one piece
+    assert flat.blocks.tolist() == [[0, 0], [2, 0], [2, 1]]
+    with sk.use_backend("reference"):
+        assert flat.rows is flat.table
+
+
+def test_blocks_cover_every_element_once() -> None:
+    numels = [1, 0, schema.BLOCK - 1, schema.BLOCK, 0, schema.BLOCK + 1, 10 * schema.BLOCK]
+    covered = [0] * len(numels)
+    blocks = blocks_of(numels).tolist()
+    assert blocks == sorted(blocks)
+    for row, k in blocks:
+        assert k * schema.BLOCK == covered[row]
+        covered[row] = min(numels[row], (k + 1) * schema.BLOCK)
+    assert covered == numels
+    assert blocks_of([0, 0]).size() == (0, 2)
+
+
+def test_group_tables() -> None:
+    table = GroupTable((2, 2), torch.device("cpu"))
+    rows: list[list[float | Tensor]] = [[1.0, 2.0], [3.0, 4.0]]
+    got = table.update(rows)
+    assert got.tolist() == rows
+    assert table.update([[1.0, 2.0], [3.0, 5.0]]) is got
+    assert got.tolist() == [[1.0, 2.0], [3.0, 5.0]]
+    lr = torch.tensor(7.0)
+    assert table.update([[lr, 2.0], [3.0, 5.0]]).tolist() == [[7.0, 2.0], [3.0, 5.0]]
+    lr.fill_(8.0)
+    assert table.update([[lr, 2.0], [3.0, 5.0]]).tolist() == [[8.0, 2.0], [3.0, 5.0]]
+
+
+# Marks live on the device.
+
+
+def twins(**kwargs: Any) -> tuple[nn.Module, Any, nn.Module, Any]:
+    ours, theirs = make_net(torch.float32), make_net(torch.float32)
+    options = {"lr": 0.05, "momentum": 0.9, **kwargs}
+    return ours, sk.SAM(ours.parameters(), SGD, **options), theirs, sk.SAM(theirs.parameters(), SGD, **options)
+
+
+def close(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_of_every_kind_in_turn(remote: None) -> None:
+    """A SAM step's marks must not reach a plain step after it, nor a restored one."""
+    ours, opt, theirs, twin = twins()
+    data = batches(6, torch.float32)
+    for model, optimizer, name in ((ours, opt, "triton"), (theirs, twin, "reference")):
+        with sk.use_backend(name):
+            train(model, optimizer, data[:2])
+            make_closure(model, data[2])()
+            optimizer.step()
+            before = weights(model)
+            optimizer.first_step()
+            assert not torch.equal(model.out.weight, before["out.weight"])
+            optimizer.restore()
+            assert_same_bits(weights(model), before)
+            optimizer.restore()
+            # A parameter without a gradient in the first pass, another in the second.
+            optimizer.zero_grad()
+            make_closure(model, data[3])()
+            model.gain.grad = None
+            optimizer.first_step(zero_grad=True)
+            make_closure(model, data[3])()
+            model.out.bias.grad = None
+            optimizer.second_step(zero_grad=True)
+            train(model, optimizer, data[4:])
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("first", ["triton", "reference"])
+def test_another_backend_for_the_second_pass(first: str, remote: None) -> None:
+    second = {"triton": "reference", "reference": "triton"}[first]
+    for end in ("second_step", "restore"):
+        ours, opt, theirs, twin = twins()
+        for batch in batches(3, torch.float32):
+            before = weights(ours)
+            opt.zero_grad()
+            make_closure(ours, batch)()
+            with sk.use_backend(first):
+                opt.first_step(zero_grad=True)
+            make_closure(ours, batch)()
+            with sk.use_backend(second):
+                getattr(opt, end)()
+            if end == "restore":
+                assert_same_bits(weights(ours), before)
+            else:
+                with sk.use_backend("reference"):
+                    twin.step(make_closure(theirs, batch))
+        if end == "second_step":
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_an_interrupt_before_the_launch_restores_nothing_old(
+    end: str, remote: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is pending already, but no kernel ran: what the backup holds is the step before's."""
+    ours, opt, _, _ = twins()
+    data = batches(3, torch.float32)
+    train(ours, opt, data[:2])
+    before = weights(ours)
+    opt.zero_grad()
+    make_closure(ours, data[2])()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opt, "_perturb", interrupted)
+        opt.first_step()
+    assert opt.is_perturbed
+    if end == "restore":
+        opt.restore()
+        assert_same_bits(weights(ours), before)
+    else:
+        for p in ours.parameters():
+            p.grad = torch.zeros_like(p)
+        for group in opt.param_groups:
+            group["lr"] = 0.0
+        opt.second_step()
+        assert_same_bits(weights(ours), before)
+
+
+# Nothing waits.
+
+
+class NothingButKernels(TorchDispatchMode):
+    """Fails on any torch op that touches a device's tensors, but for views and what a Sender sends.
+
+    An op that reads a number (``_local_scalar_dense``, ``nonzero``, ``equal``) would wait for the device; any
+    other would be one more launch. What may be touched freely is the host's memory, by address.
+    """
+
+    VIEWS = ("slice", "select", "t", "transpose", "detach", "view", "as_strided", "alias", "unsqueeze", "squeeze")
+
+    def __init__(self, host: list[Tensor]) -> None:
+        super().__init__()
+        self.host = {t.untyped_storage().data_ptr() for t in host}
+        self.sending = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        if self.sending or name.startswith("sharpkern::") or name.split("::")[1].split(".")[0] in self.VIEWS:
+            return out
+        # lift_fresh is how torch.tensor's new memory first shows.
+        given = [] if name == "aten::lift_fresh" else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        touched = [tuple(t.size()) for t in given if t.untyped_storage().data_ptr() not in self.host]
+        assert not touched, f"{name} on {touched}"
+        # What the host makes from its own is its own.
+        self.host |= {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, Tensor)}
+        return out
+
+
+def host_tensors(opt: Any) -> list[Tensor]:
+    names = ("table", "_layout", "_status", "_param_layout", "_found", "_found_status", "_addresses", "_sent")
+    return [getattr(flat, name) for flat in opt._flat for name in names]
+
+
+def step_by_hand(opt: Any) -> None:
+    give_gradients(opt)
+    opt.first_step()
+    give_gradients(opt)
+    opt.second_step()
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("cls", [sk.SAM, sk.ASAM])
+def test_a_step_is_nothing_but_its_kernels(cls: Any, base: Any, remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = cls(parameters(6, 2), base, lr=0.1, max_grad_norm=1.0)
+    step_by_hand(opt)
+    gradients = {p: torch.full_like(p, 0.25) for group in opt.param_groups for p in group["params"]}
+    with NothingButKernels(host_tensors(opt)) as mode:
+        send = Sender.send
+
+        def sending(sender: Sender, values: Tensor) -> None:
+            mode.sending = True
+            send(sender, values)
+            mode.sending = False
+
+        monkeypatch.setattr(Sender, "send", sending)
+        for _ in range(2):
+            for p, g in gradients.items():
+                p.grad = g
+            opt.first_step()
+            opt.second_step()
+            opt.param_groups[0]["lr"] *= 0.5  # a scheduler's work
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        lambda p: bool(p.sum() > 0),
+        lambda p: p.norm().item(),
+        lambda p: p.nonzero(),
+        lambda p: torch.equal(p, p.clone()),
+        lambda p: p.mul_(2),
+    ],
+    ids=["bool", "item", "nonzero", "equal", "mul_"],
+)
+def test_whoever_watches_a_step_sees_what_should_not_be_there(
+    reading: Callable[[Tensor], object], remote: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = sk.SAM(parameters(3), SGD, lr=0.1)
+    step_by_hand(opt)
+    measure = opt._measure
+
+    def measure_and_read(flat: FlatBuffers, sq: Tensor) -> None:
+        measure(flat, sq)
+        reading(flat.params[0].detach())
+
+    monkeypatch.setattr(opt, "_measure", measure_and_read)
+    with pytest.raises(AssertionError, match="aten::"), NothingButKernels(host_tensors(opt)):
+        opt.first_step()
+
+
+# Offsets beyond 2^31.
+
+
+def untouched(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written."""
+    reserve = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = elements * dtype.itemsize
+    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size, flags=reserve), dtype=np.uint8)).view(dtype)
+
+
+def test_elements_beyond_2_to_the_31(remote: None) -> None:
+    """The last blocks of a row of more than 2^31 elements, whose slot begins behind 2^31 elements, too."""
+    beyond = 2**31 // schema.BLOCK  # the first block that begins there
+    numel = 2**31 + schema.BLOCK + 100
+    slot = 2**31 + 64
+    dtype = torch.bfloat16
+    param, grad = untouched(numel, dtype), untouched(numel, dtype)
+    backup = untouched(slot + numel, dtype)
+    momentum = untouched(slot + numel, torch.float32)
+    end = slice(2**31, numel)
+    param[end] = torch.arange(numel - 2**31) % 7 + 1
+    grad[end] = torch.arange(numel - 2**31) % 5 - 2
+    before = param[end].clone()
+    row = [0] * schema.COLUMNS
+    for column, value in {
+        schema.PARAM: param.data_ptr(),
+        schema.GRAD: grad.data_ptr(),
+        schema.SLOT: slot,
+        schema.NUMEL: numel,
+    }.items():
+        row[column] = value
+    table = torch.tensor([row])
+    blocks = torch.tensor([[0, beyond], [0, beyond + 1]], dtype=torch.int32)
+    partials = torch.zeros(3, dtype=torch.float64)
+    sq = torch.zeros(1, 1, dtype=torch.float64)
+    counters = torch.zeros(3, dtype=torch.int64)
+    radius = torch.tensor([[0.5, 0.0]], dtype=torch.float64)
+    ops = torch.ops.sharpkern
+    ops.norm(sq[0, 0], partials, [], table, blocks, dtype=dtype)
+    expected = grad[end].double().square().sum()
+    assert sq.item() == pytest.approx(expected.item(), rel=1e-6)
+    ops.ascend([], backup, counters, [], table, blocks, radius, sq, eps=1e-12, skip_nonfinite=True, dtype=dtype)
+    held = backup[slot + 2**31 : slot + numel]
+    assert torch.equal(held, before)
+    moved = before.float() + 0.5 / expected.sqrt() * grad[end].float()
+    torch.testing.assert_close(param[end].float(), moved.float(), rtol=2**-7, atol=0)
+    # Block 0 is not among the blocks: nobody marked the row.
+    table[0, schema.BACKUP] = 1
+    values = torch.tensor([[0.1, 0.9, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    step = torch.zeros(1)
+    ops.sgd(
+        [], momentum, step, counters, [], backup, table, blocks, values, sq,
+        max_norm=float("inf"), skip_nonfinite=True, dtype=dtype,
+    )  # fmt: skip
+    assert torch.equal(momentum[slot + 2**31 : slot + numel], grad[end].float())
+    torch.testing.assert_close(param[end].float(), before.float() - 0.1 * grad[end].float(), rtol=2**-7, atol=0)
+    ops.restore([], backup, table, blocks, dtype=dtype)
+    assert torch.equal(param[end], before)
+    # Nothing around was written.
+    for t, first in ((param, 0), (backup, slot), (momentum, slot)):
+        assert not t[first + 2**31 - 4096 : first + 2**31].any()
