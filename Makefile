@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 ARGS ?=
 
-.PHONY: demo test bench check wheel clean
+.PHONY: demo test bench kernels check wheel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/compare.py $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/test
 
 bench: $(VENV)/bench
 	$(BIN)/python -m bench $(ARGS)
+
+# What the compilers make of every kernel: registers, spills, widths. No GPU is needed; nvcc is used where it is found.
+kernels: $(VENV)/bench
+	$(BIN)/python -m bench.kernels $(ARGS)
 
 check: $(VENV)/check
 	$(BIN)/ruff format --check .

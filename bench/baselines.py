@@ -157,11 +157,14 @@ class Foreach:
         self.scaled = [i for i, p in enumerate(self.params) if algorithm == "asam" and p.dim() >= 2]
         self.rho = RHO[algorithm]
         self.base = base
+        self.device = self.params[0].device
         self.compiled = compiled
+        # From another device the host would have to wait for a number.
+        self.on_host = not compiled and self.device.type == "cpu"
         self.steps = 0
         descend = foreach_sgd if base == "sgd" else foreach_adamw
-        self._perturb = _compile(foreach_perturb) if compiled else foreach_perturb
-        self._descend: Callable[..., None] = _compile(descend) if compiled else descend
+        self._perturb = _compile(foreach_perturb, self.device) if compiled else foreach_perturb
+        self._descend: Callable[..., None] = _compile(descend, self.device) if compiled else descend
 
     @property
     def _grads(self) -> list[Tensor]:
@@ -169,7 +172,7 @@ class Foreach:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self._perturb(self.params, self._grads, self.backup, self.scaled, self.rho, not self.compiled)
+        self._perturb(self.params, self._grads, self.backup, self.scaled, self.rho, self.on_host)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -179,34 +182,50 @@ class Foreach:
             root = math.sqrt(1 - BETA2**self.steps)
             numbers = [ADAM_LR * root / (1 - BETA1**self.steps), ADAM_EPS * root]
             if self.compiled:
-                numbers = [torch.tensor(x, dtype=self.params[0].dtype) for x in numbers]
+                # Filled where it is used: a copy from the host would be waited for.
+                numbers = [torch.full((), x, dtype=self.params[0].dtype, device=self.device) for x in numbers]
         self._descend(self.params, self._grads, self.backup, *self.states, *numbers)
 
 
-def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    _check_compiler()
+class ForeachFused(Foreach):
+    """The first pass of ``Foreach``, then a restore and torch's optimizer with ``fused=True``."""
+
+    def __init__(self, params: Sequence[Tensor], algorithm: Algorithm, base: Base) -> None:
+        super().__init__(params, algorithm, base)
+        self.states = []
+        cls, options = BASES[base]
+        self.base_optimizer = cls(self.leaves, **options, fused=True)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.params, self.backup)
+        self.base_optimizer.step()
+
+
+def _compile(function: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    _check_compiler(device)
     # fullgraph: an error, not a silent eager run, where it cannot compile or has compiled too often.
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-_compiler: str | None = None
+# What is wrong with torch.compile on a device type; nothing: an empty string.
+_compilers: dict[str, str] = {}
 
 
-def _check_compiler() -> None:
+def _check_compiler(device: torch.device) -> None:
     """Try torch.compile once on something small.
 
     Raises:
         Unavailable: with what it said.
     """
-    global _compiler
-    if _compiler is None:
+    if device.type not in _compilers:
         try:
-            torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(64))
-            _compiler = ""
+            torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(64, device=device))
+            _compilers[device.type] = ""
         except Exception as error:  # whatever the toolchain does
-            _compiler = f"torch.compile does not work here: {type(error).__name__}"
-    if _compiler:
-        raise Unavailable(_compiler)
+            _compilers[device.type] = f"torch.compile does not work here: {type(error).__name__}"
+    if _compilers[device.type]:
+        raise Unavailable(_compilers[device.type])
 
 
 def make_compiled(params: Sequence[Tensor], algorithm: Algorithm, base: Base) -> TwoStep:

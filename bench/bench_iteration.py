@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -18,38 +17,7 @@ from torch.nn import functional as F
 from .conftest import Settings
 from .contenders import CONTENDERS, OURS
 from .measure import rounds_for, time_once
-
-
-class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def convnet(width: int) -> nn.Module:
-    """ResNet-18 for 32 x 32 images."""
-    widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
-    blocks = [Residual(i, o) for i, o in pairwise(widths)]
-    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
-
-
-def transformer(width: int) -> nn.Module:
-    """Four blocks over 64 tokens."""
-    block = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-    blocks = nn.TransformerEncoder(block, 4, enable_nested_tensor=False)
-    return nn.Sequential(nn.Embedding(1000, width), blocks, nn.Linear(width, 1000), nn.Flatten(0, 1))
+from .models import convnet, transformer
 
 
 def _images(batch: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .measure import Copy, environment
-from .shapes import SHAPES, Shape, tiny
+from .shapes import CPU, SHAPES, Shape, chosen, tiny
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sharpkern")
     group.addoption("--quick", action="store_true", help="tiny shapes and few rounds: does it run at all")
-    group.addoption("--shapes", default="", help=f"comma-separated, of {', '.join(SHAPES)}; default: all")
+    group.addoption("--shapes", default="", help=f"comma-separated, of {', '.join(SHAPES)}; default: {', '.join(CPU)}")
     group.addoption("--every", action="store_true", help="leave no row out for its minutes")
 
 
@@ -45,13 +45,14 @@ def settings_of(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: for shapes that are not there.
     """
-    names = [name for name in config.getoption("--shapes").split(",") if name] or list(SHAPES)
-    if unknown := set(names) - set(SHAPES):
-        raise pytest.UsageError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    try:
+        shapes = chosen(config.getoption("--shapes"), CPU)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     every = bool(config.getoption("--every"))
     if config.getoption("--quick"):
         return Settings(True, {"tiny": tiny()}, every, budget=0.01, rounds=3)
-    return Settings(False, {name: SHAPES[name]() for name in names}, every, budget=0.7, rounds=4)
+    return Settings(False, shapes, every, budget=0.7, rounds=4)
 
 
 def _command(config: pytest.Config) -> str:
@@ -113,4 +114,4 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # every single round: of no use to anyone
     cpu = output_json["machine_info"]["cpu"].get("brand_raw")
-    output_json["environment"] = {**environment(_command(config), cpu), "left_out": _left_out}
+    output_json["environment"] = {**environment(_command(config), cpu, ["pytorch_optimizer"]), "left_out": _left_out}

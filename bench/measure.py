@@ -7,8 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .baselines import Algorithm, Base, Loop, TwoStep
-from .contenders import CONTENDERS
+from .contenders import CONTENDERS, Contender
+from .device import Cpu, Function, time_once
 from .shapes import Shape
 
 COPY_ELEMENTS = 25_600_000
@@ -41,13 +41,22 @@ class Problem:
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], algorithm: Algorithm, base: Base, dtype: torch.dtype = torch.float32
+        self,
+        shapes: Sequence[Shape],
+        algorithm: Algorithm,
+        base: Base,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = Cpu.torch_device,
+        contenders: Mapping[str, Contender] = CONTENDERS,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.algorithm: Algorithm = algorithm
         self.base: Base = base
-        self.weights = [torch.randn(shape, generator=generator, dtype=dtype).mul_(0.05) for shape in shapes]
-        self.grads = [torch.randn(shape, generator=generator, dtype=dtype).mul_(0.01) for shape in shapes]
+        self.contenders = contenders
+        self.weights, self.grads = (
+            [torch.randn(s, generator=generator, dtype=dtype, device=device).mul_(size) for s in shapes]
+            for size in (0.05, 0.01)
+        )
 
     def leaves(self) -> list[Tensor]:
         """Parameters for one contender."""
@@ -56,14 +65,23 @@ class Problem:
             leaf.grad = grad
         return leaves
 
+    def _after(self, steps: int) -> list[Tensor]:
+        """The weights after so many steps of the plain loop."""
+        leaves = self.leaves()
+        plain = Loop(leaves, self.algorithm, self.base)
+        for _ in range(steps):
+            step(plain)
+        return [leaf.detach() for leaf in leaves]
+
     @cached_property
     def reference(self) -> list[Tensor]:
         """The weights after two steps of the plain loop."""
+        return self._after(2)
+
+    def make(self, contender: str) -> tuple[TwoStep, list[Tensor]]:
+        """A contender that did nothing yet, and its parameters."""
         leaves = self.leaves()
-        plain = Loop(leaves, self.algorithm, self.base)
-        step(plain)
-        step(plain)
-        return [leaf.detach() for leaf in leaves]
+        return self.contenders[contender].make(leaves, self.algorithm, self.base), leaves
 
     def build(self, contender: str) -> TwoStep:
         """A contender that took two steps and came out where the plain loop does.
@@ -72,22 +90,43 @@ class Problem:
             WrongValues: when it came out somewhere else.
             Unavailable: when it cannot run here.
         """
-        leaves = self.leaves()
-        optimizer = CONTENDERS[contender].make(leaves, self.algorithm, self.base)
+        optimizer, leaves = self.make(contender)
         step(optimizer)
         step(optimizer)
-        for i, (leaf, expected) in enumerate(zip(leaves, self.reference, strict=True)):
-            if not torch.allclose(leaf.detach(), expected, rtol=1e-4, atol=1e-6):
-                off = float((leaf.detach() - expected).abs().max())
-                raise WrongValues(f"{contender}: tensor {i} is off by {off:.3g} after two steps")
+        compare([leaf.detach() for leaf in leaves], self.reference, contender)
         return optimizer
 
+    def capture(self, contender: str, machine: Cpu) -> Function:
+        """A contender's step as a graph, replayed twice and checked as in ``build``.
 
-def time_once(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+        Raises:
+            WrongValues: when it came out somewhere else.
+        """
+        optimizer, leaves = self.make(contender)
+        replay = machine.capture(lambda: step(optimizer))
+        replay()
+        replay()
+        expected = self._after(machine.WARM_UP + 2)
+        compare([leaf.detach() for leaf in leaves], expected, f"{contender}, CUDA graph")
+        return replay
+
+
+def compare(
+    have: Sequence[Tensor], expected: Sequence[Tensor], what: str, rtol: float = 1e-4, atol: float = 1e-6
+) -> None:
+    """Raise WrongValues when one of the tensors differs from what is expected."""
+    for i, (h, e) in enumerate(zip(have, expected, strict=True)):
+        if not torch.allclose(h, e, rtol=rtol, atol=atol):
+            raise WrongValues(f"{what}: tensor {i} is off by {float((h - e).abs().max()):.3g}")
+
+
+def interleave(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each subject measured of itself, in rounds of all of them; every other round runs backwards."""
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for i in range(rounds):
+        for name in list(subjects)[:: -1 if i % 2 else 1]:
+            times[name].append(subjects[name]())
+    return times
 
 
 def rounds_for(seconds: float, budget: float, least: int) -> int:
@@ -95,32 +134,46 @@ def rounds_for(seconds: float, budget: float, least: int) -> int:
     return max(least, min(300, int(budget / max(seconds, 1e-9))))
 
 
-def host_us(contender: str, shapes: Sequence[Shape], algorithm: Algorithm, base: Base, budget: float) -> float | None:
+def host_us(
+    contender: str,
+    shapes: Sequence[Shape],
+    algorithm: Algorithm,
+    base: Base,
+    budget: float,
+    least: int = 5,
+    machine: Cpu | None = None,
+    contenders: Mapping[str, Contender] = CONTENDERS,
+) -> float | None:
     """Microseconds of a step on as many tensors of one element each: the work around the kernels.
 
     None where building it takes minutes (it would have to be compiled again).
     """
-    if CONTENDERS[contender].slow_start:
+    if contenders[contender].slow_start:
         return None
-    ones = Problem([(1,) * len(shape) for shape in shapes], algorithm, base)
-    optimizer = CONTENDERS[contender].make(ones.leaves(), algorithm, base)
+    machine = machine or Cpu()
+    ones = [(1,) * len(shape) for shape in shapes]
+    problem = Problem(ones, algorithm, base, device=machine.torch_device, contenders=contenders)
+    optimizer, _ = problem.make(contender)
     step(optimizer)
-    rounds = rounds_for(time_once(lambda: step(optimizer)), budget, 5)
-    return 1e6 * statistics.median(time_once(lambda: step(optimizer)) for _ in range(rounds))
+    rounds = rounds_for(machine.enqueue(lambda: step(optimizer)), budget, least)
+    return 1e6 * statistics.median(machine.enqueue(lambda: step(optimizer)) for _ in range(rounds))
 
 
 class Copy:
     """``dst.copy_(src)``, 8 bytes a float32 element: what memory gives to one plain pass."""
 
-    def __init__(self, elements: int = COPY_ELEMENTS) -> None:
-        self.src, self.dst = torch.ones(elements), torch.zeros(elements)
+    def __init__(self, elements: int = COPY_ELEMENTS, device: torch.device = Cpu.torch_device) -> None:
+        self.src, self.dst = (torch.empty(elements, device=device).uniform_() for _ in range(2))
+        self.bytes = 8 * elements
+
+    def once(self) -> None:
+        self.dst.copy_(self.src)
 
     def bandwidth(self) -> float:
         """Bytes a second: the median after warm-up."""
         for _ in range(2):
-            self.dst.copy_(self.src)
-        seconds = statistics.median(time_once(lambda: self.dst.copy_(self.src)) for _ in range(7))
-        return 8 * self.src.numel() / seconds
+            self.once()
+        return self.bytes / statistics.median(time_once(self.once) for _ in range(7))
 
 
 def _version(package: str) -> str | None:
@@ -140,19 +193,23 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip()
 
 
-def environment(command: str, cpu: str | None) -> dict[str, Any]:
+def environment(
+    command: str, device: str | None, packages: Sequence[str], versions: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Where, when and with what a run was made; no host name and no path."""
-    commit = _git("rev-parse", "HEAD") or "unknown"
+    # A copy of the tree without its history is told its commit.
+    commit = _git("rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown"
     if commit != "unknown" and _git("status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
     return {
-        "device": cpu or platform.processor() or platform.machine(),
+        "device": device or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "pytorch_optimizer": _version("pytorch_optimizer"),
+            **{package: _version(package) for package in packages},
+            **(versions or {}),
         },
         "commit": commit,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -54,12 +54,19 @@ def resnet50() -> list[Shape]:
     return _resnet((3, 4, 6, 3), bottleneck=True)
 
 
-def vit_s16() -> list[Shape]:
-    """ViT-S/16 at 224 x 224: class token, 14 x 14 patches, 12 blocks of width 384."""
-    width = 384
+def _vit16(width: int) -> list[Shape]:
+    """A ViT with patches of 16 x 16 at 224 x 224: class token, 14 x 14 patches, 12 blocks."""
     tokens: list[Shape] = [(1, 1, width), (1, 1 + 14 * 14, width)]
     patches: list[Shape] = [(width, 3, 16, 16), (width,)]
     return tokens + patches + _transformer(width, 12) + _linear(width, 1000)
+
+
+def vit_s16() -> list[Shape]:
+    return _vit16(384)
+
+
+def vit_b16() -> list[Shape]:
+    return _vit16(768)
 
 
 def gpt2_small() -> list[Shape]:
@@ -83,10 +90,27 @@ SHAPES: dict[str, Callable[[], list[Shape]]] = {
     "resnet18": resnet18,
     "vit_s16": vit_s16,
     "resnet50": resnet50,
+    "vit_b16": vit_b16,
     "gpt2_small": gpt2_small,
 }
+
+# What a run measures unless it is told otherwise.
+CPU = ("small400", "resnet18", "vit_s16", "resnet50", "gpt2_small")
+GPU = ("resnet50", "vit_b16", "gpt2_small", "small400")
 
 
 def count(shapes: list[Shape]) -> int:
     """Parameters in all."""
     return sum(math.prod(shape) for shape in shapes)
+
+
+def chosen(names: str, default: tuple[str, ...]) -> dict[str, list[Shape]]:
+    """The shapes of a comma-separated list, of ``default`` for an empty one.
+
+    Raises:
+        ValueError: for shapes that are not there.
+    """
+    wanted = [name for name in names.split(",") if name] or default
+    if unknown := set(wanted) - set(SHAPES):
+        raise ValueError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    return {name: SHAPES[name]() for name in wanted}

@@ -160,7 +160,7 @@ def sgd(
         sq.size(1),
         limit,
         dtype=dtype,
-        mixed=True,
+        mixed=momentum_buffer.numel() > 0,
         BUFFER=momentum_buffer.numel() > 0,
         BACKED=backup.numel() > 0,
         SKIP=skip_nonfinite,

@@ -134,7 +134,8 @@ def options(backend: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any]:
             parameters then get 4 elements a thread: with 8, the stores of the state would go through shared memory.
     """
     half = dtype.itemsize == 2
-    chosen: dict[str, Any] = {"num_warps": 16 if half and mixed else 8, "enable_fp_fusion": True}
+    threads = 512 if half and mixed else 256
+    chosen: dict[str, Any] = {"num_warps": threads // (64 if backend == "hip" else 32), "enable_fp_fusion": True}
     if backend == "cuda":
         # Left to itself, ptxas unrolls until few warps fit on a multiprocessor. Nothing is spilled with these.
         chosen["maxnreg"] = 128 if dtype == torch.float64 or (half and mixed) else 64

@@ -1,0 +1,363 @@
+"""What only a GPU can show. Skipped, and counted as skipped, where there is none.
+
+The value tests of the other files run here on CUDA as a whole, each file in a process of its own whose default
+device it is (SHARPKERN_TEST_DEVICE, see conftest.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same_bits, weights
+from torch import Tensor, nn
+
+import sharpkern as sk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}),
+    "adamw": (AdamW, {"lr": 1e-2}),
+}
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {"sam": (sk.SAM, {}), "asam": (sk.ASAM, {})}
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in sk.available_backends("cuda"):
+        pytest.skip(f"no {request.param} for CUDA here")
+    with sk.use_backend(request.param):
+        yield request.param
+
+
+every_base = pytest.mark.parametrize("base", BASES)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def make(method: str, base: str, device: str = "cuda", **more: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 130), nn.Tanh(), nn.Linear(130, 65), nn.Tanh(), nn.Linear(65, 4)).to(device)
+    cls, own = METHODS[method]
+    rule, options = BASES[base]
+    named = list(model.named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "rho": 0.2, "weight_decay": 0.02}]
+    return model, cls(groups, rule, **own, **options, **more)
+
+
+def data(steps: int, device: str = "cuda") -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator("cpu").manual_seed(3)
+    return [
+        (
+            torch.randn(16, 33, generator=generator).to(device),
+            torch.randint(0, 4, (16,), generator=generator).to(device),
+        )
+        for _ in range(steps)
+    ]
+
+
+def closure_on(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["test_ops.py", "test_flat.py", "test_trajectory.py", "test_stepping.py", "test_moves.py", "test_checkpoint.py",
+     "test_arguments.py"],
+)  # fmt: skip
+def test_values_on_cuda(file: str) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / file)]
+    done = subprocess.run(
+        command,
+        cwd=here.parent,
+        env={**os.environ, "SHARPKERN_TEST_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(done.stdout[-300:])
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-3000:]
+
+
+@every_base
+@every_method
+def test_backends_agree(method: str, base: str) -> None:
+    ends = []
+    for name in sk.available_backends("cuda"):
+        with sk.use_backend(name):
+            model, opt = make(method, base)
+            for x, y in data(10):
+                opt.step(closure_on(model, x, y))
+            ends.append(weights(model))
+    for other in ends[1:]:
+        for name, w in ends[0].items():
+            torch.testing.assert_close(other[name], w, rtol=1e-4, atol=1e-6)
+
+
+@every_base
+@every_method
+def test_the_same_bits_on_every_run(method: str, base: str, kernels: str) -> None:
+    ends = []
+    for _ in range(3):
+        model, opt = make(method, base)
+        for x, y in data(10):
+            opt.step(closure_on(model, x, y))
+        ends.append(weights(model))
+    assert_same_bits(ends[0], ends[1])
+    assert_same_bits(ends[0], ends[2])
+
+
+@pytest.mark.sanitize
+@every_base
+@every_method
+def test_a_few_steps(method: str, base: str, kernels: str) -> None:
+    """Small enough for compute-sanitizer: tails, unaligned weights, a step that is skipped, a restore."""
+    memory = torch.randn(20000, device="cuda")
+    sizes = [1, 31, 2047, 2048, 2049, 5000]
+    params = [nn.Parameter(memory[3 * i + sum(sizes[:i]) :][: sizes[i]]) for i in range(len(sizes))]
+    cls, own = METHODS[method]
+    rule, options = BASES[base]
+    opt = cls(params, rule, **own, **options)
+    for kind in ("step", "skipped", "restored", "step"):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if kind == "skipped":
+            assert params[3].grad is not None
+            params[3].grad[2047] = float("nan")
+        before = memory.clone()
+        opt.first_step()
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if kind == "restored":
+            opt.restore()
+        else:
+            opt.second_step()
+        assert torch.equal(before, memory) == (kind != "step")
+    assert opt.stats["skipped_steps"].item() == 1
+
+
+# Launches and waits.
+
+
+@every_base
+@every_method
+def test_launches_of_a_step(method: str, base: str, kernels: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    for count, groups in ((1, 1), (400, 1), (400, 24)):
+        params = [nn.Parameter(torch.randn(1 + i % 7, device="cuda")) for i in range(count)]
+        cls, own = METHODS[method]
+        rule, options = BASES[base]
+        for check in (True, False):
+            opt = cls(
+                [{"params": params[g::groups]} for g in range(groups)], rule, skip_nonfinite=check, **own, **options
+            )
+            for p in params:
+                p.grad = torch.randn_like(p)
+            for _ in range(2):
+                opt.first_step()
+                opt.second_step()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+                opt.first_step()
+                opt.second_step()
+                torch.cuda.synchronize()
+            names = [
+                e.name
+                for e in profiled.events()
+                if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
+            ]
+            assert len(names) == 3 + check, names
+
+
+@every_base
+@every_method
+def test_nothing_waits_for_the_device(method: str, base: str, kernels: str) -> None:
+    model, opt = make(method, base)
+    batches = data(6)
+    for x, y in batches[:2]:
+        opt.step(closure_on(model, x, y))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches[2:]:
+            opt.step(closure_on(model, x, y))
+            opt.param_groups[1]["lr"] *= 0.5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_base
+def test_the_host_far_ahead_of_the_device(base: str, kernels: str) -> None:
+    """Tables are sent again and again while the device still has the first steps to do."""
+    ends = []
+    for ahead in (False, True):
+        model, opt = make("sam", base)
+        batches = data(40)
+        opt.step(closure_on(model, *batches[0]))
+        torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(1_000_000_000)
+        held = []
+        for i, (x, y) in enumerate(batches[1:]):
+            opt.step(closure_on(model, x, y))
+            held.append([p.grad for p in model.parameters()])  # other addresses in every step
+            opt.param_groups[0]["lr"] = 0.01 + 0.001 * (i % 5)
+            if not ahead:
+                torch.cuda.synchronize()
+        ends.append(weights(model))
+    assert_same_bits(ends[0], ends[1])
+
+
+@every_base
+def test_another_stream(base: str, kernels: str) -> None:
+    """The caller's stream: gradients come late on it, and the default stream has nothing to wait for."""
+    ends = []
+    for side in (False, True):
+        model, opt = make("sam", base)
+        batches = data(6)
+        stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for x, y in batches:
+
+                def closure(x: Tensor = x, y: Tensor = y, model: nn.Module = model) -> Tensor:
+                    torch.cuda._sleep(20_000_000)
+                    return closure_on(model, x, y)()
+
+                opt.step(closure)
+        torch.cuda.current_stream().wait_stream(stream)
+        ends.append(weights(model))
+    assert_same_bits(ends[0], ends[1])
+
+
+# Graphs.
+
+
+def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def warmed_up(step: Callable[[], object], times: int) -> None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@every_base
+@every_method
+@pytest.mark.parametrize("flatten", [False, True], ids=["segments", "flat"])
+def test_a_captured_step_equals_an_eager_one(method: str, base: str, flatten: bool, kernels: str) -> None:
+    """Forward, backward and both passes in one graph; 20 replays, eager steps before, after and in between."""
+    ends = []
+    batches = data(26)
+    for graphed in (False, True):
+        model, opt = make(method, base, flatten=flatten)
+        x, y = batches[0][0].clone(), batches[0][1].clone()
+        step = lambda opt=opt, model=model, x=x, y=y: opt.step(closure_on(model, x, y))  # noqa: E731
+        graph = None
+        for i, (bx, by) in enumerate(batches):
+            x.copy_(bx)
+            y.copy_(by)
+            if i < 3 or not graphed or i in (13, 24, 25):
+                warmed_up(step, 1)
+                continue
+            if graph is None:
+                graph = captured(step)  # captures, but runs nothing
+            graph.replay()
+        ends.append((weights(model), {k: v.item() for k, v in opt.stats.items()}))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_a_learning_rate_on_the_device_reaches_a_graph(kernels: str) -> None:
+    lr = torch.tensor(0.0, device="cuda")
+    p = nn.Parameter(torch.ones(5000, device="cuda"))
+    opt = sk.SAM([p], SGD, lr=lr)
+    p.grad = torch.ones_like(p)
+
+    def step() -> None:
+        opt.first_step()
+        opt.second_step()
+
+    warmed_up(step, 2)
+    graph = captured(step)
+    graph.replay()
+    assert torch.equal(p, torch.ones_like(p))
+    lr.fill_(0.25)
+    graph.replay()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.75))
+
+
+def test_a_capture_without_a_step_before_it_is_an_error(kernels: str) -> None:
+    p = nn.Parameter(torch.ones(100, device="cuda"))
+    opt = sk.SAM([p], SGD, lr=0.1)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError):
+        captured(lambda: (opt.first_step(), opt.second_step()))
+    torch.cuda.synchronize()
+
+
+# Devices.
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@every_base
+def test_a_device_that_is_not_the_current_one(base: str, kernels: str) -> None:
+    ends = []
+    for device in ("cuda:0", "cuda:1"):
+        model, opt = make("sam", base, device)
+        for x, y in data(5, device):
+            opt.step(closure_on(model, x, y))
+        assert torch.cuda.current_device() == 0
+        ends.append({name: w.cpu() for name, w in weights(model).items()})
+    for name, w in ends[0].items():
+        torch.testing.assert_close(ends[1][name], w)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_an_optimizer_over_two_devices(kernels: str) -> None:
+    ends = []
+    for devices in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
+        params = [nn.Parameter(torch.ones(3000, device=d)) for d in devices]
+        opt = sk.SAM(params, SGD, lr=0.1, momentum=0.9)
+        for i in range(4):
+            for scale in (1.0, 2.0):
+                for k, p in enumerate(params):
+                    p.grad = torch.full_like(p, scale * (k + 1) + i)
+                opt.first_step() if scale == 1.0 else opt.second_step()
+        ends.append([p.detach().cpu() for p in params])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_moving_a_model_between_the_cpu_and_the_device(kernels: str) -> None:
+    model, opt = make("sam", "sgd", "cpu")
+    (x, y), *_ = data(1, "cpu")
+    opt.step(closure_on(model, x, y))
+    model.to("cuda")
+    opt.step(closure_on(model, x.cuda(), y.cuda()))
+    assert all(state["momentum_buffer"].is_cuda for state in opt.state.values())
+    model.cpu()
+    opt.step(closure_on(model, x, y))
