@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/emulation/*.h tests/emulation/*.cpp)
 ARGS ?=
 
 .PHONY: demo test bench kernels check wheel clean

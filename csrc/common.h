@@ -17,6 +17,8 @@
 #include <limits>
 #include <vector>
 
+#include "math.h"
+
 namespace sharpkern {
 
 using torch::headeronly::ScalarType;
@@ -153,12 +155,8 @@ T* buffer(const Tensor& t, ScalarType dtype, int64_t extent, const char* name) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A float64 table of group values.
-inline const double* values(const Tensor& t, const Rows& rows, int64_t columns, const char* name) {
-  int64_t groups = 0;
-  for (const Row& row : rows) {
-    groups = std::max(groups, row.group + 1);
-  }
+// A float64 table of group values, with at least so many groups.
+inline const double* values(const Tensor& t, int64_t groups, int64_t columns, const char* name) {
   STD_TORCH_CHECK(
       t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == columns &&
           t.size(0) >= groups,
@@ -167,29 +165,43 @@ inline const double* values(const Tensor& t, const Rows& rows, int64_t columns, 
   return static_cast<const double*>(t.const_data_ptr());
 }
 
+inline const double* values(const Tensor& t, const Rows& rows, int64_t columns, const char* name) {
+  int64_t groups = 0;
+  for (const Row& row : rows) {
+    groups = std::max(groups, row.group + 1);
+  }
+  return values(t, groups, columns, name);
+}
+
 // The squared norms of the passes of a step: one row a pass, one column a flat buffer.
 struct Norms {
   bool finite = true;  // over every pass
   double last = 0;     // the norm of the last pass
 
-  explicit Norms(const Tensor& sq) {
-    STD_TORCH_CHECK(
-        sq.scalar_type() == ScalarType::Double && sq.dim() == 2 && sq.is_contiguous(),
-        "sharpkern: sq should be a contiguous float64 matrix");
-    const auto* p = static_cast<const double*>(sq.const_data_ptr());
-    for (int64_t pass = 0; pass < sq.size(0); ++pass) {
+  // In braces arguments are evaluated in order: the check comes first.
+  explicit Norms(const Tensor& sq) : Norms{checked(sq), sq.size(0), sq.size(1)} {}
+
+  SK_INLINE Norms(const double* sq, int64_t passes, int64_t buffers) {
+    for (int64_t pass = 0; pass < passes; ++pass) {
       double n = 0;
-      for (int64_t i = 0; i < sq.size(1); ++i) {
-        n += p[pass * sq.size(1) + i];
+      for (int64_t i = 0; i < buffers; ++i) {
+        n += sq[pass * buffers + i];
       }
       finite = finite && std::isfinite(n);
       last = std::sqrt(n);
     }
   }
+
+  static const double* checked(const Tensor& sq) {
+    STD_TORCH_CHECK(
+        sq.scalar_type() == ScalarType::Double && sq.dim() == 2 && sq.is_contiguous(),
+        "sharpkern: sq should be a contiguous float64 matrix");
+    return static_cast<const double*>(sq.const_data_ptr());
+  }
 };
 
 // torch.nn.utils.clip_grad_norm_'s factor.
-inline double clip_factor(double norm, double max_norm) {
+SK_INLINE double clip_factor(double norm, double max_norm) {
   const double factor = max_norm / (norm + 1e-6);
   return std::isinf(max_norm) || factor > 1.0 ? 1.0 : factor;  // a NaN norm gives NaN, as torch does
 }

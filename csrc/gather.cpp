@@ -119,4 +119,7 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace sharpkern
 
+// One key for each device whose gradients may be in the list; table, status and layout are always the host's.
 STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) { m.impl("gather", &sharpkern::gather); }
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CUDA, m) { m.impl("gather", &sharpkern::gather); }
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, XPU, m) { m.impl("gather", &sharpkern::gather); }

@@ -5,6 +5,9 @@
 // where torch's own kernels have theirs.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define SK_INLINE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -47,6 +50,32 @@ struct SgdCoefficients {
   A from_buffer;
 };
 
+// Columns of a group's values; schema.py names them.
+enum SgdValue : int64_t {
+  kSgdLr,
+  kSgdMomentum,
+  kSgdDampening,
+  kSgdWeightDecay,
+  kSgdNesterov,
+  kSgdMaximize,
+  kSgdValues
+};
+
+// From a group's values, whether the row steps for the first time, and the clip factor.
+template <class A>
+SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, double clip) {
+  const bool nesterov = v[kSgdNesterov] != 0;
+  SgdCoefficients<A> c;
+  c.lr = v[kSgdLr];
+  c.weight_decay = v[kSgdWeightDecay];
+  c.gradient = v[kSgdMaximize] != 0 ? -clip : clip;
+  c.momentum = first ? 0 : v[kSgdMomentum];
+  c.intake = first ? 1 : 1 - v[kSgdDampening];
+  c.from_gradient = nesterov ? 1 : 0;
+  c.from_buffer = nesterov ? v[kSgdMomentum] : 1;
+  return c;
+}
+
 // buf = momentum buf + intake (c g + weight_decay w);  w - lr (from_gradient g + from_buffer buf)
 template <class A>
 SK_INLINE A sgd_momentum(A w, A g, A& buffer, const SgdCoefficients<A>& c) {
@@ -73,6 +102,36 @@ struct AdamCoefficients {
   A sqrt_bias_correction2;  // sqrt(1 - beta2^t)
   A eps;
 };
+
+enum AdamValue : int64_t {
+  kAdamLr,
+  kAdamBeta1,
+  kAdamBeta2,
+  kAdamEps,
+  kAdamWeightDecay,
+  kAdamAmsgrad,
+  kAdamMaximize,
+  kAdamDecoupled,
+  kAdamValues
+};
+
+// From a group's values, the row's steps with this one, and the clip factor.
+template <class A>
+SK_INLINE AdamCoefficients<A> adam_coefficients(const double* v, double t, double clip) {
+  const bool decoupled = v[kAdamDecoupled] != 0;
+  AdamCoefficients<A> c;
+  c.gradient = v[kAdamMaximize] != 0 ? -clip : clip;
+  c.shrink = decoupled ? 1 - v[kAdamLr] * v[kAdamWeightDecay] : 1;
+  c.weight_decay = decoupled ? 0 : v[kAdamWeightDecay];
+  c.one_minus_beta1 = 1 - v[kAdamBeta1];
+  c.beta2 = v[kAdamBeta2];
+  c.one_minus_beta2 = 1 - v[kAdamBeta2];
+  // The bias corrections need the range of float64: 1 - 0.999^t loses half its bits in float32.
+  c.step_size = v[kAdamLr] / (1 - std::pow(v[kAdamBeta1], t));
+  c.sqrt_bias_correction2 = std::sqrt(1 - std::pow(v[kAdamBeta2], t));
+  c.eps = v[kAdamEps];
+  return c;
+}
 
 template <class A>
 SK_INLINE A root(A x) {

@@ -6,6 +6,12 @@
 
 #include <torch/headeronly/version.h>
 
+// setup.py says with which toolkit and for what the kernels of csrc/cuda were compiled.
+#ifndef SHARPKERN_CUDA_VERSION
+#define SHARPKERN_CUDA_VERSION ""
+#define SHARPKERN_CUDA_ARCHITECTURES ""
+#endif
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
@@ -26,7 +32,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
     info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
                     std::to_string(TORCH_VERSION_PATCH);
-    info["cuda_architectures"] = "";
+    info["cuda"] = SHARPKERN_CUDA_VERSION;
+    info["cuda_architectures"] = SHARPKERN_CUDA_ARCHITECTURES;
     return info;
   });
 }

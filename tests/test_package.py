@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,16 @@ import pytest
 import torch
 
 import sharpkern as sk
+from sharpkern.ops import backend
 
 PACKAGE = Path(sk.__file__).parent
 # Imports point downwards only.
-LAYERS = {"ops": 1, "_C": 1, "flat": 2, "rules": 2, "batch_stats": 2, "optim": 3}
+LAYERS = {"ops": 1, "_C": 1, "flat": 2, "rules": 2, "batch_stats": 2, "optim": 3, "__init__": 4, "__main__": 5}
+
+
+def module_of(name: str) -> str:
+    """Where a name of ``from . import name`` in the top folder comes from."""
+    return name if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists() else "__init__"
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -28,7 +36,7 @@ def imported_modules(path: Path) -> set[str]:
             if not node.level and names[:1] != ["sharpkern"]:
                 continue
             full = base + (names if node.level else names[1:])
-            found |= {full[0]} if full else {alias.name for alias in node.names}
+            found |= {full[0]} if full else {module_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sharpkern.")}
     return found
@@ -64,8 +72,17 @@ def test_build_info() -> None:
         assert "." in info["torch"]
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """In an environment like a user's, without what conftest.py sets."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SHARPKERN_")}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, env={**clean, **variables}
+    )
+
+
+def run(code: str, **variables: str) -> str:
+    done = python("-c", code, **variables)
+    assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
@@ -121,3 +138,90 @@ def test_no_host_read_in_a_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
     opt.second_step()
     assert read
     assert all(any(t is h for h in host) for t in read)
+
+
+# Which backend runs.
+
+
+def test_info_tells_what_runs_and_why_not() -> None:
+    done = python("-m", "sharpkern", "info")
+    assert done.returncode == 0, done.stderr
+    assert f"cpu: {sk.available_backends('cpu')[0]}" in done.stdout
+    assert "TRITON_INTERPRET" in done.stdout or "Triton is not installed" in done.stdout
+    assert python("-m", "sharpkern", "nonsense").returncode == 2
+
+
+def test_the_environment_chooses() -> None:
+    code = "import sharpkern as sk; print(sk.build_info()['backend']['cpu'])"
+    assert run(code, SHARPKERN_BACKEND="reference") == "reference\n"
+    done = python("-c", code, SHARPKERN_BACKEND="opencl")
+    assert done.returncode != 0
+    assert "ValueError: Invalid backend: 'opencl', available: {'cpu': [" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_on_the_cpu_is_for_its_interpreter() -> None:
+    choose = "import sharpkern as sk\nwith sk.use_backend('triton'): print(sk.ops.current_backend())"
+    if not torch.cuda.is_available():
+        assert "only in its interpreter" in python("-c", choose).stderr
+    assert run(choose, TRITON_INTERPRET="1") == "triton\n"
+    # Never by itself.
+    default = "import sharpkern as sk; print(sk.ops.current_backend())"
+    assert run(default, TRITON_INTERPRET="1") == f"{sk.available_backends('cpu')[0]}\n"
+
+
+def test_without_the_extension_a_device_gets_triton_where_it_is_installed() -> None:
+    code = (
+        "import sys; sys.modules['sharpkern._C'] = None\n"
+        "import sharpkern as sk, torch\n"
+        "print(sk.available_backends('cuda'), sk.available_backends('xpu'), sk.available_backends('mps'))\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('sharpkern::adam', 'CUDA'))\n"
+        "print('triton' in sys.modules)\n"
+    )
+    triton = importlib.util.find_spec("triton") is not None
+    here = ["triton", "reference"] if triton else ["reference"]
+    assert run(code) == f"{here} {here} ['reference']\n{triton}\nFalse\n"
+    without = code.replace("import sys;", "import sys, importlib.util as u; find = u.find_spec; "
+                           "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a);")  # fmt: skip
+    assert run(without) == "['reference'] ['reference'] ['reference']\nFalse\nFalse\n"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0 9.0 10.0+PTX", (8, 0), True),
+        ("8.0 9.0 10.0+PTX", (8, 9), True),  # machine code of the same major version
+        ("8.0 9.0 10.0+PTX", (7, 5), False),
+        ("8.0 9.0 10.0+PTX", (12, 0), True),  # from PTX
+        ("8.0 9.0 10.0", (12, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0+PTX", (8, 0), False),
+    ],
+)
+def test_which_device_runs_what_was_built(built: str, capability: tuple[int, int], runs: bool) -> None:
+    reason = backend._misses(built, capability)
+    assert (reason is None) == runs
+    if reason:
+        assert built in reason
+
+
+def test_a_device_that_the_extension_was_not_built_for_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None or not sk.build_info().get("cuda_architectures"):
+        pytest.skip("needs Triton and CUDA kernels")
+    if torch.cuda.is_available():
+        pytest.skip("Triton is a default of devices only outside of its interpreter")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    backend._current.cache_clear()
+    try:
+        assert backend.current_backend("cuda") == "cpp"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "_unfit", None)
+            backend.prepare(torch.device("cuda", 0))
+            assert backend.current_backend("cuda") == "triton"
+            assert "this device is 7.5" in str(backend.why_not("cpp", "cuda"))
+            assert backend.current_backend("cpu") == sk.available_backends("cpu")[0]
+    finally:
+        backend._select(None)
+    assert backend.current_backend("cuda") == "cpp"

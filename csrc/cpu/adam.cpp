@@ -7,8 +7,6 @@
 namespace sharpkern::cpu {
 namespace {
 
-enum : int64_t { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kAmsgrad, kMaximize, kDecoupled, kValues };
-
 template <class T, bool kMax>
 SK_CLONES void update(
     T* w, const T* from, const T* g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
@@ -36,7 +34,7 @@ void adam_step(
     Tensors grads, Tensor backup, Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm,
     bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  const double* groups = values(group_values, rows, kValues, "values");
+  const double* groups = values(group_values, rows, kAdamValues, "values");
   const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -47,27 +45,16 @@ void adam_step(
     for (const Row& row : rows) {
       STD_TORCH_CHECK((m != nullptr && v != nullptr) || row.numel == 0, "sharpkern: exp_avg is empty");
       STD_TORCH_CHECK(
-          vmax != nullptr || groups[row.group * kValues + kAmsgrad] == 0 || row.numel == 0,
+          vmax != nullptr || groups[row.group * kAdamValues + kAdamAmsgrad] == 0 || row.numel == 0,
           "sharpkern: max_exp_avg_sq is empty");
     }
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
     descent.run<T>(
         dtype,
         [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
-          const double* x = groups + rows[i].group * kValues;
-          const double t = static_cast<double>(steps[i]) + 1;
-          const bool decoupled = x[kDecoupled] != 0;
-          AdamCoefficients<A> c;
-          c.gradient = x[kMaximize] != 0 ? -descent.clip : descent.clip;
-          c.shrink = decoupled ? 1 - x[kLr] * x[kWeightDecay] : 1;
-          c.weight_decay = decoupled ? 0 : x[kWeightDecay];
-          c.one_minus_beta1 = 1 - x[kBeta1];
-          c.beta2 = x[kBeta2];
-          c.one_minus_beta2 = 1 - x[kBeta2];
-          c.step_size = x[kLr] / (1 - std::pow(x[kBeta1], t));
-          c.sqrt_bias_correction2 = std::sqrt(1 - std::pow(x[kBeta2], t));
-          c.eps = x[kEps];
-          if (x[kAmsgrad] != 0) {
+          const double* x = groups + rows[i].group * kAdamValues;
+          const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.clip);
+          if (x[kAdamAmsgrad] != 0) {
             update<T, true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
           } else {
             update<T, false>(w, from, g, m + slot, v + slot, nullptr, n, stream, c);

@@ -6,8 +6,6 @@
 namespace sharpkern::cpu {
 namespace {
 
-enum : int64_t { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kValues };
-
 template <class T, bool kMomentumBuffer>
 SK_CLONES void update(
     T* w, const T* from, const T* g, arithmetic_t<T>* buf, int64_t n, bool stream,
@@ -30,9 +28,9 @@ void sgd(
     Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite,
     ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  const double* groups = values(group_values, rows, kValues, "values");
+  const double* groups = values(group_values, rows, kSgdValues, "values");
   const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
-  const auto momentum = [&](int64_t i) { return groups[rows[i].group * kValues + kMomentum]; };
+  const auto momentum = [&](int64_t i) { return groups[rows[i].group * kSgdValues + kSgdMomentum]; };
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
@@ -45,18 +43,9 @@ void sgd(
     descent.run<T>(
         dtype,
         [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
-          const double* v = groups + rows[i].group * kValues;
-          const bool first = steps[i] == 0;
-          const bool nesterov = v[kNesterov] != 0;
-          SgdCoefficients<A> c;
-          c.lr = v[kLr];
-          c.weight_decay = v[kWeightDecay];
-          c.gradient = v[kMaximize] != 0 ? -descent.clip : descent.clip;
-          c.momentum = first ? 0 : v[kMomentum];
-          c.intake = first ? 1 : 1 - v[kDampening];
-          c.from_gradient = nesterov ? 1 : 0;
-          c.from_buffer = nesterov ? v[kMomentum] : 1;
-          if (v[kMomentum] != 0) {
+          const double* v = groups + rows[i].group * kSgdValues;
+          const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.clip);
+          if (v[kSgdMomentum] != 0) {
             update<T, true>(w, from, g, buf + slot, n, stream, c);
           } else {
             update<T, false>(w, from, g, nullptr, n, stream, c);

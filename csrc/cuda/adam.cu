@@ -1,0 +1,105 @@
+// Adam and AdamW from the backup or in place (the decay's form is a value of the group):
+// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
+// w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more.
+#include "descend.cuh"
+
+namespace sharpkern::cuda {
+namespace {
+
+// pow() and nine coefficients need more registers than four CTAs would leave.
+template <class T>
+constexpr int kAdamResident = sizeof(T) == 8 ? 2 : 3;
+
+template <class A>
+struct State {
+  A* m;
+  A* v;
+  A* vmax;  // null where no group uses it
+};
+
+template <class A>
+struct Adam {
+  AdamCoefficients<A> coefficients;
+  bool amsgrad;
+};
+
+template <bool kAmsgrad, class T, class A>
+__device__ __forceinline__ void update(const Descent<T, Adam<A>>& work, const State<A>& state, int64_t n) {
+  elements<T, 1>(n, work.aligned, [&](auto tile, int64_t i) {
+    const int64_t slot = work.slot + i;
+    auto w = tile.load(work.from, i);
+    const auto g = tile.load(work.g, i);
+    auto first = tile.load(state.m, slot);
+    auto second = tile.load(state.v, slot);
+    auto largest = second;
+    if constexpr (kAmsgrad) {
+      largest = tile.load(state.vmax, slot);
+    }
+    tile.each([&](int u, int v) {
+      w.pack[u].x[v] = static_cast<T>(adam<kAmsgrad>(
+          static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), first.pack[u].x[v],
+          second.pack[u].x[v], largest.pack[u].x[v], work.c.coefficients));
+    });
+    tile.store(state.m, slot, first);
+    tile.store(state.v, slot, second);
+    if constexpr (kAmsgrad) {
+      tile.store(state.vmax, slot, largest);
+    }
+    tile.store(work.w, i, w);
+  });
+}
+
+template <class T>
+SK_KERNEL(kAdamResident<T>)
+adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
+  using A = arithmetic_t<T>;
+  descend<Adam<A>, kAdamValues>(
+      rule,
+      [&](const double* x, float before, double clip) {
+        const bool amsgrad = state.vmax != nullptr && x[kAdamAmsgrad] != 0;
+        return Adam<A>{adam_coefficients<A>(x, static_cast<double>(before) + 1, clip), amsgrad};
+      },
+      [](const double*) { return true; },
+      [&](int64_t slot) {
+        return are_aligned(state.m + slot, state.v + slot) &&
+               (state.vmax == nullptr || are_aligned(state.vmax + slot));
+      },
+      [&](const Descent<T, Adam<A>>& work, int64_t n) {
+        if (work.c.amsgrad) {
+          update<true>(work, state, n);
+        } else {
+          update<false>(work, state, n);
+        }
+      });
+}
+
+void adam_step(
+    Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
+    Tensors grads, Tensor backup, Tensor table, Tensor blocks, Tensor group_values, Tensor sq,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  Call call(&params, &grads, table, blocks, dtype);
+  call.same_device(
+      {{&exp_avg, "exp_avg"},
+       {&exp_avg_sq, "exp_avg_sq"},
+       {&max_exp_avg_sq, "max_exp_avg_sq"},
+       {&group_values, "values"}});
+  const double* groups = values(group_values, call, kAdamValues, "values");
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    State<A> state;
+    state.m = buffer<A>(exp_avg, state_dtype(dtype), 0, "exp_avg");
+    state.v = buffer<A>(exp_avg_sq, state_dtype(dtype), 0, "exp_avg_sq");
+    state.vmax = buffer<A>(max_exp_avg_sq, state_dtype(dtype), 0, "max_exp_avg_sq");
+    STD_TORCH_CHECK(
+        (state.m != nullptr && state.v != nullptr) || !call.has_blocks(), "sharpkern: exp_avg is empty");
+    const auto rule = make_rule<T>(call, step, counters, backup, groups, sq, max_norm, skip_nonfinite, dtype);
+    call.launch<kAdamResident<T>>("adam", adam_kernel<T>, kAnyGrid, rule, state);
+  });
+}
+
+}  // namespace
+}  // namespace sharpkern::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CUDA, m) { m.impl("adam", TORCH_BOX(&sharpkern::cuda::adam_step)); }

@@ -1,0 +1,110 @@
+// What every base rule shares: from where it steps, whether it steps at all, and who counts.
+#pragma once
+
+#include "launch.h"
+
+namespace sharpkern::cuda {
+
+// The arguments that every rule takes after its own state, as its kernel gets them.
+template <class T>
+struct Rule {
+  Segments segments;
+  const T* backup;  // null: every row steps in place
+  float* step;
+  int64_t* counters;  // null: not counted
+  const double* groups;
+  Squares squares;
+  double max_norm;
+  bool skip_nonfinite;
+};
+
+// A stretch and the coefficients of its rule. Without a gradient, or in a skipped step, g is null; from == w
+// then means that there is nothing to do.
+template <class T, class C>
+struct Descent {
+  T* w;
+  const T* from;
+  const T* g;
+  int64_t slot;  // of its first element
+  C c;
+  bool aligned;
+};
+
+// The row's step counter advances by one launch, however many CTAs share the row: each sees the count from
+// before, and the last one to have seen it writes.
+template <class T>
+__device__ __forceinline__ void count_step(const Rule<T>& rule, const Stretch& stretch, float before) {
+  if (!stretch.is_row()) {
+    __threadfence();  // the count is read, and only then is this CTA through with it
+    auto* ticket = reinterpret_cast<unsigned long long*>(&rule.segments.cell(stretch.index, kTicket));
+    const int64_t done = stretch.blocks + static_cast<int64_t>(atomicAdd(
+                                              ticket, static_cast<unsigned long long>(stretch.blocks)));
+    if (done != (stretch.row.numel + kBlock - 1) / kBlock) {
+      return;
+    }
+    __threadfence();
+    *ticket = 0;
+  }
+  rule.step[stretch.index] = before + 1;
+}
+
+// coefficients(group's values, step count before, clip factor), counts(group's values): by one thread.
+// aligned(slot): whether the rule's own buffers are. update(work, elements): by all of them.
+template <class C, int64_t kValues, class T, class Coefficients, class Counts, class Aligned, class Update>
+__device__ __forceinline__ void descend(
+    const Rule<T>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned, Update&& update) {
+  double clip = 1;
+  bool skip = false;
+  if (threadIdx.x == 0) {
+    const Norms norms = rule.squares.norms();
+    clip = clip_factor(norms.last, rule.max_norm);
+    skip = rule.skip_nonfinite && !norms.finite;
+    if (skip && blockIdx.x == 0 && rule.counters != nullptr) {
+      rule.counters[2] += 1;
+    }
+  }
+  walk<Descent<T, C>>(
+      rule.segments,
+      [&](const Stretch& stretch) {
+        const Row& row = stretch.row;
+        const bool backed = rule.backup != nullptr && rule.segments.cell(stretch.index, kBackup) != 0;
+        Descent<T, C> work = {};
+        work.w = stretch.at<T>(row.param);
+        work.from = backed ? stretch.in(rule.backup) : work.w;
+        work.slot = row.slot + stretch.begin;
+        if (row.grad != 0 && !skip) {
+          work.g = stretch.at<const T>(row.grad);
+          const double* group = rule.groups + row.group * kValues;
+          const float before = __ldcg(rule.step + stretch.index);
+          work.c = coefficients(group, before, clip);
+          if (counts(group)) {
+            count_step(rule, stretch, before);
+          }
+        }
+        work.aligned = are_aligned(work.w, work.from, work.g) && aligned(work.slot);
+        return work;
+      },
+      [&](const Descent<T, C>& work, int64_t n) {
+        if (work.g != nullptr) {
+          update(work, n);
+        } else if (work.from != work.w) {
+          copy<T>(work.w, work.from, n, work.aligned);
+        }
+      });
+}
+
+// Checks the arguments of a rule; its own state aside.
+template <class T>
+Rule<T> make_rule(
+    Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup, const double* groups,
+    const Tensor& sq, double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  call.same_device({{&step, "step"}, {&counters, "counters"}, {&backup, "backup"}, {&sq, "sq"}});
+  float* steps = buffer<float>(step, ScalarType::Float, call.rows(), "step");
+  STD_TORCH_CHECK(steps != nullptr || call.rows() == 0, "sharpkern: step is empty");
+  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
+  const T* kept = buffer<T>(backup, dtype, 0, "backup");
+  const Squares squares(sq);
+  return {call.segments(), kept, steps, count, groups, squares, max_norm, skip_nonfinite};
+}
+
+}  // namespace sharpkern::cuda

@@ -1,0 +1,86 @@
+// SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
+// w -= lr (nesterov ? d + momentum buf : buf).
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12.
+#include "descend.cuh"
+
+namespace sharpkern::cuda {
+namespace {
+
+template <class A>
+struct Sgd {
+  SgdCoefficients<A> coefficients;
+  bool momentum;
+};
+
+template <class T, class A>
+__device__ __forceinline__ void update_momentum(const Descent<T, Sgd<A>>& work, A* momentum, int64_t n) {
+  A* buf = momentum + work.slot;
+  // Two tiles at a time make six loads; the wide state of half types makes four of one.
+  elements<T, sizeof(A) == sizeof(T) ? 2 : 1>(n, work.aligned, [&](auto tile, int64_t i) {
+    auto w = tile.load(work.from, i);
+    const auto g = tile.load(work.g, i);
+    auto b = tile.load(buf, i);
+    tile.each([&](int u, int v) {
+      w.pack[u].x[v] = static_cast<T>(sgd_momentum(
+          static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), b.pack[u].x[v],
+          work.c.coefficients));
+    });
+    tile.store(buf, i, b);
+    tile.store(work.w, i, w);
+  });
+}
+
+template <class T, class A>
+__device__ __forceinline__ void update_plain(const Descent<T, Sgd<A>>& work, int64_t n) {
+  elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+    auto w = tile.load(work.from, i);
+    const auto g = tile.load(work.g, i);
+    tile.each([&](int u, int v) {
+      w.pack[u].x[v] = static_cast<T>(
+          sgd_plain(static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), work.c.coefficients));
+    });
+    tile.store(work.w, i, w);
+  });
+}
+
+// momentum is null where no group uses it.
+template <class T>
+SK_KERNEL(kResident)
+sgd_kernel(Rule<T> rule, arithmetic_t<T>* momentum) {
+  using A = arithmetic_t<T>;
+  const auto has_momentum = [&](const double* v) { return momentum != nullptr && v[kSgdMomentum] != 0; };
+  descend<Sgd<A>, kSgdValues>(
+      rule,
+      [&](const double* v, float before, double clip) {
+        return Sgd<A>{sgd_coefficients<A>(v, before == 0, clip), has_momentum(v)};
+      },
+      has_momentum, [&](int64_t slot) { return momentum == nullptr || are_aligned(momentum + slot); },
+      [&](const Descent<T, Sgd<A>>& work, int64_t n) {
+        if (work.c.momentum) {
+          update_momentum(work, momentum, n);
+        } else {
+          update_plain(work, n);
+        }
+      });
+}
+
+void sgd(
+    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
+    Tensor table, Tensor blocks, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite,
+    ScalarType dtype) {
+  Call call(&params, &grads, table, blocks, dtype);
+  call.same_device({{&momentum_buffer, "momentum_buffer"}, {&group_values, "values"}});
+  const double* groups = values(group_values, call, kSgdValues, "values");
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    A* momentum = buffer<A>(momentum_buffer, state_dtype(dtype), 0, "momentum_buffer");
+    const auto rule = make_rule<T>(call, step, counters, backup, groups, sq, max_norm, skip_nonfinite, dtype);
+    call.launch("sgd", sgd_kernel<T>, kAnyGrid, rule, momentum);
+  });
+}
+
+}  // namespace
+}  // namespace sharpkern::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CUDA, m) { m.impl("sgd", TORCH_BOX(&sharpkern::cuda::sgd)); }

@@ -1,0 +1,191 @@
+// How a CUDA kernel walks the segments: every CTA takes a contiguous range of `blocks`, cuts it into
+// stretches (consecutive blocks of one row), lets one thread find out what there is to do with a stretch, and
+// does it with all of them: 16 bytes a load where everything is aligned, element by element elsewhere.
+#pragma once
+
+#include "../common.h"
+
+#include <cuda_runtime.h>
+
+namespace sharpkern::cuda {
+
+// Elements of a parameter in one row of `blocks`; schema.py has its twin. A multiple of 16 bytes in every
+// dtype, so that each block of a row is aligned as its first one.
+constexpr int64_t kBlock = 2048;
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+// CTAs that are to fit into a multiprocessor: they bound the registers of a thread to 64. Half the threads it
+// can hold are enough, at four loads of 16 bytes apiece, to keep more memory in flight than it needs.
+constexpr int kResident = 4;
+#define SK_KERNEL(resident) __global__ void __launch_bounds__(kThreads, resident)
+
+// Columns of the table; schema.py names them.
+enum Column : int64_t { kParam, kGrad, kBackup, kSlot, kNumel, kGroup, kScaled, kTicket };
+
+// The table, in any memory order, and the blocks of its rows.
+struct Segments {
+  int64_t* table;
+  int64_t row_stride;
+  int64_t column_stride;
+  const int32_t* blocks;  // [count, 2]: row, and which kBlock elements of it
+  int64_t count;
+
+  __device__ __forceinline__ int64_t& cell(int64_t row, Column column) const {
+    return table[row * row_stride + column * column_stride];
+  }
+};
+
+// Consecutive blocks of one row. Only these numbers and what was made of them pass between threads.
+struct Stretch {
+  Row row;        // its marks and ticket aside
+  int64_t index;  // of the row
+  int64_t begin;  // first element, in the row
+  int64_t size;   // elements
+  int64_t blocks;
+
+  __device__ __forceinline__ bool starts_row() const { return begin == 0; }
+  __device__ __forceinline__ bool is_row() const { return size == row.numel; }
+
+  template <class T>
+  __device__ __forceinline__ T* at(int64_t address) const {
+    return reinterpret_cast<T*>(address) + begin;
+  }
+  // The stretch's place in a flat buffer.
+  template <class T>
+  __device__ __forceinline__ T* in(T* buffer) const {
+    return buffer + (row.slot + begin);
+  }
+};
+
+// The longest stretch that starts at a block and ends before `last`.
+__device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t block, int64_t last) {
+  Stretch s;
+  s.index = segments.blocks[2 * block];
+  const int64_t k = segments.blocks[2 * block + 1];
+  s.row.param = segments.cell(s.index, kParam);
+  s.row.grad = segments.cell(s.index, kGrad);
+  s.row.backup = 0;
+  s.row.slot = segments.cell(s.index, kSlot);
+  s.row.numel = segments.cell(s.index, kNumel);
+  s.row.group = segments.cell(s.index, kGroup);
+  s.row.scaled = segments.cell(s.index, kScaled);
+  s.row.ticket = 0;
+  const int64_t blocks = (s.row.numel + kBlock - 1) / kBlock - k;
+  s.blocks = blocks < last - block ? blocks : last - block;
+  s.begin = k * kBlock;
+  const int64_t end = s.begin + s.blocks * kBlock;
+  s.size = (end < s.row.numel ? end : s.row.numel) - s.begin;
+  return s;
+}
+
+// prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it.
+template <class Work, class Prepare, class Move>
+__device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare, Move&& move) {
+  struct Message {
+    Work work;
+    int64_t size;
+    int64_t blocks;
+  };
+  __shared__ Message shared;
+  const int64_t cta = blockIdx.x;
+  const int64_t first = segments.count * cta / gridDim.x;
+  const int64_t last = segments.count * (cta + 1) / gridDim.x;
+  for (int64_t block = first; block < last;) {
+    if (threadIdx.x == 0) {
+      const Stretch stretch = stretch_at(segments, block, last);
+      shared.size = stretch.size;
+      shared.blocks = stretch.blocks;
+      shared.work = prepare(stretch);
+    }
+    __syncthreads();
+    const Message now = shared;
+    __syncthreads();  // the next message may be written
+    move(now.work, now.size);
+    block += now.blocks;
+  }
+}
+
+// V neighbouring elements, moved 16 bytes at a time.
+template <class S, int V>
+struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Pack {
+  S x[V];
+};
+
+// What a thread holds of one array: U packs, a whole CTA's packs apart, so that U loads are in flight.
+template <class S, int U, int V>
+struct Packs {
+  Pack<S, V> pack[U];
+};
+
+template <int U, int V>
+struct Tile {
+  static constexpr int kUnroll = U;
+  static constexpr int kWidth = V;
+  static constexpr int64_t kStep = int64_t(V) * kThreads;
+
+  template <class S>
+  static __device__ __forceinline__ Packs<S, U, V> load(const S* from, int64_t i) {
+    Packs<S, U, V> packs;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      packs.pack[u] = *reinterpret_cast<const Pack<S, V>*>(from + (i + u * kStep));
+    }
+    return packs;
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void store(S* to, int64_t i, const Packs<S, U, V>& packs) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      *reinterpret_cast<Pack<S, V>*>(to + (i + u * kStep)) = packs.pack[u];
+    }
+  }
+
+  // f(u, v) for every element.
+  template <class F>
+  static __device__ __forceinline__ void each(F&& f) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        f(u, v);
+      }
+    }
+  }
+};
+
+// f(tile, first element of this thread) until all of [0, n) is covered. U: unrolling of whole tiles.
+template <class T, int U, class F>
+__device__ __forceinline__ void elements(int64_t n, bool aligned, F&& f) {
+  constexpr int V = 16 / sizeof(T);
+  int64_t i = 0;
+  if (aligned) {
+    constexpr int64_t kStep = Tile<U, V>::kStep * U;
+    for (; i + kStep <= n; i += kStep) {
+      f(Tile<U, V>{}, i + threadIdx.x * V);
+    }
+    for (int64_t j = i + threadIdx.x * V; j + V <= n; j += Tile<1, V>::kStep) {
+      f(Tile<1, V>{}, j);
+    }
+    i = n / V * V;
+  }
+  for (int64_t j = i + threadIdx.x; j < n; j += kThreads) {
+    f(Tile<1, 1>{}, j);
+  }
+}
+
+// Whether every pointer suits 16-byte loads; null ones do.
+template <class... P>
+__device__ __forceinline__ bool are_aligned(const P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
+}
+
+// to[0, n) = from[0, n)
+template <class T>
+__device__ __forceinline__ void copy(T* to, const T* from, int64_t n, bool aligned) {
+  elements<T, 4>(n, aligned, [&](auto tile, int64_t i) { tile.store(to, i, tile.load(from, i)); });
+}
+
+}  // namespace sharpkern::cuda

@@ -1,0 +1,278 @@
+"""What is particular to a device: the order of threads and blocks, tables and blocks in device memory, tickets,
+offsets beyond 2^31. test_cuda_emulated.py runs this file where the emulation has taken the place of the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import mmap
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import DTYPES, NAN, Form, Problem, Spec, bits, call, dtype_id, same_bits, table_of
+from test_ops import SMALL, finite, norm_tolerance, run_and_check, run_norm, squared_norm
+from torch import Tensor
+
+from emulation import configure
+from sharpkern.flat import blocks_of
+from sharpkern.ops import schema
+
+one_thread = cases.one_thread
+
+OPS = [op for op in schema.SCHEMAS if op != "gather"]
+ADDRESSES, LISTS = Form("cpp", True), Form("cpp", False)
+
+
+# In any order, on devices of any size.
+
+
+@pytest.fixture
+def emulated() -> Any:
+    yield configure
+    configure()
+
+
+# Rows within one CTA and rows that several share, with and without a tail. A gradient is half as far off its
+# boundary as its weights: with 2, 4 and 8 only the gradient is unaligned, in float64, float32 and the half types.
+MIXED = [
+    Spec((n,), offset=offset, grad=i % 5 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1)
+    for i, (n, offset) in enumerate(
+        [(5, 0), (2048, 0), (30000, 4), (4096, 0), (1, 1), (2049, 8), (16384, 0), (100, 2), (8191, 1), (40001, 0)]
+    )
+]
+
+
+def result(op: str, problem: Problem, form: Form, **given: Any) -> list[Tensor]:
+    arguments = problem.arguments(op, form.addressed, **given)
+    call(op, form, arguments)
+    problem.memory.check()
+    assert (arguments["table"][:, schema.TICKET] == 0).all()
+    if "partials" in arguments:
+        assert bits(arguments["partials"])[0] == 0
+    rows = [t for rows in problem.snapshot().values() for t in rows]
+    return [*rows, arguments["table"][:, schema.BACKUP], *([arguments["sq"]] if op.startswith("norm") else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_in_any_order(op: str, dtype: torch.dtype, emulated: Callable[..., None]) -> None:
+    first = None
+    for seed in range(8):
+        emulated(seed, 5)
+        got = result(op, Problem(MIXED, dtype, op), ADDRESSES)
+        first = first or got
+        assert all(map(same_bits, got, first)), seed
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 1000])
+@pytest.mark.parametrize("form", [ADDRESSES, LISTS], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_devices_of_any_size(op: str, form: Form, multiprocessors: int, emulated: Callable[..., None]) -> None:
+    """From one that walks many rows and blocks with each CTA to one with a CTA for each block."""
+    emulated(1, multiprocessors)
+    problem = Problem(MIXED, torch.float32, op)
+    if op.startswith("norm"):
+        expected = squared_norm(problem, scaled=op == "norm_scaled")
+        for _ in range(2):  # the ticket is ready again
+            assert run_norm(op, problem, form).item() == pytest.approx(expected, rel=norm_tolerance(torch.float32))
+    else:
+        run_and_check(op, problem, form, skip_nonfinite=True)
+
+
+def test_norm_makes_do_with_few_partials(emulated: Callable[..., None]) -> None:
+    emulated(1, 100)
+    problem = Problem(MIXED, torch.float32, "norm")
+    expected = squared_norm(problem, scaled=False)
+    for size in (2, 3):
+        memory = torch.full((size + 8,), NAN, dtype=torch.float64)
+        memory[0] = 0
+        got = run_norm("norm", problem, ADDRESSES, partials=memory[:size])
+        assert got.item() == pytest.approx(expected, rel=norm_tolerance(torch.float32))
+        assert memory[0] == 0
+        assert memory[size:].isnan().all()
+
+
+# The table.
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tables_in_any_memory_order(op: str, emulated: Callable[..., None]) -> None:
+    rows = len(MIXED)
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.t().contiguous().t(),
+        lambda t: torch.full((2 * rows, 3, 9), -7)[::2, 1, 1:].copy_(t),
+        lambda t: torch.full((8, rows + 5), -7)[:, 2:-3].copy_(t.t()).t(),
+    ]
+    expected = None
+    for view in views:
+        emulated(3, 2)
+        problem = Problem(MIXED, torch.float32, op)
+        got = result(op, problem, ADDRESSES, table=view(problem.table(True)))
+        expected = expected or got
+        assert all(map(same_bits, got, expected))
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("form", [ADDRESSES, LISTS], ids=str)
+@pytest.mark.parametrize("op", ["ascend", "ascend_scaled"])
+def test_ascend_marks_what_it_kept(op: str, form: Form, skipped: bool) -> None:
+    """1 for a row with a gradient, 0 for one without, whatever an earlier step left there; nothing else."""
+    problem = Problem([*MIXED, Spec((0,)), Spec((0,), backed=False)], torch.float32, op)
+    table = problem.table(form.addressed)
+    before = table.clone()
+    sq = torch.tensor([[NAN if skipped else 1.0]], dtype=torch.float64)
+    assert finite(sq) != skipped
+    call(op, form, problem.arguments(op, form.addressed, table=table, sq=sq, skip_nonfinite=True))
+    marks = [int(spec.grad) for spec in MIXED]
+    assert table[: len(MIXED), schema.BACKUP].tolist() == marks
+    before[: len(MIXED), schema.BACKUP] = torch.tensor(marks)
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("ascend")])
+def test_the_other_ops_leave_the_table_alone(op: str) -> None:
+    for form in (ADDRESSES, LISTS):
+        problem = Problem(MIXED, torch.float32, op)
+        arguments = problem.arguments(op, form.addressed)
+        before = arguments["table"].clone()
+        call(op, form, arguments)
+        assert torch.equal(arguments["table"], before)
+
+
+# Steps and counters.
+
+
+@pytest.mark.parametrize("op", ["sgd", "adam"])
+def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> None:
+    """However many CTAs share it. Groups: with momentum; without, where sgd does not count; with it again."""
+    for seed in range(5):
+        emulated(seed, 1 + seed)
+        problem = Problem(MIXED, torch.float32, op)
+        for step in range(1, 4):
+            before = problem.step.clone()
+            arguments = problem.arguments(op, True, skip_nonfinite=True)
+            if step == 2:
+                arguments["sq"][0, 0] = NAN
+            call(op, ADDRESSES, arguments)
+            counts = [
+                float(step != 2 and spec.grad and not (op == "sgd" and spec.group == 1)) for spec in problem.specs
+            ]
+            assert (problem.step - before).tolist() == counts
+            assert (arguments["table"][:, schema.TICKET] == 0).all()
+        assert problem.counters.tolist() == [10, 20, 31]
+
+
+def test_state_that_is_not_there_is_not_used() -> None:
+    """The host cannot look whether a group asks for it: the rule is then the one without."""
+    none = torch.empty(0)
+    for op, name, option, off in [
+        ("sgd", "momentum_buffer", {**cases.SGD_OPTIONS["momentum"], "weight_decay": 0.2}, {"momentum": 0.0}),
+        ("adam", "max_exp_avg_sq", cases.ADAM_OPTIONS["amsgrad"], {"amsgrad": 0.0}),
+    ]:
+        asked, plain = (
+            result(op, Problem(SMALL, torch.float32, op), ADDRESSES, values=table_of(op, [o] * 3), **{name: none})
+            for o in (option, option | off)
+        )
+        assert all(map(same_bits, asked, plain))
+
+
+def test_no_blocks() -> None:
+    """The norm of nothing is zero, and a pass over nothing counts."""
+    problem = Problem([Spec((0,)), Spec((0,))], torch.float32)
+    assert len(blocks_of([0, 0])) == 0
+    for form in (ADDRESSES, LISTS):
+        for op in ("norm", "norm_scaled"):
+            assert run_norm(op, problem, form).item() == 0
+        for op in OPS[2:]:
+            run_and_check(op, problem, form)
+    assert problem.counters.tolist() == [14, 24, 30]
+
+
+# Alignment.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("norm")])
+def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
+    """Each buffer off by one element in turn: the other ones alone do not decide."""
+    specs = [Spec((n,), group=i % 3) for i, n in enumerate((5000, 4096, 33))]
+    names = ["backup", *cases.STATE.get(op, ())]
+    expected = None
+    for shifted in (None, *names):
+        problem = Problem(specs, dtype, op)
+        given = {}
+        for name in names:
+            moved = torch.full((problem.size + 65,), NAN, dtype=problem.buffers[name].dtype)
+            given[name] = moved[int(name == shifted) :][: problem.size].copy_(problem.buffers[name])
+            assert (given[name].data_ptr() % 16 == 0) == (name != shifted)
+        got = result(op, problem, ADDRESSES, **given)
+        got += [
+            given[name][slot : slot + p.numel()]
+            for name in names
+            for slot, p in zip(problem.slots, problem.params, strict=True)
+        ]
+        expected = expected or got
+        assert all(map(same_bits, got, expected)), shifted
+
+
+# More elements than 32 bits count.
+
+FAR = 1 << 31
+TAIL = 5000
+
+
+def untouched(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of which no page exists before somebody writes there."""
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    no_reserve = 0x4000
+    memory = mmap.mmap(-1, size * itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def tail_of(op: str, dtype: torch.dtype, slot: int, first: int) -> list[Tensor]:
+    """What an op makes of the last elements of a row of ``first + TAIL`` ones whose buffers start at ``slot``."""
+    random = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    numel = first + TAIL
+    memory = {
+        name: untouched(numel + (slot if name not in ("param", "grad") else 0), kind)
+        for name, kind in {
+            "param": dtype, "grad": dtype, "backup": dtype, **dict.fromkeys(cases.STATE.get(op, ()), wide)
+        }.items()
+    }  # fmt: skip
+    tails = {name: t[-TAIL:] for name, t in memory.items()}
+    for tail in tails.values():
+        tail.copy_(torch.rand(TAIL, generator=random) + 0.5)
+    blocks = blocks_of([TAIL])
+    blocks[:, 1] += first // schema.BLOCK
+    problem = Problem(SMALL[:1], dtype, op)
+    arguments = problem.arguments(
+        op,
+        True,
+        **{name: t for name, t in memory.items() if name not in ("param", "grad")},
+        table=torch.tensor(
+            [[memory["param"].data_ptr(), memory["grad"].data_ptr(), int(op not in ("ascend",)), slot, numel, 0, 1, 0]]
+        ),
+        blocks=blocks,
+        partials=torch.zeros(10, dtype=torch.float64),
+    )
+    if op in cases.VALUES:
+        arguments["values"] = table_of(op, cases.VALUES[op])
+    call(op, ADDRESSES, arguments)
+    return [*tails.values(), *([arguments["sq"]] if op.startswith("norm") else [])]
+
+
+@pytest.mark.parametrize("where", ["slot", "row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_beyond_31_bits(op: str, dtype: torch.dtype, where: str) -> None:
+    """A slot that starts beyond 2^31 elements, and a row that goes on beyond: the last blocks of it alone."""
+    near = tail_of(op, dtype, 0, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    far = tail_of(op, dtype, FAR + 64, 0) if where == "slot" else tail_of(op, dtype, 0, FAR + schema.BLOCK)
+    assert all(map(same_bits, far, near))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB: nothing else was touched

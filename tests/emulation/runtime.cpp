@@ -1,0 +1,245 @@
+// The scheduler behind cuda_runtime.h, and the calls into torch that a torch without CUDA lacks.
+#include "cuda_runtime.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+constexpr unsigned kWarp = 32;
+
+enum class State { kReady, kBarrier, kShuffle, kDone };
+
+struct Fiber {
+  ucontext_t context;  // to start on its stack
+  jmp_buf at;          // to go on: unlike swapcontext, no system call
+  bool started = false;
+  State state = State::kReady;
+  emulation::Location where;
+  unsigned mask = 0;
+  uint64_t value = 0;
+};
+
+std::vector<Fiber> fibers;
+char* stacks = nullptr;
+jmp_buf scheduler;
+unsigned current = 0;
+const std::function<void()>* body = nullptr;
+std::string message;
+
+std::mt19937 random_order;
+int multiprocessors = 3;
+
+void enter() {
+  (*body)();
+  fibers[current].state = State::kDone;
+  _longjmp(scheduler, 1);
+}
+
+void wait(State state, emulation::Location where) {
+  Fiber& fiber = fibers[current];
+  fiber.state = state;
+  fiber.where = where;
+  if (_setjmp(fiber.at) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
+void resume(unsigned i) {
+  current = i;
+  threadIdx = dim3(i);
+  if (_setjmp(scheduler) == 0) {
+    if (fibers[i].started) {
+      _longjmp(fibers[i].at, 1);
+    }
+    fibers[i].started = true;
+    setcontext(&fibers[i].context);
+  }
+}
+
+std::string describe(unsigned i) {
+  const Fiber& fiber = fibers[i];
+  std::string text = "thread " + std::to_string(i);
+  switch (fiber.state) {
+    case State::kReady:
+      return text + " is ready";
+    case State::kDone:
+      return text + " is through";
+    default:
+      return text +
+             (fiber.state == State::kBarrier ? " waits at the barrier in line "
+                                             : " waits at the shuffle in line ") +
+             std::to_string(fiber.where.line()) + " of " + fiber.where.file_name();
+  }
+}
+
+bool same_place(const Fiber& a, const Fiber& b) {
+  return a.state == b.state && a.where.line() == b.where.line() && a.where.column() == b.where.column();
+}
+
+// Lets go who need not wait any longer; false when nobody may.
+bool release() {
+  bool any = false;
+  for (unsigned first = 0; first < fibers.size(); first += kWarp) {
+    const unsigned end = std::min<unsigned>(first + kWarp, fibers.size());
+    for (unsigned i = first; i < end; ++i) {
+      if (fibers[i].state != State::kShuffle) {
+        continue;
+      }
+      bool together = true;
+      for (unsigned j = first; j < end; ++j) {
+        if (fibers[i].mask >> (j - first) & 1) {
+          together = together && same_place(fibers[i], fibers[j]) && fibers[i].mask == fibers[j].mask;
+        }
+      }
+      if (together) {
+        const unsigned mask = fibers[i].mask;
+        for (unsigned j = first; j < end; ++j) {
+          if (mask >> (j - first) & 1) {
+            fibers[j].state = State::kReady;
+          }
+        }
+        any = true;
+      }
+    }
+  }
+  if (any) {
+    return true;
+  }
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state != State::kBarrier || !same_place(fiber, fibers[0])) {
+      return false;
+    }
+  }
+  for (Fiber& fiber : fibers) {
+    fiber.state = State::kReady;
+  }
+  return true;
+}
+
+bool run_block(std::vector<unsigned>& order) {
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.started = false;
+    fiber.state = State::kReady;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks + i * kStack;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  while (true) {
+    std::shuffle(order.begin(), order.end(), random_order);
+    for (const unsigned i : order) {
+      if (fibers[i].state == State::kReady) {
+        resume(i);
+      }
+    }
+    const auto done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+    if (std::all_of(fibers.begin(), fibers.end(), done)) {
+      return true;
+    }
+    if (!release()) {
+      return false;
+    }
+  }
+}
+
+}  // namespace
+
+namespace emulation {
+
+unsigned lane() { return threadIdx.x % kWarp; }
+
+void barrier(Location where) { wait(State::kBarrier, where); }
+
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location where) {
+  // Two rounds: nobody writes the next value before everybody has read this one.
+  const unsigned warp = threadIdx.x - lane();
+  fibers[current].mask = mask;
+  fibers[current].value = value;
+  wait(State::kShuffle, where);
+  const uint64_t result = fibers[warp + from_lane].value;
+  fibers[current].mask = mask;
+  wait(State::kShuffle, where);
+  return result;
+}
+
+int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  if (grid.x == 0 || block.x == 0 || block.x % kWarp != 0 || grid.y * grid.z * block.y * block.z != 1) {
+    message = "invalid configuration";
+    return 1;
+  }
+  if (fibers.size() != block.x) {
+    stacks = static_cast<char*>(
+        mmap(nullptr, block.x * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (stacks == MAP_FAILED) {
+      message = "no memory for stacks";
+      return 1;
+    }
+    fibers = std::vector<Fiber>(block.x);
+  }
+  body = &thread;
+  gridDim = grid;
+  blockDim = block;
+  std::vector<unsigned> blocks(grid.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), random_order);
+  std::vector<unsigned> order(block.x);
+  std::iota(order.begin(), order.end(), 0u);
+  for (const unsigned b : blocks) {
+    blockIdx = dim3(b);
+    if (!run_block(order)) {
+      message = "block " + std::to_string(b) + " is stuck: " + describe(0);
+      for (unsigned i = 1; i < fibers.size(); ++i) {
+        if (!same_place(fibers[i], fibers[0])) {
+          message += ", " + describe(i);
+          break;
+        }
+      }
+      return 1;
+    }
+  }
+  return 0;
+}
+
+const char* error() { return message.c_str(); }
+
+}  // namespace emulation
+
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = multiprocessors;
+  return cudaSuccess;
+}
+
+// For the tests: the order of threads and blocks, and the size of the device.
+extern "C" void emulation_configure(unsigned seed, int count) {
+  random_order.seed(seed);
+  multiprocessors = count;
+}
+
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+extern "C" int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
+  *guard = nullptr;
+  return 0;
+}
+
+extern "C" int32_t aoti_torch_delete_device_guard(void*) { return 0; }

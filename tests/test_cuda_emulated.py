@@ -1,0 +1,125 @@
+"""The CUDA kernels without a GPU: the very sources of csrc/cuda, run on the CPU by tests/emulation.
+
+The emulation is built here, and the tests of the ops and of the optimizers run through it, in processes of
+their own, in which it takes the place of the CPU kernels; so do the tests of emulation/on_device.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulation
+import pytest
+
+# What the host cannot check, since numels, slots, groups and marks are on the device; and a table's memory
+# order, which is free there.
+NOT_FOR_A_DEVICE = [
+    "table_contiguous", "params_numel", "grads_numel", "backup_short", "restore_backup_short",
+    "descend_backup_empty", "descend_backup_short", "momentum_short", "momentum_empty", "exp_avg_short",
+    "max_short", "max_empty",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return emulation.build()
+
+
+def pytest_through(library: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARPKERN_")}
+    environment |= {"SHARPKERN_EMULATED": str(library), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_ops(library: Path) -> None:
+    deselected = [
+        f"--deselect=tests/test_ops.py::test_wrong_arguments_change_nothing[{case}-{skipping}]"
+        for case in NOT_FOR_A_DEVICE
+        for skipping in (False, True)
+    ]
+    # The reference and Triton are no part of this.
+    pytest_through(library, "tests/test_ops.py", "-k", "not reference and not triton", *deselected)
+
+
+def test_optimizers(library: Path) -> None:
+    pytest_through(
+        library, "tests/test_trajectory.py", "-k", "cpp and not wrapped and (momentum or adamw or dtypes or bits)"
+    )
+
+
+def test_stepping(library: Path) -> None:
+    pytest_through(library, "tests/test_stepping.py", "-k", "not reference and not triton")
+
+
+def test_what_is_particular_to_a_device(library: Path) -> None:
+    pytest_through(library, "tests/emulation/on_device.py")
+
+
+# Whether the emulation notices what it is there to notice.
+
+CHECK = """
+#include <cstdio>
+#include "cuda_runtime.h"
+
+__global__ void broadcast(int* out, int wrong) {
+  __shared__ int shared;
+  for (int i = 0; i < 8; ++i) {
+    if (threadIdx.x == 0) shared = i;
+    if (wrong != 1) __syncthreads();
+    out[i] += shared == i;
+    if (wrong != 2) __syncthreads();
+  }
+}
+
+__global__ void sum(int* out, int wrong) {
+  int x = 1;
+  for (int d = 16; d > 0; d /= 2) x += __shfl_down_sync(wrong == 1 ? 0xffffu : 0xffffffffu, x, d);
+  if (wrong == 2 && threadIdx.x > 7) return;
+  __syncthreads();
+  if (wrong == 3 && threadIdx.x % 2) __syncthreads(); else __syncthreads();
+  if (threadIdx.x % 32 == 0) *out += x;
+}
+
+int main() {
+  cudaLaunchConfig_t config = {dim3(3), dim3(64)};
+  for (int wrong = 0; wrong < 3; ++wrong) {
+    int out[8] = {}, right = 0;
+    cudaError_t error = cudaLaunchKernelEx(&config, broadcast, out, wrong);
+    for (int x : out) right += x == 3 * 64;
+    printf("%d %d\\n", error, right);
+  }
+  for (int wrong = 0; wrong < 4; ++wrong) {
+    int out = 0;
+    cudaError_t error = cudaLaunchKernelEx(&config, sum, &out, wrong);
+    printf("%d %d\\n", error, out);
+  }
+}
+"""
+
+
+def test_emulation_notices_missing_and_divergent_barriers(tmp_path: Path) -> None:
+    cxx = emulation.compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "check.cpp"
+    source.write_text(CHECK)
+    program = str(tmp_path / "check")
+    here = emulation.HERE
+    command = [*cxx, "-std=c++20", "-O1", f"-I{here}", str(source), str(here / "runtime.cpp"), "-o", program]
+    subprocess.run(command, check=True)
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    got = [tuple(map(int, line.split())) for line in lines]
+    assert got[0] == (0, 8)
+    assert all(error == 0 and right < 8 for error, right in got[1:3])  # some read the wrong number
+    assert got[3] == (0, 3 * 2 * 32)
+    assert all(error != 0 for error, _ in got[4:])
