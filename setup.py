@@ -70,7 +70,7 @@ class Toolkit:
 def find_toolkit(torch):
     """The CUDA toolkit to build with, or None. Whether this machine has a GPU does not matter."""
     wish = os.environ.get("SHARPKERN_CUDA", "")
-    if wish == "0":
+    if wish == "0" or (torch.version.hip and wish != "1"):
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = next((path for home in homes if home and (path := shutil.which("nvcc", path=f"{home}/bin"))), None)

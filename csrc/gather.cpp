@@ -53,14 +53,27 @@ bool same_layout(AtenTensorHandle grad, const int64_t* layout) {
   return true;
 }
 
-// gather(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, *, dtype) -> ()
+bool same_device(AtenTensorHandle grad, int32_t type, int32_t index) {
+  int32_t grad_type = 0;
+  int32_t grad_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(grad, &grad_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(grad, &grad_index));
+  return grad_type == type && grad_index == index;
+}
+
+// gather(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, Tensor like, *, dtype) -> ()
 void gather(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   const Tensor table = to<Tensor>(stack[0]);
   const Tensor status = to<Tensor>(stack[1]);
   const List list{to<StableListHandle>(stack[2])};
   const Tensor layout = to<Tensor>(stack[3]);
-  const int32_t dtype = code(to<ScalarType>(stack[4]));
+  const Tensor like = to<Tensor>(stack[4]);
+  const int32_t dtype = code(to<ScalarType>(stack[5]));
+  int32_t device = 0;
+  int32_t index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   const int32_t strided = aoti_torch_layout_strided();
 
   size_t size = 0;
@@ -99,7 +112,8 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
       }
       int32_t grad_dtype = 0;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad.handle, &grad_dtype));
-      if (grad_dtype == dtype && same_layout(grad.handle, layouts + i * width)) {
+      if (grad_dtype == dtype && same_device(grad.handle, device, index) &&
+          same_layout(grad.handle, layouts + i * width)) {
         const void* address = nullptr;
         TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &address));
         if (address != nullptr) {

@@ -19,11 +19,12 @@ def info() -> str:
         cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda_architectures"] else "no CUDA"
         lines.append(f"extension: {build['compiler']}, built with torch {build['torch']}, {cuda}")
     for device in dict.fromkeys(["cpu", "cuda", *([accelerator.type] if accelerator else [])]):
+        running = current_backend(device)
         here = device == "cpu" or (accelerator is not None and accelerator.type == device)
-        lines.append(f"{device}: {current_backend(device)}{'' if here else ', if there were such a device'}")
+        lines.append(f"{device}: {running}{'' if here else ', if there were such a device'}")
         for name in NAMES:
             reason = why_not(name, device)
-            if name != current_backend(device):
+            if name != running:
                 lines.append(f"    {name}: {'available' if reason is None else reason}")
     return "\n".join(lines)
 

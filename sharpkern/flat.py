@@ -67,36 +67,46 @@ class Sender:
     allocator hands out a block anew only after the streams that used it have come so far. A CUDA graph reads
     its block on every replay, so the blocks that went into a capture are kept; they are taken from a stock,
     because memory cannot be pinned while a graph is captured.
+
+    Args:
+        target: the tensor.
+        rows: of the target, at most, that are sent in a capture.
     """
 
-    STOCK = 32  # sends that may go into captures: two for each step captured
+    STOCK = 32  # sends that may go into captures
 
-    def __init__(self, target: Tensor) -> None:
+    def __init__(self, target: Tensor, rows: int) -> None:
         self.target = target
-        self._stock: list[Tensor] = []
+        self._rows = rows
+        self._stock: list[Tensor] | None = None
         self._kept: list[Tensor] = []
-        if target.device.type != "cpu" and not is_capturing(target.device):
-            self._stock = list(torch.empty(self.STOCK, *target.size(), dtype=target.dtype, pin_memory=True))
+        # Replays may overwrite what was sent since: from the first capture on nobody knows what is there.
+        self.captured = False
 
     def send(self, values: Tensor) -> None:
         """``target[: len(values)] = values``, in the order of the current stream.
 
         Raises:
-            RuntimeError: in a capture, when its stock is used up.
+            RuntimeError: in a capture, when its stock is used up, or nothing was sent before.
         """
         target = self.target[: values.size(0)]
-        if target.device.type == "cpu":
+        if not is_remote(target.device):
             target.copy_(values)
             return
         if is_capturing(target.device):
-            if not self._stock:
+            if not self._stock or values.size(0) > self._rows:
                 raise RuntimeError(
-                    "a step was captured before any other step ran, or too many were: take one step before the "
-                    f"capture, and capture at most {self.STOCK // 2} in the life of an optimizer"
+                    "take one step before the first capture"
+                    if self._stock is None or values.size(0) > self._rows
+                    else f"too many steps were captured: an optimizer sends a table into {self.STOCK} of them at most"
                 )
+            self.captured = True
             self._kept.append(self._stock.pop())
             pinned = self._kept[-1][: values.size(0)].copy_(values)
         else:
+            if self._stock is None:
+                shape = (self.STOCK, self._rows, *values.size()[1:])
+                self._stock = list(torch.empty(shape, dtype=values.dtype, device="cpu", pin_memory=True))
             pinned = values.pin_memory()
         target.copy_(pinned, non_blocking=True)
 
@@ -110,21 +120,21 @@ class GroupTable:
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self._sender = Sender(torch.zeros(shape, dtype=torch.float64, device=device))
+        self._sender = Sender(torch.zeros(shape, dtype=torch.float64, device=device), shape[0])
         self._sent: list[list[float | None]] | None = None
 
     def update(self, rows: list[list[float | Tensor]]) -> Tensor:
         """The table with these values. A tensor's value goes there from its device, every time."""
         table = self._sender.target
         numbers = [[None if isinstance(x, Tensor) else x for x in row] for row in rows]
-        if numbers != self._sent:
+        if numbers != self._sent or self._sender.captured or is_capturing(table.device):
+            self._sent = None  # an interrupt may come between the copy and the note of it
             self._sender.send(
                 torch.tensor(
                     [[math.nan if x is None else x for x in row] for row in numbers], dtype=torch.float64, device="cpu"
                 )
             )
-            # What goes into a capture is not there yet.
-            self._sent = None if is_capturing(table.device) else numbers
+            self._sent = numbers
         for g, row in enumerate(rows):
             for c, x in enumerate(row):
                 if isinstance(x, Tensor):
@@ -232,7 +242,7 @@ class FlatBuffers:
 
     def _locate(self) -> Tensor:
         """Addresses of the parameters now; MISMATCH for one whose dtype, shape or strides changed."""
-        _gather(self._found, self._found_status, self.params, self._param_layout, dtype=self.dtype)
+        _gather(self._found, self._found_status, self.params, self._param_layout, self._none, dtype=self.dtype)
         return self._found[:, schema.GRAD]
 
     def _point(self) -> None:
@@ -254,17 +264,22 @@ class FlatBuffers:
                 raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
         if self.flat_params is not None or [_meta(p) for p in self.params] != self._meta:
             return False
-        self._addresses = addresses.clone()
+        self._follow(addresses)
+        return True
+
+    def _follow(self, addresses: Tensor) -> None:
+        """Take the parameters where they are now."""
         self._point()
         if self._complete:
             self._send_table(fresh=False)
-        return True
+        self._addresses = addresses.clone()  # last: an interrupt before it finds them changed again
 
     # The table on a device.
 
     @property
     def rows(self) -> Tensor:
-        """The table for the backend in charge: the host's, or the one on the device where kernels read it there."""
+        """The table for the backend in charge: the host's, or the one on the device where kernels read it there,
+        which is sent if it never was."""
         if not is_remote(self.device) or walks_lists(self.device.type):
             return self.table
         if not self._complete:
@@ -278,24 +293,29 @@ class FlatBuffers:
             return
         if self._upload is None:
             shape = (schema.COLUMNS, len(self.params))
-            self._upload = Sender(torch.zeros(shape, dtype=torch.int64, device=self.device))
+            target = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self._upload = Sender(target, schema.BACKUP + 1)
         capturing = is_capturing(self.device)
         columns = self.table.t()
         if not self._complete:
             count = schema.COLUMNS
-        elif capturing or self._sent is None or not torch.equal(columns[: schema.BACKUP], self._sent):
-            # A graph brings its own addresses along: eager steps between its replays may send others.
+        elif (
+            capturing or self._upload.captured or self._sent is None
+            or not torch.equal(columns[: schema.BACKUP], self._sent)
+        ):  # fmt: skip
+            # A graph brings its own addresses along, for eager steps between its replays may send others; and
+            # they send theirs again, for a replay may have been in between.
             count = schema.BACKUP + fresh
         else:
             count = (schema.BACKUP + 1) * (fresh and self._marked)
         if not count:
             return
+        self._sent = None  # an interrupt may come between the copy and the note of it
         self._upload.send(columns[:count].contiguous())
-        # What goes into a capture is not there yet.
-        self._sent = None if capturing else columns[: schema.BACKUP].clone()
-        self._complete = not capturing
+        self._sent = columns[: schema.BACKUP].clone()
+        self._complete = True
         if fresh:
-            self._marked = capturing
+            self._marked = False
 
     # One pass.
 
@@ -309,7 +329,7 @@ class FlatBuffers:
         """
         none = self._none
         grads = [none if (g := p.grad) is None else g for p in self.params]
-        _gather(self.table, self._status, grads, self._layout, dtype=self.dtype)
+        _gather(self.table, self._status, grads, self._layout, none, dtype=self.dtype)
         mismatches, self._missing = self._status.tolist()
         if mismatches:
             self._copy_mismatches(grads, error)
@@ -332,13 +352,16 @@ class FlatBuffers:
         """The backup holds the weights of parameter i: it came from another layout."""
         self._backup_column[i] = 1
 
+    def ascending(self) -> None:
+        """Before a kernel perturbs the parameters: it may mark backups on the device from now on."""
+        self._marked = True
+
     def ascended(self) -> None:
         """After a kernel perturbed the parameters with a gradient, and kept them in the backup."""
         if walks_lists(self.device.type):
             self._complete = False  # the marks are the host's
         elif is_remote(self.device):
             self._backup_column.copy_(self._grad_column != 0)
-            self._marked = True
         self.written()
 
     def written(self) -> None:
@@ -444,8 +467,7 @@ class FlatBuffers:
                 p.grad = grad.clone()
         self.flat_params = self.flat_grads = None
         self._grad_views = []
-        self._addresses = self._locate().clone()
-        self._point()
+        self._follow(self._locate())
 
 
 def _layouts(tensors: Sequence[Tensor]) -> Tensor:

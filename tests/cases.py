@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from sharpkern.ops import schema
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # The device of every test: the CPU, unless the suite was told otherwise (conftest.py).
 DEVICE = torch.get_default_device()
+# Whether the extension's kernels there are those of a device: they are, in the emulation, on the CPU.
+DEVICE_KERNELS = DEVICE.type != "cpu" or "SHARPKERN_EMULATED" in os.environ
 BACKENDS = sk.available_backends(DEVICE)
 
 # Elements around every tensor that nothing may write to; a multiple of 64 bytes in every dtype.
@@ -360,6 +363,7 @@ class Problem:
             have["sq"] = torch.full((), NAN, dtype=torch.float64)
         if op == "gather":
             host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
+            have["like"] = torch.empty(0, dtype=self.dtype)
             have |= {"grads": self.grads, **host}
         have |= given
         return {

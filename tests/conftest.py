@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import emulation
 import pytest
+import remote
 import torch
 
 # Triton's kernels run in the interpreter where there is no device for them. Read when they are imported.
@@ -14,16 +15,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms want it
+    torch.backends.cudnn.allow_tf32 = False  # two nets that should agree would not, to float32's precision
 # The suite on another device: SHARPKERN_TEST_DEVICE=cuda.
 if "SHARPKERN_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["SHARPKERN_TEST_DEVICE"])
 
 import sharpkern as sk
-import sharpkern.flat
 
-# The suite on the CPU as if it were a device whose kernels cannot read the host's memory.
+# The suite on the CPU as if it were a device: with kernels that take the table as a device has it.
 if "SHARPKERN_TEST_REMOTE" in os.environ:
-    sharpkern.flat.is_remote = lambda device: True
+    remote.pretend(pytest.MonkeyPatch())
 
 # The CUDA kernels, run on the CPU, in place of the CPU's own: see test_cuda_emulated.py.
 if "SHARPKERN_EMULATED" in os.environ:

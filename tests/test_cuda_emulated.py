@@ -14,14 +14,6 @@ from pathlib import Path
 import emulation
 import pytest
 
-# What the host cannot check, since numels, slots, groups and marks are on the device; and a table's memory
-# order, which is free there.
-NOT_FOR_A_DEVICE = [
-    "table_contiguous", "params_numel", "grads_numel", "backup_short", "restore_backup_short",
-    "descend_backup_empty", "descend_backup_short", "momentum_short", "momentum_empty", "exp_avg_short",
-    "max_short", "max_empty",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def library() -> Path:
@@ -30,10 +22,10 @@ def library() -> Path:
     return emulation.build()
 
 
-def pytest_through(library: Path, *arguments: str) -> None:
+def pytest_through(library: Path, *arguments: str, **variables: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARPKERN_")}
-    environment |= {"SHARPKERN_EMULATED": str(library), "OMP_NUM_THREADS": "1"}
+    environment |= {"SHARPKERN_EMULATED": str(library), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=1200
     )
@@ -42,13 +34,8 @@ def pytest_through(library: Path, *arguments: str) -> None:
 
 
 def test_ops(library: Path) -> None:
-    deselected = [
-        f"--deselect=tests/test_ops.py::test_wrong_arguments_change_nothing[{case}-{skipping}]"
-        for case in NOT_FOR_A_DEVICE
-        for skipping in (False, True)
-    ]
     # The reference and Triton are no part of this.
-    pytest_through(library, "tests/test_ops.py", "-k", "not reference and not triton", *deselected)
+    pytest_through(library, "tests/test_ops.py", "-k", "not reference and not triton")
 
 
 def test_optimizers(library: Path) -> None:
@@ -57,8 +44,10 @@ def test_optimizers(library: Path) -> None:
     )
 
 
-def test_stepping(library: Path) -> None:
-    pytest_through(library, "tests/test_stepping.py", "-k", "not reference and not triton")
+@pytest.mark.parametrize("file", ["test_stepping.py", "test_moves.py", "test_checkpoint.py"])
+def test_steps_as_on_a_device(library: Path, file: str) -> None:
+    """Tables go up, and marks come from the kernels."""
+    pytest_through(library, f"tests/{file}", "-k", "not reference and not triton", SHARPKERN_TEST_REMOTE="1")
 
 
 def test_what_is_particular_to_a_device(library: Path) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from models import assert_same_bits, batches, make_closure, make_net, train, weights
+from remote import Graphs, pretend
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharpkern as sk
-from sharpkern import flat as flat_module
 from sharpkern.flat import FlatBuffers, GroupTable, Sender, blocks_of
 from sharpkern.ops import schema
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif("triton" not in sk.available_backends("cpu"), re
 
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flat_module, "is_remote", lambda device: True)
+    pretend(monkeypatch)
     with torch.device("cpu"), sk.use_backend("triton"):
         yield
 
@@ -283,6 +283,143 @@ def test_an_interrupt_before_the_launch_restores_nothing_old(
             group["lr"] = 0.0
         opt.second_step()
         assert_same_bits(weights(ours), before)
+
+
+def test_unflatten_between_passes_then_restore(remote: None) -> None:
+    ours = make_net(torch.float32)
+    opt = sk.SAM(ours.parameters(), SGD, lr=0.1, flatten=True)
+    train(ours, opt, batches(1, torch.float32))
+    before = weights(ours)
+    make_closure(ours, batches(1, torch.float32)[0])()
+    opt.first_step()
+    opt.unflatten()
+    opt.restore()
+    assert_same_bits(weights(ours), before)
+
+
+# Interrupts between a copy and the note of it.
+
+
+def one(lr: float = 1.0) -> tuple[nn.Parameter, sk.SAM]:
+    p = nn.Parameter(torch.zeros(5))
+    p.grad = torch.ones(5)
+    return p, sk.SAM([p], SGD, lr=lr, rho=0.0)
+
+
+def moved_by(p: Tensor, step: Callable[[], object]) -> float:
+    with torch.no_grad():
+        p.zero_()
+    step()
+    return round(p[0].item(), 5)
+
+
+@pytest.mark.parametrize("what", [torch.int64, torch.float64], ids=["table", "values"])
+def test_an_interrupt_right_after_a_copy(what: torch.dtype, remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, opt = one()
+    first = p.grad
+    opt.step()
+    send = Sender.send
+
+    def interrupted(sender: Sender, values: Tensor) -> None:
+        send(sender, values)
+        if values.dtype == what:
+            raise KeyboardInterrupt
+
+    p.grad = torch.full((5,), 100.0)
+    opt.param_groups[0]["lr"] = 50.0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Sender, "send", interrupted)
+        opt.step()
+    p.grad = first
+    opt.param_groups[0]["lr"] = 1.0
+    assert moved_by(p, opt.step) == -1.0
+
+
+def test_an_interrupt_while_parameters_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, too: the old memory is not written to, however often somebody presses a key."""
+    p, opt = one()
+    opt.step()
+    old = p.detach()
+    p.data = torch.zeros(5)
+    kept = old.clone()
+
+    def interrupted(flat: FlatBuffers) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FlatBuffers, "_point", interrupted)
+        opt.step()
+    opt.step()
+    assert p.tolist() == [-1.0] * 5
+    assert torch.equal(old, kept)
+
+
+# Graphs.
+
+
+def both(opt: Any) -> Callable[[], None]:
+    def step() -> None:
+        opt.first_step()
+        opt.second_step()
+
+    return step
+
+
+def test_eager_steps_around_replays(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay brings its addresses and its values along; an eager step after it must bring its own again."""
+    graphs = Graphs(monkeypatch)
+    p, opt = one()
+    eager, graph = p.grad, torch.full((5,), 100.0)
+    step = both(opt)
+    step()
+    p.grad = graph
+    opt.param_groups[0]["lr"] = 0.5
+    replay = graphs.capture(step)
+    assert graphs.sent == [(3, 1), (1, 2), (2, 1), (1, len(schema.SGD))]
+    opt.param_groups[0]["lr"] = 0.01
+    p.grad = eager
+    for _ in range(2):
+        for kind in (step, opt.step):
+            assert moved_by(p, replay) == -50.0
+            assert moved_by(p, kind) == -0.01
+            assert moved_by(p, kind) == -0.01
+    assert opt.stats["steps"].item() == 1 + 4 + 4
+
+
+def test_an_interrupt_after_a_replay_restores_nothing_of_it(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs(monkeypatch)
+    p, opt = one()
+    both(opt)()
+    replay = graphs.capture(both(opt))
+    opt.step()
+    replay()
+    with torch.no_grad():
+        p.fill_(7.0)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opt, "_perturb", interrupted)
+        opt.first_step()
+    opt.restore()
+    assert p.tolist() == [7.0] * 5
+
+
+def test_captures_need_a_step_before_them_and_are_limited(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs(monkeypatch)
+    p, opt = one()
+    with pytest.raises(RuntimeError, match="one step before the capture"):
+        graphs.capture(both(opt))
+    both(opt)()
+    captured = 0
+    with pytest.raises(RuntimeError, match="too many steps were captured"):
+        for _ in range(Sender.STOCK):
+            graphs.capture(both(opt))
+            captured += 1
+    assert captured == Sender.STOCK // 2
+    opt.restore()
+    assert moved_by(p, both(opt)) == -1.0
 
 
 # Nothing waits.

@@ -329,14 +329,15 @@ def test_unflatten(base: Any, backend: str) -> None:
     opt.unflatten()  # idempotent
 
 
-def test_unflatten_between_passes(backend: str) -> None:
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_unflatten_between_passes(end: str, backend: str) -> None:
     model = make_net()
     opt = sk.SAM(model.parameters(), SGD, lr=0.0, flatten=True)
     before = weights(model)
     make_closure(model, batches(1)[0])()
     opt.first_step()
     opt.unflatten()
-    opt.second_step()
+    getattr(opt, end)()
     assert_same_bits(weights(model), before)
 
 

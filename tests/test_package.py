@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,9 @@ def test_the_environment_chooses() -> None:
     assert run(code, SHARPKERN_BACKEND="reference") == "reference\n"
     done = python("-c", code, SHARPKERN_BACKEND="opencl")
     assert done.returncode != 0
-    assert "ValueError: Invalid backend: 'opencl', available: {'cpu': [" in done.stderr
+    assert "ValueError: Invalid SHARPKERN_BACKEND: 'opencl'" in done.stderr
+    # One that cannot run on a device leaves it its default.
+    assert run(code, SHARPKERN_BACKEND="triton") == f"{sk.available_backends('cpu')[0]}\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -196,6 +199,10 @@ def test_without_the_extension_a_device_gets_triton_where_it_is_installed() -> N
         ("8.0 9.0 10.0", (12, 0), False),
         ("8.6", (8, 0), False),
         ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
         ("9.0+PTX", (8, 0), False),
     ],
 )
@@ -206,22 +213,46 @@ def test_which_device_runs_what_was_built(built: str, capability: tuple[int, int
         assert built in reason
 
 
-def test_a_device_that_the_extension_was_not_built_for_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if a CUDA device were there, of a capability that the test sets; outside of Triton's interpreter."""
     if importlib.util.find_spec("triton") is None or not sk.build_info().get("cuda_architectures"):
         pytest.skip("needs Triton and CUDA kernels")
-    if torch.cuda.is_available():
-        pytest.skip("Triton is a default of devices only outside of its interpreter")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    backend._current.cache_clear()
-    try:
-        assert backend.current_backend("cuda") == "cpp"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "_unfit", None)
+    monkeypatch.setattr(backend, "_capabilities", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    yield monkeypatch
+    monkeypatch.undo()
+    backend._select(None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs", "why"),
+    [
+        ((9, 0), "cpp", ""),
+        ((7, 5), "triton", "this device is 7.5"),
+        ((6, 0), "reference", "this device is 6.0"),
+    ],
+)
+def test_a_device_gets_what_can_run_on_it(
+    capability: tuple[int, int], runs: str, why: str, a_device: pytest.MonkeyPatch
+) -> None:
+    a_device.setitem(backend._built, "cuda_architectures", "8.0 9.0")
+    a_device.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backend.current_backend("cuda:0") == runs
+    assert backend.available_backends("cuda")[0] == runs
+    assert why in (backend.why_not("cpp", "cuda") or "")
+    assert backend.current_backend("cpu") == "cpp"
+    a_device.setattr(backend, "_noticed", set())
+    if runs == "reference":
+        with pytest.warns(UserWarning, match="reference on cuda.*6.0.*7.0"):
             backend.prepare(torch.device("cuda", 0))
-            assert backend.current_backend("cuda") == "triton"
-            assert "this device is 7.5" in str(backend.why_not("cpp", "cuda"))
-            assert backend.current_backend("cpu") == sk.available_backends("cpu")[0]
-    finally:
-        backend._select(None)
-    assert backend.current_backend("cuda") == "cpp"
+    else:
+        backend.prepare(torch.device("cuda", 0))
+
+
+def test_rocm_runs_no_cuda_kernels(a_device: pytest.MonkeyPatch) -> None:
+    a_device.setattr(torch.version, "hip", "7.0")
+    a_device.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert backend.available_backends("cuda") == ["triton", "reference"]
+    assert "ROCm" in str(backend.why_not("cpp", "cuda"))

@@ -350,7 +350,7 @@ def test_same_bits_at_any_thread_count_and_on_every_run(backend: str) -> None:
 
 def test_backends_agree() -> None:
     ends = []
-    for name in sk.available_backends():
+    for name in sk.available_backends(torch.get_default_device()):
         with sk.use_backend(name):
             model = make_net(torch.float64)
             train(model, sk.SAM(model.parameters(), AdamW, lr=1e-2), batches(10, torch.float64))

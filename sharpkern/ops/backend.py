@@ -37,8 +37,8 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
 _chosen: str | None = None
 # The kernels that stand in front of those that registered themselves at import.
 _override: torch.library.Library | None = None
-# Why the extension's CUDA kernels cannot run on a device that is there.
-_unfit: str | None = None
+# Compute capabilities of the CUDA devices that were met. Asking for one initialises CUDA: not at import.
+_capabilities: set[tuple[int, int]] = set()
 
 
 def _interpreting() -> bool:
@@ -58,9 +58,13 @@ def why_not(name: str, device_type: str) -> str | None:
             return _missing
         if device_type == "cpu":
             return None
-        if device_type == "cuda":
-            return _unfit if _built["cuda_architectures"] else "the extension was built without CUDA"
-        return f"the extension has no kernels for {device_type}"
+        if device_type != "cuda":
+            return f"the extension has no kernels for {device_type}"
+        if not _built["cuda_architectures"]:
+            return "the extension was built without CUDA"
+        if torch.version.hip:
+            return "the extension has kernels for CUDA, this torch is for ROCm"
+        return next(filter(None, (_misses(_built["cuda_architectures"], c) for c in sorted(_capabilities))), None)
     if name == "triton":
         if device_type not in _KEYS:
             return f"Triton has no driver for {device_type}"
@@ -70,6 +74,8 @@ def why_not(name: str, device_type: str) -> str | None:
             return "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
         if device_type != "cpu" and _interpreting():
             return "Triton's interpreter (TRITON_INTERPRET=1) runs on the CPU only"
+        if _capabilities and min(_capabilities) < (7, 0) and not torch.version.hip:
+            return "Triton needs compute capability 7.0"
     return None
 
 
@@ -80,6 +86,11 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
     ``"reference"`` plain PyTorch.
     """
     device_type = torch.device(device).type
+    _meet(torch.device(device))
+    return _available(device_type)
+
+
+def _available(device_type: str) -> list[str]:
     # The interpreter is for tests: never a default.
     names = ("cpp", "reference", "triton") if device_type == "cpu" else NAMES
     return [name for name in names if why_not(name, device_type) is None]
@@ -87,12 +98,13 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
 
 @functools.cache
 def _current(device_type: str) -> str:
-    available = available_backends(device_type)
+    available = _available(device_type)
     return _chosen if _chosen in available else available[0]
 
 
 def current_backend(device: str | torch.device = "cpu") -> str:
     """The backend that an op on ``device`` runs on now."""
+    _meet(torch.device(device))
     return _current(torch.device(device).type)
 
 
@@ -108,12 +120,8 @@ _noticed: set[str] = set()
 def prepare(device: torch.device) -> None:
     """Before the first op on a device: see that there is a backend for it; tell, once for each type of device,
     when that is only the reference."""
-    global _unfit
-    if device.type == "cuda" and _unfit is None and _built.get("cuda_architectures") and not torch.version.hip:
-        _unfit = _misses(_built["cuda_architectures"], torch.cuda.get_device_capability(device))
-        if _unfit is not None:
-            _select(_chosen)
-    if _chosen is None and walks_lists(device.type) and device.type not in _noticed:
+    _meet(device)
+    if walks_lists(device.type) and _chosen != "reference" and device.type not in _noticed:
         _noticed.add(device.type)
         reasons = dict.fromkeys(filter(None, (why_not(name, device.type) for name in NAMES)))
         warnings.warn(
@@ -123,13 +131,28 @@ def prepare(device: torch.device) -> None:
         )
 
 
+def _meet(device: torch.device) -> None:
+    """Take note of what a CUDA device can run."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in _capabilities:
+        _capabilities.add(capability)
+        _select(_chosen)
+
+
 def _misses(architectures: str, capability: tuple[int, int]) -> str | None:
     """Why code for these architectures, such as "8.0 9.0+PTX", does not run on a device of this capability."""
     for architecture in architectures.split():
         number, _, ptx = architecture.partition("+")
         major, minor = map(int, number.rstrip("af").split("."))
-        # Machine code runs on later minor versions of its major one, PTX on every later device.
-        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+        if number.endswith("a"):  # for this very one
+            runs = (major, minor) == capability
+        else:
+            # Machine code runs on later minor versions of its major one, PTX on every later device.
+            runs = major == capability[0] and minor <= capability[1]
+            runs = runs or (bool(ptx) and not number.endswith("f") and (major, minor) <= capability)
+        if runs:
             return None
     return f"the extension was built for {architectures}, this device is {capability[0]}.{capability[1]}"
 
@@ -186,7 +209,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op on the backend ``name`` inside the ``with`` block (process-wide, nests).
 
     It takes the devices that it can run on; the others keep their default. The environment variable
-    ``SHARPKERN_BACKEND`` does the same from the start.
+    ``SHARPKERN_BACKEND`` chooses from the start, in the same way.
 
     Raises:
         ValueError: when there is no such backend for any device here.
@@ -214,7 +237,7 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = {"extension": _missing is None, **_built}
     if _missing is not None:
         info["error"] = _missing
-    info["backend"] = {d: _current(d) for d in _devices()}
+    info["backend"] = {d: current_backend(d) for d in _devices()}
     return info
 
 
@@ -223,6 +246,8 @@ for _device_type, _key in _KEYS.items():
     if _registered(_device_type) == "triton":
         for _op in _WALKING:
             _fallback.impl(_op, _triton(_op), _key)
-if os.environ.get("SHARPKERN_BACKEND"):
-    _check(os.environ["SHARPKERN_BACKEND"])
-    _select(os.environ["SHARPKERN_BACKEND"])
+if _wish := os.environ.get("SHARPKERN_BACKEND"):
+    # No look at the devices: it would be too early for those who fork processes after the import.
+    if _wish not in NAMES:
+        raise ValueError(f"Invalid SHARPKERN_BACKEND: {_wish!r}, expected one of {NAMES}")
+    _select(_wish)

@@ -38,7 +38,9 @@ def _has_grad(param: Tensor, grad: Tensor) -> bool:
     return grad.numel() != 0 and param.numel() != 0
 
 
-def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, *, dtype: torch.dtype) -> None:
+def gather(
+    table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, like: Tensor, *, dtype: torch.dtype
+) -> None:
     addresses = []
     for grad, (dim, *expected) in zip(grads, layout.tolist(), strict=True):
         address = MISMATCH
@@ -47,6 +49,7 @@ def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tenso
                 address = 0
             elif (
                 grad.dtype == dtype
+                and grad.device == like.device
                 and grad.dim() == dim
                 and list(grad.size()) == expected[:dim]
                 and all(
@@ -61,7 +64,7 @@ def gather(table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tenso
 
 
 def gather_negative(
-    table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, *, dtype: torch.dtype
+    table: Tensor, status: Tensor, grads: Sequence[Tensor], layout: Tensor, like: Tensor, *, dtype: torch.dtype
 ) -> None:
     """gather for a list with lazily negated tensors, which torch would resolve into copies that do not live on.
 
@@ -69,7 +72,7 @@ def gather_negative(
     """
     unusable = torch.empty(1, dtype=torch.bool, device="cpu")  # of a dtype that nothing has: a mismatch
     torch.ops.sharpkern.gather.default(
-        table, status, [unusable if g.is_neg() else g for g in grads], layout, dtype=dtype
+        table, status, [unusable if g.is_neg() else g for g in grads], layout, like, dtype=dtype
     )
 
 

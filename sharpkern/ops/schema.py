@@ -66,8 +66,11 @@ _ASCEND = (
 )
 
 SCHEMAS: dict[str, str] = {
-    # table[:, GRAD] = addresses; status = [gradients that do not lie as their parameter does, missing ones]
-    "gather": "(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, *, ScalarType dtype) -> ()",
+    # table[:, GRAD] = addresses; status = [gradients that do not lie as their parameter does, missing ones]; a
+    # gradient on another device than `like` does not
+    "gather": (
+        "(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, Tensor like, *, ScalarType dtype) -> ()"
+    ),
     # sq = ||g||^2
     "norm": f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, *, ScalarType dtype) -> ()",
     # sq = ||T_w g||^2

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
-from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_dense, overlaps
+from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_capturing, is_dense, overlaps
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
@@ -199,6 +199,10 @@ class TwoPassOptimizer(Optimizer):
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)
+        if any(is_capturing(device) for device, _ in members):
+            raise RuntimeError(
+                "take one step before the capture of a CUDA graph: buffers cannot be laid out while it is captured"
+            )
         laid = [(p, label) for entries in members.values() for p, _, _, label in entries]
         _check_aliases(laid)
         for p, label in laid if self._flatten else []:
@@ -337,6 +341,7 @@ class TwoPassOptimizer(Optimizer):
         # Before anything moves: an interrupt may come right after a kernel, and restore() must know then.
         self._pending = "perturbed"
         for flat in self._flat:
+            flat.ascending()
             self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
             flat.ascended()
             flat.grads = []

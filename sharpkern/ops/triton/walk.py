@@ -108,7 +108,7 @@ def norms(sq, n_buffers, PASSES: tl.constexpr):
 @triton.jit
 def float64(bits):
     """A Python float reaches a kernel as float32; this one came as the bits of its float64."""
-    return bits.to(tl.float64, bitcast=True)
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)  # 0 comes as an int32
 
 
 def bits(value: float) -> int:
