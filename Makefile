@@ -30,9 +30,11 @@ check: $(VENV)/check
 	$(MAKE) wheel
 	$(BIN)/python -m pytest $(ARGS)
 
-# What a user's `pip install .` makes, imported from outside the tree.
+# What a user's `pip install` of the source archive makes, imported from outside the tree. Without CUDA: that part was
+# compiled for the tests.
 wheel: $(VENV)/test
-	rm -rf $(VENV)/wheel && $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel .
+	rm -rf $(VENV)/wheel && $(BIN)/python setup.py --quiet sdist -d $(VENV)/wheel
+	SHARPKERN_CUDA=0 $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel $(VENV)/wheel/sharpkern-*.tar.gz
 	$(BIN)/python -m zipfile -e $(VENV)/wheel/sharpkern-*.whl $(VENV)/wheel/unpacked
 	cd $(VENV)/wheel/unpacked && ../../bin/python -c "import sharpkern, os; assert sharpkern.build_info()['extension'], sharpkern.build_info(); assert sharpkern.__file__.startswith(os.getcwd())"
 

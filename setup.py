@@ -32,15 +32,22 @@ class Toolkit:
         self.version = re.search(r"release (\d+\.\d+)", words)[1]
         # nvcc may be a script somewhere else: it knows where it belongs.
         self.root = Path(re.search(r"^#\$ TOP=(.*)$", self._ask("--dryrun", "-x", "cu", "none"), re.MULTILINE)[1])
-        known = set(re.findall(r"compute_(\w+)", self._ask("--list-gpu-arch")))
-        wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "))
-        if wanted == [""]:
-            wanted = [name for name in ARCHITECTURES if name.replace(".", "") in known]
-            wanted[-1] += "+PTX"
+        known = re.findall(r"compute_(\w+)", self._ask("--list-gpu-arch"))
+        wanted = list(filter(None, re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))))
         for name in wanted:
             number = re.fullmatch(r"(\d+\.\d+)[af]?(\+PTX)?", name)
             if number is None or number[1].replace(".", "") not in known:
-                sys.exit(f"sharpkern: nvcc {self.version} does not compile for {name!r} (from TORCH_CUDA_ARCH_LIST)")
+                problem = f"nvcc {self.version} does not compile for {name!r} (from TORCH_CUDA_ARCH_LIST)"
+                if os.environ.get("SHARPKERN_CUDA") == "1":
+                    sys.exit(f"SHARPKERN_CUDA=1, but {problem}")
+                print(f"sharpkern: building for the default architectures, because {problem}", file=sys.stderr)
+                wanted = []
+                break
+        if not wanted:
+            wanted = [name for name in ARCHITECTURES if name.replace(".", "") in known] or [
+                f"{known[-1][:-1]}.{known[-1][-1]}"
+            ]
+            wanted[-1] += "+PTX"
         self.architectures = wanted
 
     def _ask(self, *arguments):
@@ -102,11 +109,13 @@ def compile_cuda(toolkit, folder, include_dirs):
             return str(out)
         includes = [f"-I{path}" for path in include_dirs]
         define = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
-        command = [toolkit.nvcc, *toolkit.flags, define, *includes, "-c", str(source), "-o", str(out)]
+        unfinished = out.with_suffix(f".{os.getpid()}")
+        command = [toolkit.nvcc, *toolkit.flags, define, *includes, "-c", str(source), "-o", str(unfinished)]
         print(*command, flush=True)
         if subprocess.run(command).returncode:
-            out.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             sys.exit(f"sharpkern: nvcc could not compile {source}. Build without CUDA: SHARPKERN_CUDA=0")
+        unfinished.replace(out)
         return str(out)
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
@@ -139,6 +148,7 @@ def extension():
     built = CppExtension(
         "sharpkern._C",
         sources,
+        depends=[str(path) for path in sorted(Path("csrc").rglob("*.*"))],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args=[

@@ -444,7 +444,7 @@ def load_setup() -> Any:
 
 def find_toolkit() -> Any:
     """setup.py's own, or None. Nothing is linked, so torch may be of another CUDA."""
-    any_torch = SimpleNamespace(version=SimpleNamespace(cuda=None))
+    any_torch = SimpleNamespace(version=SimpleNamespace(cuda=None, hip=None))
     with mock.patch.dict(os.environ):
         for name in ("SHARPKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
             os.environ.pop(name, None)

@@ -273,6 +273,7 @@ def test_flags_are_those_of_the_build(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
         built.append(command)
+        Path(command[command.index("-o") + 1]).touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(ROOT)

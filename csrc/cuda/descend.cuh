@@ -32,20 +32,26 @@ struct Descent {
 
 // The row's step counter advances by one launch, however many CTAs share the row: each sees the count from
 // before, and the last one to have seen it writes.
+struct Count {
+  int64_t row;
+  int64_t blocks;  // of this CTA; none: nothing to count
+  int64_t of;      // the row's
+  float before;
+};
+
 template <class T>
-__device__ __forceinline__ void count_step(const Rule<T>& rule, const Stretch& stretch, float before) {
-  if (!stretch.is_row()) {
+__device__ __forceinline__ void count_step(const Rule<T>& rule, const Count& count) {
+  if (count.blocks != count.of) {
     __threadfence();  // the count is read, and only then is this CTA through with it
-    auto* ticket = reinterpret_cast<unsigned long long*>(&rule.segments.cell(stretch.index, kTicket));
-    const int64_t done = stretch.blocks + static_cast<int64_t>(atomicAdd(
-                                              ticket, static_cast<unsigned long long>(stretch.blocks)));
-    if (done != (stretch.row.numel + kBlock - 1) / kBlock) {
+    auto* ticket = reinterpret_cast<unsigned long long*>(&rule.segments.cell(count.row, kTicket));
+    const auto blocks = static_cast<unsigned long long>(count.blocks);
+    if (atomicAdd(ticket, blocks) + blocks != static_cast<unsigned long long>(count.of)) {
       return;
     }
     __threadfence();
     *ticket = 0;
   }
-  rule.step[stretch.index] = before + 1;
+  rule.step[count.row] = count.before + 1;
 }
 
 // coefficients(group's values, step count before, clip factor), counts(group's values): by one thread.
@@ -55,6 +61,7 @@ __device__ __forceinline__ void descend(
     const Rule<T>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned, Update&& update) {
   double clip = 1;
   bool skip = false;
+  Count count = {};  // thread 0's: counted when the others have their work already
   if (threadIdx.x == 0) {
     const Norms norms = rule.squares.norms();
     clip = clip_factor(norms.last, rule.max_norm);
@@ -67,7 +74,7 @@ __device__ __forceinline__ void descend(
       rule.segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
-        const bool backed = rule.backup != nullptr && rule.segments.cell(stretch.index, kBackup) != 0;
+        const bool backed = rule.backup != nullptr && row.backup != 0;
         Descent<T, C> work = {};
         work.w = stretch.at<T>(row.param);
         work.from = backed ? stretch.in(rule.backup) : work.w;
@@ -78,13 +85,17 @@ __device__ __forceinline__ void descend(
           const float before = __ldcg(rule.step + stretch.index);
           work.c = coefficients(group, before, clip);
           if (counts(group)) {
-            count_step(rule, stretch, before);
+            count = {stretch.index, stretch.blocks, (row.numel + kBlock - 1) / kBlock, before};
           }
         }
         work.aligned = are_aligned(work.w, work.from, work.g) && aligned(work.slot);
         return work;
       },
       [&](const Descent<T, C>& work, int64_t n) {
+        if (count.blocks != 0) {
+          count_step(rule, count);
+          count = {};
+        }
         if (work.g != nullptr) {
           update(work, n);
         } else if (work.from != work.w) {

@@ -101,14 +101,15 @@ class Call {
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
     check(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
-    check(cudaGetLastError(), name);
   }
 
  private:
   static void check(cudaError_t error, const char* name) {
-    STD_TORCH_CHECK(
-        error == cudaSuccess, "sharpkern: the kernel ", name,
-        " was not launched: ", cudaGetErrorString(error));
+    if (error != cudaSuccess) {
+      (void)cudaGetLastError();  // told here, it is not the next one's
+      STD_TORCH_CHECK(
+          false, "sharpkern: the kernel ", name, " was not launched: ", cudaGetErrorString(error));
+    }
   }
 
   void check_list(const Tensors* list, ScalarType dtype, const char* name) const {

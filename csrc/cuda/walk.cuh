@@ -39,7 +39,7 @@ struct Segments {
 
 // Consecutive blocks of one row. Only these numbers and what was made of them pass between threads.
 struct Stretch {
-  Row row;        // its marks and ticket aside
+  Row row;        // its ticket aside
   int64_t index;  // of the row
   int64_t begin;  // first element, in the row
   int64_t size;   // elements
@@ -66,7 +66,7 @@ __device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t 
   const int64_t k = segments.blocks[2 * block + 1];
   s.row.param = segments.cell(s.index, kParam);
   s.row.grad = segments.cell(s.index, kGrad);
-  s.row.backup = 0;
+  s.row.backup = segments.cell(s.index, kBackup);
   s.row.slot = segments.cell(s.index, kSlot);
   s.row.numel = segments.cell(s.index, kNumel);
   s.row.group = segments.cell(s.index, kGroup);
@@ -107,6 +107,13 @@ __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare
   }
 }
 
+// An address that came as an integer: without this the accesses would be generic ones, and ask what it is.
+template <class S>
+__device__ __forceinline__ S* global(S* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // V neighbouring elements, moved 16 bytes at a time.
 template <class S, int V>
 struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Pack {
@@ -126,7 +133,8 @@ struct Tile {
   static constexpr int64_t kStep = int64_t(V) * kThreads;
 
   template <class S>
-  static __device__ __forceinline__ Packs<S, U, V> load(const S* from, int64_t i) {
+  static __device__ __forceinline__ Packs<S, U, V> load(const S* address, int64_t i) {
+    const S* from = global(address);
     Packs<S, U, V> packs;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -136,7 +144,8 @@ struct Tile {
   }
 
   template <class S>
-  static __device__ __forceinline__ void store(S* to, int64_t i, const Packs<S, U, V>& packs) {
+  static __device__ __forceinline__ void store(S* address, int64_t i, const Packs<S, U, V>& packs) {
+    S* to = global(address);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       *reinterpret_cast<Pack<S, V>*>(to + (i + u * kStep)) = packs.pack[u];
@@ -170,6 +179,11 @@ __device__ __forceinline__ void elements(int64_t n, bool aligned, F&& f) {
       f(Tile<1, V>{}, j);
     }
     i = n / V * V;
+  }
+  // Rows that are not aligned can be large, too: behind a gradient of odd length in a communication bucket,
+  // say.
+  for (; i + 4 * kThreads <= n; i += 4 * kThreads) {
+    f(Tile<4, 1>{}, i + threadIdx.x);
   }
   for (int64_t j = i + threadIdx.x; j < n; j += kThreads) {
     f(Tile<1, 1>{}, j);

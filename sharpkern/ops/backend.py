@@ -64,6 +64,8 @@ def why_not(name: str, device_type: str) -> str | None:
             return "the extension was built without CUDA"
         if torch.version.hip:
             return "the extension has kernels for CUDA, this torch is for ROCm"
+        if torch.version.cuda and int(torch.version.cuda.split(".")[0]) < int(_built["cuda"].split(".")[0]):
+            return f"the extension was built with CUDA {_built['cuda']}, this torch with CUDA {torch.version.cuda}"
         return next(filter(None, (_misses(_built["cuda_architectures"], c) for c in sorted(_capabilities))), None)
     if name == "triton":
         if device_type not in _KEYS:

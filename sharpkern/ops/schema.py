@@ -47,7 +47,7 @@ MISMATCH = -1
 # Slot elements a partial sum covers; csrc/common.h has its twin.
 CHUNK = 16384
 
-# Elements of a parameter in one row of ``blocks``; csrc/cuda/walk.h has its twin.
+# Elements of a parameter in one row of ``blocks``; csrc/cuda/walk.cuh has its twin.
 BLOCK = 2048
 
 # Columns of the group values.
