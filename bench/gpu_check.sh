@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one and maybe no package index:
 #
-#     bash bench/gpu_check.sh [versions|build|test|sanitize|bench|profile|all]...
+#     bash bench/gpu_check.sh [versions|build|gpu|test|sanitize|bench|profile|all]...
 #
 # "all", the default, is all but the profile. Steps go on after one that failed; the last lines of the output say
 # what each one came to, and the exit status is not 0 when one failed. Logs and results go to $OUT.
@@ -115,12 +115,19 @@ build() {
         'import sharpkern as sk; print(sk.build_info()); print("cuda:", sk.available_backends("cuda"))'
 }
 
+gpu() {
+    if [[ -n $DRY_RUN ]]; then
+        pytest_ "tests that need a GPU, dry" test-gpu.log tests/test_gpu.py -m gpu
+        return
+    fi
+    pytest_ "tests that need a GPU" test-gpu.log tests -m gpu
+}
+
 tests() {
     if [[ -n $DRY_RUN ]]; then
         TRITON_INTERPRET=1 pytest_ "tests, dry" test.log tests/test_bench.py -k "totals or small_tensors or bytes"
         return
     fi
-    pytest_ "tests that need a GPU" test-gpu.log tests -m gpu
     # On the CPU's cores beside the GPU: one thread each is what the tests are written for.
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} pytest_ "all tests" test.log tests -m "not gpu"
 }
@@ -167,17 +174,18 @@ profile() {
 [[ $# -gt 0 ]] || set -- all
 for step in "$@"; do
     case $step in
-        versions | build | sanitize | bench | profile) "$step" ;;
+        versions | build | gpu | sanitize | bench | profile) "$step" ;;
         test) tests ;;
         all)
             versions
             build
+            gpu
             tests
             sanitize
             bench
             ;;
         *)
-            echo "usage: bash bench/gpu_check.sh [versions|build|test|sanitize|bench|profile|all]..." >&2
+            echo "usage: bash bench/gpu_check.sh [versions|build|gpu|test|sanitize|bench|profile|all]..." >&2
             exit 2
             ;;
     esac

@@ -112,7 +112,7 @@ class Sender:
 
 
 class GroupTable:
-    """A float64 table of group values on a device, rewritten where a value changed.
+    """A table of group values on a device, rewritten where a value changed.
 
     Args:
         shape: groups, values a group.
@@ -120,7 +120,7 @@ class GroupTable:
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self._sender = Sender(torch.zeros(shape, dtype=torch.float64, device=device), shape[0])
+        self._sender = Sender(torch.zeros(shape, dtype=schema.scalar_dtype(device), device=device), shape[0])
         self._sent: list[list[float | None]] | None = None
 
     def update(self, rows: list[list[float | Tensor]]) -> Tensor:
@@ -131,7 +131,7 @@ class GroupTable:
             self._sent = None  # an interrupt may come between the copy and the note of it
             self._sender.send(
                 torch.tensor(
-                    [[math.nan if x is None else x for x in row] for row in numbers], dtype=torch.float64, device="cpu"
+                    [[math.nan if x is None else x for x in row] for row in numbers], dtype=table.dtype, device="cpu"
                 )
             )
             self._sent = numbers
@@ -221,7 +221,9 @@ class FlatBuffers:
         self._missing = 0  # parameters without a gradient in the last pass
         blocks = blocks_of([p.numel() for p in self.params])
         self.blocks = blocks.to(self.device)
-        self.partials = torch.zeros(schema.partials_size(size, len(blocks)), dtype=torch.float64, device=self.device)
+        self.partials = torch.zeros(
+            schema.partials_size(size, len(blocks)), dtype=schema.scalar_dtype(self.device), device=self.device
+        )
         self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         if flatten:
             self._flatten()

@@ -239,23 +239,25 @@ def test_a_wrapped_optimizer_that_raises_leaves_nothing_frozen() -> None:
 def test_an_autocast_region_around_both_passes() -> None:
     """autocast keeps low-precision copies of weights: the second pass must not see those of the first."""
     losses = []
+    device = torch.get_default_device()
     for outside in (True, False):
         torch.manual_seed(0)
-        model = nn.Linear(8, 3)
+        with torch.device("cpu"):
+            model, x, y = nn.Linear(8, 3), torch.randn(16, 8), torch.randint(0, 3, (16,))
+        model, x, y = model.to(device), x.to(device), y.to(device)
         opt = sk.SAM(model.parameters(), SGD, rho=5.0, lr=0.1)
-        x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
         seen = []
 
         def closure(
             model: nn.Module = model, x: Any = x, y: Any = y, seen: Any = seen, outside: bool = outside
         ) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=True) if not outside else torch.enable_grad():
+            with torch.autocast(device.type, torch.bfloat16, enabled=True) if not outside else torch.enable_grad():
                 loss = nn.functional.cross_entropy(model(x).float(), y)
             loss.backward()
             seen.append(float(loss.detach()))
             return loss
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        with torch.autocast(device.type, torch.bfloat16, enabled=outside):
             for _ in range(2):
                 opt.step(closure)
         losses.append(seen)

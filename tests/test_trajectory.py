@@ -12,7 +12,7 @@ from models import assert_same_bits, batches, make_closure, make_net, train, tra
 from naive import Naive, asam, magnitude, plain
 
 import sharpkern as sk
-from sharpkern.ops import current_backend
+from sharpkern.ops import current_backend, schema
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
@@ -346,6 +346,21 @@ def test_same_bits_at_any_thread_count_and_on_every_run(backend: str) -> None:
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adamw", "adamw-amsgrad"])
+@pytest.mark.parametrize("method", METHODS)
+def test_devices_without_float64(method: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on mps: norms, group values and bias corrections in float32, by the reference."""
+    monkeypatch.setattr(schema, "scalar_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("sharpkern.optim.optimizer.scalar_dtype", lambda device: torch.float32)
+    with sk.use_backend("reference"):
+        compare(method, rule, torch.float32, 50, 1e-5, max_grad_norm=0.5)
+        model = make_net(torch.float32)
+        opt = sk.SAM(model.parameters(), AdamW, lr=1e-2)
+        train(model, opt, batches(2, torch.float32))
+    assert {t.dtype for t in opt._norms.values()} == {torch.float32}
+    assert opt.stats["grad_norm"].dtype == torch.float32
 
 
 def test_backends_agree() -> None:

@@ -82,7 +82,7 @@ def norm(
     total = torch.zeros_like(sq)
     for grad in grads:
         if grad.numel():
-            total += _wide(grad).square().sum(dtype=torch.float64)
+            total += _wide(grad).square().sum(dtype=sq.dtype)
     sq.copy_(total)
 
 
@@ -103,7 +103,7 @@ def norm_scaled(
             a = _wide(grad)
             if row[SCALED]:
                 a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
-            total += a.square().sum(dtype=torch.float64)
+            total += a.square().sum(dtype=sq.dtype)
     sq.copy_(total)
 
 
@@ -249,6 +249,11 @@ def sgd(
         _keep(param, w - v["lr"] * d, go)
 
 
+def _one_minus_power(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t, to the last bit where t is float32, too: the difference would lose half of 1 - 0.999."""
+    return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
+
+
 def adam(
     params: Sequence[Tensor],
     exp_avg: Tensor,
@@ -280,10 +285,9 @@ def adam(
             shrink -= v["lr"] * v["weight_decay"]
         else:
             d = d + v["weight_decay"] * w
-        # The bias corrections need the range of float64: 1 - 0.999^t loses half its bits in float32.
-        t = step[i].double() + 1
-        step_size = v["lr"] / (1 - v["beta1"] ** t)
-        correction = (1 - v["beta2"] ** t).sqrt()
+        t = step[i].to(sq.dtype) + 1
+        step_size = v["lr"] / _one_minus_power(v["beta1"], t)
+        correction = _one_minus_power(v["beta2"], t).sqrt()
         first = m + (1 - v["beta1"]) * (d - m)
         second = v["beta2"] * s + (1 - v["beta2"]) * d * d
         largest = second

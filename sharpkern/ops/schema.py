@@ -25,6 +25,8 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
 ``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
 ``sq``              float64: a squared norm; as input of a rule ``[passes, buffers]``, summed over buffers
 ==================  ===================================================================================
+
+On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
 """
 
 from __future__ import annotations
@@ -97,6 +99,11 @@ SCHEMAS: dict[str, str] = {
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state buffers for parameters of a dtype: that of the arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of norms and of group values: float64, or float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def partials_size(size: int, blocks: int) -> int:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
 from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_capturing, is_dense, overlaps
+from ..ops.schema import scalar_dtype
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
@@ -231,7 +232,7 @@ class TwoPassOptimizer(Optimizer):
         self._scaled_for = self._scaled_key()
         self._tables = {}
         self._norms = {
-            device: torch.zeros(2, len(flats), dtype=torch.float64, device=device)
+            device: torch.zeros(2, len(flats), dtype=scalar_dtype(device), device=device)
             for device in {flat.device for flat in flats}
         }
         self._take_state()
