@@ -83,6 +83,13 @@ def load(library: str | Path) -> None:
     _library = ctypes.CDLL(str(library))
 
 
+def launches() -> int:
+    """Kernels launched so far."""
+    assert _library is not None
+    count: int = _library.emulation_launches()
+    return count
+
+
 def configure(seed: int = 0, multiprocessors: int = 3) -> None:
     """In which random order threads and blocks run from now on, and for how many blocks there is room."""
     assert _library is not None

@@ -16,7 +16,8 @@ from cases import DTYPES, NAN, Form, Problem, Spec, bits, call, dtype_id, same_b
 from test_ops import SMALL, finite, norm_tolerance, run_and_check, run_norm, squared_norm
 from torch import Tensor
 
-from emulation import configure
+import sharpkern as sk
+from emulation import configure, launches
 from sharpkern.flat import blocks_of
 from sharpkern.ops import schema
 
@@ -276,3 +277,25 @@ def test_offsets_beyond_31_bits(op: str, dtype: torch.dtype, where: str) -> None
     far = tail_of(op, dtype, FAR + 64, 0) if where == "slot" else tail_of(op, dtype, 0, FAR + schema.BLOCK)
     assert all(map(same_bits, far, near))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB: nothing else was touched
+
+
+# Launches.
+
+
+@pytest.mark.parametrize("cls", [sk.SAM, sk.ASAM])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (400, 1), (400, 24)])
+def test_launches_of_a_step(count: int, groups: int, base: Any, cls: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(1 + i % 5, 2)) for i in range(count)]
+    for check in (True, False):
+        opt = cls([{"params": params[g::groups]} for g in range(groups)], base, lr=0.01, skip_nonfinite=check)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(2):
+            before = launches()
+            opt.first_step()
+            opt.second_step()
+            assert launches() - before == 3 + check
+            before = launches()
+            opt.step()
+            assert launches() - before == 1 + check

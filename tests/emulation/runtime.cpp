@@ -40,6 +40,7 @@ const std::function<void()>* body = nullptr;
 std::string message;
 
 std::mt19937 random_order;
+int launches = 0;
 int multiprocessors = 3;
 
 void enter() {
@@ -178,6 +179,7 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location whe
 }
 
 int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  ++launches;
   if (grid.x == 0 || block.x == 0 || block.x % kWarp != 0 || grid.y * grid.z * block.y * block.z != 1) {
     message = "invalid configuration";
     return 1;
@@ -231,6 +233,8 @@ extern "C" void emulation_configure(unsigned seed, int count) {
   random_order.seed(seed);
   multiprocessors = count;
 }
+
+extern "C" int emulation_launches() { return launches; }
 
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
