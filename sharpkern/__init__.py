@@ -2,13 +2,14 @@
 
 from .batch_stats import frozen_batch_stats
 from .ops import available_backends, build_info, use_backend
-from .optim import ASAM, SAM
+from .optim import ASAM, SAM, SSSAM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ASAM",
     "SAM",
+    "SSSAM",
     "__version__",
     "available_backends",
     "build_info",

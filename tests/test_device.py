@@ -90,6 +90,16 @@ def test_launches_of_a_step(method: str, base: Any, count: int, groups: int, lau
             assert launched == (["norm_kernel", rule] if check else [rule])
 
 
+def test_launches_of_a_plain_step(launched: list[str]) -> None:
+    opt = sk.SSSAM(parameters(9, 3), SGD, lr=0.1, momentum=0.9, p=0.0)
+    for _ in range(2):
+        launched.clear()
+        give_gradients(opt)
+        assert not opt.first_step()
+        opt.second_step()
+        assert launched == ["norm_kernel", "sgd_kernel"]
+
+
 def test_launches_around_a_wrapped_optimizer(launched: list[str]) -> None:
     opt = sk.SAM(parameters(5), RMSprop, lr=0.1)
     give_gradients(opt)

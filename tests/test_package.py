@@ -18,7 +18,17 @@ from sharpkern.ops import backend
 
 PACKAGE = Path(sk.__file__).parent
 # Imports point downwards only.
-LAYERS = {"ops": 1, "_C": 1, "flat": 2, "rules": 2, "batch_stats": 2, "optim": 3, "__init__": 4, "__main__": 5}
+LAYERS = {
+    "ops": 1,
+    "_C": 1,
+    "flat": 2,
+    "rules": 2,
+    "policy": 2,
+    "batch_stats": 2,
+    "optim": 3,
+    "__init__": 4,
+    "__main__": 5,
+}
 
 
 def module_of(name: str) -> str:
@@ -55,11 +65,11 @@ def test_imports_point_downwards() -> None:
 
 def test_public_names() -> None:
     assert set(sk.__all__) == {
-        "ASAM", "SAM", "__version__", "available_backends", "build_info", "frozen_batch_stats", "use_backend",
+        "ASAM", "SAM", "SSSAM", "__version__", "available_backends", "build_info", "frozen_batch_stats", "use_backend",
     }  # fmt: skip
     for name in sk.__all__:
         assert hasattr(sk, name)
-    for name in ("SAM", "ASAM", "frozen_batch_stats", "use_backend"):
+    for name in ("SAM", "ASAM", "SSSAM", "frozen_batch_stats", "use_backend"):
         doc = getattr(sk, name).__doc__
         assert doc
         assert len(doc) > 80

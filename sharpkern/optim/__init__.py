@@ -2,5 +2,6 @@
 
 from .asam import ASAM
 from .sam import SAM
+from .sssam import SSSAM
 
-__all__ = ["ASAM", "SAM"]
+__all__ = ["ASAM", "SAM", "SSSAM"]

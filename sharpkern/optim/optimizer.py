@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..batch_stats import frozen_batch_stats
 from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_capturing, is_dense, overlaps
 from ..ops.schema import scalar_dtype
+from ..policy import Always, Policy
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
@@ -37,6 +38,7 @@ class TwoPassOptimizer(Optimizer):
         params: iterable of tensors, of dicts, or of (name, tensor) pairs, as in torch.
         base_optimizer: the class of the rule that moves the weights.
         own: this algorithm's group options and their defaults.
+        policy: which steps take the second pass.
         perturb_eps: added to the norm in the radius.
         model: when given, its batch-norm statistics are frozen in every pass but the first.
         max_grad_norm: clip the gradient of the last pass to this norm, as ``clip_grad_norm_`` does.
@@ -51,6 +53,7 @@ class TwoPassOptimizer(Optimizer):
         base_optimizer: Any,
         own: dict[str, Any],
         *,
+        policy: Policy | None = None,
         perturb_eps: float,
         model: nn.Module | None,
         max_grad_norm: float | None,
@@ -65,6 +68,11 @@ class TwoPassOptimizer(Optimizer):
             raise TypeError(f"model should be a torch.nn.Module, but got {torch.typename(model)}")
         self._rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self._check_options(own)
+        self._policy = Always() if policy is None else policy
+        # First passes so far, and those of them after which no second one was wanted. Both are the host's: a
+        # policy asks for nothing that a device knows.
+        self._t = 0
+        self._plain_steps = 0
         self._perturb_eps = float(perturb_eps)
         self._model = model
         self._max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
@@ -287,7 +295,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _collect(self) -> None:
         for flat in self._flat:
-            flat.collect(self._bad_gradient, fresh=self._pending is None)
+            flat.collect(self._bad_gradient, fresh=not self.is_perturbed)
 
     def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
         if grad.layout != torch.strided:
@@ -321,13 +329,14 @@ class TwoPassOptimizer(Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
-        """After the first backward: measure the gradient and perturb the weights.
+        """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
 
         Args:
             zero_grad: reset the gradients afterwards, when a second backward is wanted.
 
         Returns:
-            True when the weights are perturbed and a second backward is wanted.
+            True when the weights are perturbed and a second backward is wanted; False when ``second_step`` is to
+            use the gradients that are there.
 
         Raises:
             RuntimeError: when a first pass is pending already, or for a sparse gradient; nothing changed.
@@ -336,11 +345,19 @@ class TwoPassOptimizer(Optimizer):
             raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
         self._ready()
         self._collect()
+        if not self._policy.second_pass(self._t):
+            self._pending = "plain"
+            self._t += 1
+            self._plain_steps += 1
+            for flat in self._flat:
+                flat.grads = []
+            return False
         for i, flat in enumerate(self._flat):
             self._measure(flat, self._norms[flat.device][FIRST, i])
         self._share_norms(FIRST)
         # Before anything moves: an interrupt may come right after a kernel, and restore() must know then.
         self._pending = "perturbed"
+        self._t += 1
         for flat in self._flat:
             flat.ascending()
             self._perturb(flat, self._norms[flat.device][FIRST : FIRST + 1], self._counters_for(flat))
@@ -414,7 +431,7 @@ class TwoPassOptimizer(Optimizer):
                     self._norms[flat.device][LAST, i], flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype
                 )
             self._share_norms(LAST)
-        first = FIRST if self._pending and self._skip_nonfinite else LAST
+        first = FIRST if self.is_perturbed and self._skip_nonfinite else LAST
         if isinstance(self._rule, FusedRule):
             self._descend(self._rule, first)
         else:
@@ -519,6 +536,7 @@ class TwoPassOptimizer(Optimizer):
         """
         self._keep_statistics()
         counters = dict(zip(_COUNTERS, self._counters.clone().unbind(), strict=True))
+        counters["steps"] += self._plain_steps
         return {"grad_norm": self._measured.sqrt(), **counters}
 
     def _refuse_perturbed(self, what: str) -> None:
@@ -541,6 +559,8 @@ class TwoPassOptimizer(Optimizer):
             "version": 1,
             "counters": self._counters.clone(),
             "squared_norm": self._measured.clone(),
+            "t": self._t,
+            "plain_steps": self._plain_steps,
         }
         return state
 
@@ -620,6 +640,8 @@ class TwoPassOptimizer(Optimizer):
         else:
             self._counters = own["counters"].clone()
             self._measured = own["squared_norm"].clone()
+            self._plain_steps = own.get("plain_steps", 0)
+            self._t = own.get("t", int(self._counters[0]) + self._plain_steps)
         super().__setstate__(state)
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
@@ -630,7 +652,17 @@ class TwoPassOptimizer(Optimizer):
             self._lay_out()
 
     # Attributes that a copy keeps; the rest is rebuilt.
-    _kept = ("_rule", "_perturb_eps", "_model", "_max_norm", "_skip_nonfinite", "_flatten")
+    _kept = (
+        "_rule",
+        "_policy",
+        "_t",
+        "_plain_steps",
+        "_perturb_eps",
+        "_model",
+        "_max_norm",
+        "_skip_nonfinite",
+        "_flatten",
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling an optimizer")
