@@ -24,7 +24,7 @@ MAKERS: dict[str, Any] = {
     "asam-adam": lambda m: sk.ASAM(m.named_parameters(), Adam, lr=1e-2),
     "sam-wrapped": lambda m: sk.SAM(m.parameters(), RMSprop, lr=1e-3, momentum=0.9),
     "sam-flat": lambda m: sk.SAM(m.parameters(), AdamW, lr=1e-2, flatten=True),
-    "sssam-adamw": lambda m: sk.SSSAM(m.parameters(), AdamW, lr=1e-2, p=0.6, seed=3),
+    "sssam-adamw": lambda m: sk.SSSAM(m.parameters(), AdamW, lr=1e-2, p=0.6, seed=4),
     "sam-groups": lambda m: sk.SAM(
         [{"params": m.hidden.parameters(), "lr": 0.1, "rho": 0.1}, {"params": [m.conv.weight, m.gain]}],
         SGD,
