@@ -48,17 +48,24 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 WIDE = 16  # bytes
 
-# How many arrays in the dtype of the parameters a block loads, and how many it stores; and the buffers of state, each
-# of which it loads and stores.
-ARRAYS = {
-    "norm": (1, 0, ()),
-    "norm_scaled": (2, 0, ()),
-    "ascend": (2, 2, ()),
-    "ascend_scaled": (2, 2, ()),
-    "restore": (1, 1, ()),
-    "sgd": (2, 1, ("momentum_buffer",)),
-    "adam": (2, 1, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+# The arrays that a block loads, and those that it stores, by their names in the schemas.
+ARRAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "norm": (("grads",), ()),
+    "norm_scaled": (("params", "grads"), ()),
+    "norm_ema": (("grads",), ()),
+    "dots": (("gradient", "grads"), ()),
+    "project": (("gradient", "grads"), ("g_v",)),
+    "ascend": (("params", "grads"), ("params", "backup", "gradient")),
+    "ascend_scaled": (("params", "grads"), ("params", "backup")),
+    "restore": (("backup",), ("params",)),
+    "sgd": (("params", "grads", "g_v", "momentum_buffer"), ("params", "momentum_buffer")),
+    "adam": (
+        ("params", "grads", "g_v", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        ("params", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    ),
 }
+# Those in the dtype of the parameters; the others are state.
+OF_PARAMETERS = {"params", "grads", "backup", "gradient"}
 
 
 # What a compiler made, and what is asked of it.
@@ -236,17 +243,30 @@ _OTHERWISE = ("backup", "counters")
 CASES = {
     "norm": Case("norm"),
     "norm_scaled": Case("norm_scaled"),
-    "ascend": Case("ascend"),
-    "ascend, unchecked": Case("ascend", ("counters",), in_sam=False),
+    "norm_ema": Case("norm_ema"),
+    "norm_ema, two buffers": Case("norm_ema", in_sam=False),
+    "dots": Case("dots"),
+    "project": Case("project"),
+    "ascend": Case("ascend", ("gradient",)),
+    "ascend, gradient kept": Case("ascend"),
+    "ascend, in place": Case("ascend", ("backup", "gradient")),
+    "ascend, in place, gradient kept": Case("ascend", ("backup",)),
+    "ascend, unchecked": Case("ascend", ("gradient", "counters"), in_sam=False),
     "ascend_scaled": Case("ascend_scaled"),
     "restore": Case("restore"),
-    "sgd": Case("sgd"),
-    "sgd, no momentum": Case("sgd", ("momentum_buffer",)),
-    "adam": Case("adam", ("max_exp_avg_sq",)),
-    "adam, amsgrad": Case("adam"),
+    "sgd": Case("sgd", ("g_v",)),
+    "sgd, no momentum": Case("sgd", ("g_v", "momentum_buffer")),
+    "sgd, mixed": Case("sgd"),
+    "sgd, mixed, no momentum": Case("sgd", ("momentum_buffer",)),
+    "adam": Case("adam", ("g_v", "max_exp_avg_sq")),
+    "adam, amsgrad": Case("adam", ("g_v",)),
+    "adam, mixed": Case("adam", ("max_exp_avg_sq",)),
+    "adam, mixed, amsgrad": Case("adam"),
     # In place nothing is copied from a backup: no wide copy can hide a narrow update.
-    "sgd, in place": Case("sgd", _OTHERWISE, in_sam=False),
-    "adam, in place": Case("adam", ("max_exp_avg_sq", *_OTHERWISE), in_sam=False),
+    "sgd, in place": Case("sgd", ("g_v", *_OTHERWISE), in_sam=False),
+    "sgd, mixed, in place": Case("sgd", _OTHERWISE, in_sam=False),
+    "adam, in place": Case("adam", ("g_v", "max_exp_avg_sq", *_OTHERWISE), in_sam=False),
+    "adam, mixed, in place": Case("adam", ("max_exp_avg_sq", *_OTHERWISE), in_sam=False),
 }
 
 
@@ -263,19 +283,27 @@ def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
         table, squares = table.contiguous(), doubles(1, 2)
     elif case.op.startswith("ascend"):
         squares = squares[:1]
+    # The squared norm of a second pass lies behind that of the first one; dots writes a column of a matrix.
+    written = {"norm_ema": squares[-1], "dots": doubles(3, 1)[1:, 0]}
     known = {
         "params": [],
         "grads": [],
         "table": table,
         "blocks": torch.zeros(rows, 2, dtype=torch.int32),
-        "backup": torch.zeros(schema.BLOCK, dtype=dtype),
+        **{name: torch.zeros(schema.BLOCK, dtype=dtype) for name in ("backup", "gradient")},
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
         "partials": doubles(schema.partials_size(schema.BLOCK, rows)),
         "radius": doubles(1, 2),
         "values": doubles(1, len(getattr(schema, case.op.upper(), ()))),
-        # The squared norm of a second pass lies behind that of the first one.
-        "sq": squares[-1, -1] if case.op.startswith("norm") else squares,
+        "products": doubles(3, 1),
+        "ema": doubles(len(schema.EMA)),
+        "sq": written.get(case.op, squares[-1, -1]) if "partials" in schema.SCHEMAS[case.op] else squares,
+        "g_v_sq": squares[:1],
+        "buffer": 0,
+        "decay": 0.9,
+        "coefficient": 1.0,
+        "alpha": 0.7,
         "eps": 1e-12,
         "max_norm": 1.0,
         "skip_nonfinite": case.in_sam,
@@ -396,11 +424,11 @@ def compile_case(name: str, dtype: str, target: str) -> Row:
 
 def wide_accesses(case: Case, dtype: str) -> tuple[int, int]:
     """How many wide loads, and stores, its Triton kernel has at least."""
-    loads, stores, buffers = ARRAYS[case.op]
-    state = len(set(buffers) - set(case.without))
+    loads, stores = (set(names) - set(case.without) for names in ARRAYS[case.op])
+    state = (loads | stores) - OF_PARAMETERS
     if state and dtype.endswith("float16"):
-        loads = stores = 0
-    return loads + state, stores + state
+        return len(loads & state), len(stores & state)
+    return len(loads), len(stores)
 
 
 def triton_job(job: tuple[str, str, str]) -> Result:
@@ -485,6 +513,11 @@ def compile_cubin(toolkit: Any, target: str, source: Path) -> Path:
     return out
 
 
+# Files of csrc/cuda that are not named after an op.
+_FILES = {"dots": "look", "project": "look"}
+# What not every kernel of the other files has.
+_OPTIONAL = {"gradient", "g_v"}
+
 # What C++ calls the dtypes.
 _CPP = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
@@ -517,13 +550,17 @@ def cuda_job(toolkit: Any, job: tuple[str, Path]) -> Result:
         functions = inspect_cubin(compile_cubin(toolkit, target, source))
     except Exception as error:
         return [], [f"cuda {source.name} {target} was not compiled: {one_line(error)}"]
-    if source.stem not in ARRAYS:
+    if source.stem not in (*ARRAYS, *_FILES.values()):
         return [], [f"cuda {source.name} is not in the report: bench/kernels.py does not know its arrays"]
     rows = []
     for name, usage in zip(demangle(list(functions)), functions.values(), strict=True):
         kernel, dtype = name_and_dtype(name)
-        loads, stores, buffers = ARRAYS[source.stem]
-        rows.append(Row("cuda", kernel, dtype, target, usage, loads + len(buffers), stores + len(buffers)))
+        op = kernel.partition("<")[0]
+        if op in _FILES:
+            loads, stores = map(set, ARRAYS[op])
+        else:
+            loads, stores = (set(names) - _OPTIONAL for names in ARRAYS[source.stem])
+        rows.append(Row("cuda", kernel, dtype, target, usage, len(loads), len(stores)))
     rows.sort(key=lambda row: (row.kernel, DTYPES.index(row.dtype) if row.dtype in DTYPES else -1))
     return rows, [] if rows else [f"cuda {source.name} {target} has no kernels"]
 
@@ -617,8 +654,9 @@ def main() -> int:
             if missing := [target for target in nvidia if target not in fit]:
                 notes.append(f"nvcc {toolkit.version} does not compile for {', '.join(missing)}: left out.")
             # A file has an op and its variants.
+            files = [f"{_FILES.get(op, op)}_" for op in chosen]
             done = cuda_half(
-                toolkit, fit, lambda stem: not chosen or any(f"{op}_".startswith(f"{stem}_") for op in chosen)
+                toolkit, fit, lambda stem: not chosen or any(file.startswith(f"{stem}_") for file in files)
             )
             rows += done[0]
             problems += done[1]

@@ -173,6 +173,55 @@ inline const double* values(const Tensor& t, const Rows& rows, int64_t columns, 
   return values(t, groups, columns, name);
 }
 
+// A float64 matrix with one column a flat buffer, and so many rows (0: any number).
+inline const double* matrix(const Tensor& t, int64_t rows, const char* name) {
+  const bool is_matrix = t.scalar_type() == ScalarType::Double && t.dim() == 2 && t.is_contiguous();
+  STD_TORCH_CHECK(is_matrix, "sharpkern: ", name, " should be a contiguous float64 matrix");
+  STD_TORCH_CHECK(
+      rows == 0 || t.size(0) == rows, "sharpkern: ", name, " should be a matrix of ", rows, " rows, found ",
+      t.size(0));
+  return static_cast<const double*>(t.const_data_ptr());
+}
+
+// Where one sum goes.
+inline double* element(const Tensor& sq) {
+  STD_TORCH_CHECK(
+      sq.scalar_type() == ScalarType::Double && sq.numel() == 1,
+      "sharpkern: sq should be one float64 element");
+  return static_cast<double*>(sq.mutable_data_ptr());
+}
+
+SK_INLINE double sum_of_buffers(const double* x, int64_t buffers) {
+  double sum = 0;
+  for (int64_t i = 0; i < buffers; ++i) {
+    sum += x[i];
+  }
+  return sum;
+}
+
+// norm_ema's: the squared norms of all buffers, and AE-SAM's statistics of their sum.
+struct EmaArguments {
+  double* sq;
+  double* ema;
+  int64_t buffers;
+
+  EmaArguments(const Tensor& squares, const Tensor& statistics, int64_t index) {
+    STD_TORCH_CHECK(
+        squares.scalar_type() == ScalarType::Double && squares.dim() == 1 && squares.is_contiguous(),
+        "sharpkern: sq should be a contiguous float64 vector");
+    STD_TORCH_CHECK(
+        0 <= index && index < squares.numel(), "sharpkern: buffer should be an index of sq, which has ",
+        squares.numel(), " elements, found ", index);
+    STD_TORCH_CHECK(
+        statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
+            statistics.numel() == kEmaValues,
+        "sharpkern: ema should be ", int64_t{kEmaValues}, " contiguous float64 elements");
+    sq = static_cast<double*>(squares.mutable_data_ptr());
+    ema = static_cast<double*>(statistics.mutable_data_ptr());
+    buffers = squares.numel();
+  }
+};
+
 // The squared norms of the passes of a step: one row a pass, one column a flat buffer.
 struct Norms {
   bool finite = true;  // over every pass
@@ -183,20 +232,26 @@ struct Norms {
 
   SK_INLINE Norms(const double* sq, int64_t passes, int64_t buffers) {
     for (int64_t pass = 0; pass < passes; ++pass) {
-      double n = 0;
-      for (int64_t i = 0; i < buffers; ++i) {
-        n += sq[pass * buffers + i];
-      }
+      const double n = sum_of_buffers(sq + pass * buffers, buffers);
       finite = finite && std::isfinite(n);
       last = std::sqrt(n);
     }
   }
 
-  static const double* checked(const Tensor& sq) {
-    STD_TORCH_CHECK(
-        sq.scalar_type() == ScalarType::Double && sq.dim() == 2 && sq.is_contiguous(),
-        "sharpkern: sq should be a contiguous float64 matrix");
-    return static_cast<const double*>(sq.const_data_ptr());
+  static const double* checked(const Tensor& sq) { return matrix(sq, 0, "sq"); }
+};
+
+// LookSAM's projection, from the products g.g, g_s.g_s and g.g_s: a row each, one column a flat buffer.
+struct Projection {
+  bool go;       // every product is finite, and g is not zero
+  double along;  // <g, g_s> / ||g||^2
+
+  SK_INLINE Projection(const double* products, int64_t buffers) {
+    const double first = sum_of_buffers(products, buffers);
+    const double second = sum_of_buffers(products + buffers, buffers);
+    const double product = sum_of_buffers(products + 2 * buffers, buffers);
+    go = std::isfinite(first) && std::isfinite(second) && std::isfinite(product) && first > 0;
+    along = product / first;
   }
 };
 

@@ -37,6 +37,40 @@ SK_INLINE A ascend_scaled(A w, A g, A s, A eta) {
   return w + s * (t * (t * g));
 }
 
+// LookSAM: the part of g_s that is orthogonal to g, g_s - (<g, g_s> / ||g||^2) g.
+template <class A>
+SK_INLINE A orthogonal(A g_s, A g, A along) {
+  return g_s - along * g;
+}
+
+// LookSAM between two refreshes: how much of g_v goes into the gradient, alpha ||g|| / ||g_v||. A norm up to
+// this is none; schema.py has its twin.
+constexpr double kGVMin = 1e-12;
+
+SK_INLINE double mix_factor(double norm, double g_v_norm, double alpha) {
+  return g_v_norm > kGVMin ? alpha * (norm / g_v_norm) : 0.0;
+}
+
+// Columns of AE-SAM's statistics; schema.py names them.
+enum EmaValue : int64_t { kEmaMean, kEmaVar, kEmaThreshold, kEmaFired, kEmaValues };
+
+// AE-SAM's statistics of n = ||g||^2, and whether it is at least mean + coefficient sqrt(var).
+SK_INLINE void update_ema(double* ema, double n, double decay, double coefficient) {
+  const double mean = decay * ema[kEmaMean] + (1 - decay) * n;
+  const double var = decay * ema[kEmaVar] + (1 - decay) * ((n - mean) * (n - mean));
+  ema[kEmaFired] = 0;
+  if (!std::isfinite(var)) {
+    return;  // nor is it when n is not
+  }
+  const double spread = std::sqrt(var);
+  // An infinite coefficient times a spread of 0 would be NaN.
+  const bool regular = spread > 0 || std::isfinite(coefficient);
+  ema[kEmaMean] = mean;
+  ema[kEmaVar] = var;
+  ema[kEmaThreshold] = mean + (regular ? coefficient * spread : coefficient);
+  ema[kEmaFired] = n >= ema[kEmaThreshold] ? 1 : 0;
+}
+
 // What one row of parameters needs to take an SGD step. Conditions on the group become coefficients,
 // so that the loop over elements has no branch.
 template <class A>

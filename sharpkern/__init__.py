@@ -2,14 +2,18 @@
 
 from .batch_stats import frozen_batch_stats
 from .ops import available_backends, build_info, use_backend
-from .optim import ASAM, SAM, SSSAM
+from .optim import AESAM, ASAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AESAM",
     "ASAM",
+    "SALR",
     "SAM",
     "SSSAM",
+    "AELookSAM",
+    "LookSAM",
     "__version__",
     "available_backends",
     "build_info",

@@ -23,6 +23,9 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Elements a slot is aligned to: 64 bytes of the smallest element any buffer of a layout can have (2 bytes).
 ALIGNMENT = 32
 
+# Buffers that mean something between two passes only, in the parameters' dtype: the weights and their gradient.
+_SCRATCH = ("backup", "gradient")
+
 _gather = torch.ops.sharpkern.gather.default
 
 
@@ -53,6 +56,11 @@ def overlaps(t: Tensor) -> bool:
 def is_remote(device: torch.device) -> bool:
     """Whether kernels on a device cannot read the host's memory."""
     return device.type != "cpu"
+
+
+def reads_there(device: torch.device) -> bool:
+    """Whether kernels read tables on the device itself: they do, unless the backend in charge walks lists."""
+    return is_remote(device) and not walks_lists(device.type)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -90,8 +98,8 @@ class Sender:
             RuntimeError: in a capture, when its stock is used up, or nothing was sent before.
         """
         target = self.target[: values.size(0)]
-        if not is_remote(target.device):
-            target.copy_(values)
+        if not reads_there(target.device):
+            target.copy_(values)  # nobody counts its launches, and not every device can pin memory
             return
         if is_capturing(target.device):
             if not self._stock or values.size(0) > self._rows:
@@ -109,6 +117,31 @@ class Sender:
                 self._stock = list(torch.empty(shape, dtype=values.dtype, device="cpu", pin_memory=True))
             pinned = values.pin_memory()
         target.copy_(pinned, non_blocking=True)
+
+
+class Receiver:
+    """Reads numbers from a device: the host waits for what computes them, and for nothing that is launched later."""
+
+    def __init__(self) -> None:
+        self._pinned: Tensor | None = None
+
+    def read(self, values: Tensor) -> Tensor:
+        """A copy on the host.
+
+        Raises:
+            RuntimeError: in a capture, which cannot wait.
+        """
+        if values.device.type != "cuda":
+            return values.cpu()
+        if is_capturing(values.device):
+            raise RuntimeError("a step that depends on what its gradient is cannot be captured in a CUDA graph")
+        if self._pinned is None:
+            self._pinned = torch.empty(values.size(), dtype=values.dtype, device="cpu", pin_memory=True)
+        self._pinned.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(values.device))
+        event.synchronize()
+        return self._pinned
 
 
 class GroupTable:
@@ -186,6 +219,7 @@ class FlatBuffers:
         # once every row has what its group needs, so that a step need not look at the rows again.
         self.exposed: list[tuple[str, ...]] = [()] * len(self.params)
         self.exposed_groups: list[tuple[str, ...]] | None = None
+        self.own_exposed = False  # the algorithm's own state, of every row
 
         self.slots: list[int] = []
         size = 0
@@ -282,7 +316,7 @@ class FlatBuffers:
     def rows(self) -> Tensor:
         """The table for the backend in charge: the host's, or the one on the device where kernels read it there,
         which is sent if it never was."""
-        if not is_remote(self.device) or walks_lists(self.device.type):
+        if not reads_there(self.device):
             return self.table
         if not self._complete:
             self._send_table(fresh=False)
@@ -291,7 +325,7 @@ class FlatBuffers:
 
     def _send_table(self, fresh: bool) -> None:
         """Bring the device's table up to date; its marks of backups too when no step is pending (``fresh``)."""
-        if not is_remote(self.device) or walks_lists(self.device.type):
+        if not reads_there(self.device):
             return
         if self._upload is None:
             shape = (schema.COLUMNS, len(self.params))
@@ -325,9 +359,9 @@ class FlatBuffers:
         """Take the gradients of a pass as autograd left them; nothing of the parameters changes.
 
         Args:
-            fresh: whether no parameter is perturbed now.
             error: makes the exception for a gradient that no kernel can use (sparse), of its parameter's
                 name and the gradient.
+            fresh: whether no parameter is perturbed now.
         """
         none = self._none
         grads = [none if (g := p.grad) is None else g for p in self.params]
@@ -353,6 +387,22 @@ class FlatBuffers:
     def mark(self, i: int) -> None:
         """The backup holds the weights of parameter i: it came from another layout."""
         self._backup_column[i] = 1
+
+    def take_over(self, i: int, other: FlatBuffers, j: int) -> None:
+        """What the other layout keeps of a perturbed parameter: its j-th, this one's i-th."""
+        for name in _SCRATCH:
+            if name in other.buffers:
+                self.view(name, i).copy_(other.view(name, j))
+        self.mark(i)
+
+    def keep_others(self) -> None:
+        """Keep the weights of parameters that have a gradient now, but had none when the others were kept."""
+        others = ((self._grad_column != 0) & (self._backup_column == 0)).nonzero().flatten().tolist()
+        for i in others:
+            self.view("backup", i).copy_(self.segments[i])
+            self.mark(i)
+        if others:
+            self._complete = False  # the marks are the host's
 
     def ascending(self) -> None:
         """Before a kernel perturbs the parameters: it may mark backups on the device from now on."""
@@ -383,6 +433,11 @@ class FlatBuffers:
         self.grads = []
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter had a gradient when they were collected."""
+        return self._missing < len(self.params)
+
+    @property
     def lists(self) -> tuple[list[Tensor], list[Tensor]]:
         """(parameters, gradients) for the backend in charge: empty ones when it reads the table."""
         if walks_lists(self.device.type):
@@ -392,9 +447,9 @@ class FlatBuffers:
     # Flat state.
 
     def buffer(self, name: str) -> Tensor:
-        """The flat buffer ``name``, made when first asked for: zeros, or the backup (not initialised)."""
+        """The flat buffer ``name``, made when first asked for: zeros, or what lasts a step only (not initialised)."""
         if name not in self.buffers:
-            if name == "backup":
+            if name in _SCRATCH:
                 self.buffers[name] = torch.empty(self.size, dtype=self.dtype, device=self.device)
             else:
                 self.buffers[name] = torch.zeros(self.size, dtype=self.state_dtype, device=self.device)
@@ -408,11 +463,12 @@ class FlatBuffers:
         return buffer.as_strided(*self._shapes[i], self.slots[i])
 
     def forget_state(self) -> None:
-        """Start state afresh, for a rule to take over what the optimizer holds now. The backup stays."""
-        self.buffers = {name: buffer for name, buffer in self.buffers.items() if name == "backup"}
+        """Start state afresh, for a rule to take over what the optimizer holds now. What lasts a step stays."""
+        self.buffers = {name: buffer for name, buffer in self.buffers.items() if name in _SCRATCH}
         self.step = torch.zeros_like(self.step)
         self.exposed = [()] * len(self.params)
         self.exposed_groups = None
+        self.own_exposed = False
 
     def perturbed(self) -> list[bool]:
         """Whether the backup holds the weights, for each parameter. Waits for a device."""

@@ -1,13 +1,15 @@
 """When to take the second pass. A policy is plain data: what it decides depends on the step's number alone, so
-that it is resumed by that number, and the same on every process."""
+that it is resumed by that number, and the same on every process. Adaptive takes statistics, too, and returns them."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 
 class Policy(ABC):
@@ -24,6 +26,23 @@ class Always(Policy):
 
     def second_pass(self, t: int) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Every(Policy):
+    """One step in k does, the first one included.
+
+    Raises:
+        ValueError, TypeError: for a k that is no integer from 1 up.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_count(self.k, "k")
+
+    def second_pass(self, t: int) -> bool:
+        return t % self.k == 0
 
 
 @dataclass(frozen=True)
@@ -57,8 +76,88 @@ class Bernoulli(Policy):
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53 < p
 
 
-def _check_probability(p: object, name: str) -> None:
-    if isinstance(p, bool) or not isinstance(p, numbers.Real):
-        raise TypeError(f"{name} should be a number, but got {p!r}")
-    if not 0 <= float(p) <= 1:
+class Statistics(NamedTuple):
+    """Of the squared gradient norm, as Adaptive keeps them: exponential averages, and the last threshold."""
+
+    mean: float = 0.0
+    var: float = 1e-10
+    threshold: float = math.nan
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    r"""AE-SAM's rule: a step does when its squared gradient norm n is large for the time.
+
+    .. math::
+        \mu \leftarrow \delta \mu + (1 - \delta)\, n, \qquad
+        \sigma^2 \leftarrow \delta \sigma^2 + (1 - \delta)(n - \mu)^2, \qquad
+        n \ge \mu + c_t \sigma, \qquad c_t = \tfrac{t}{T} \lambda_1 + (1 - \tfrac{t}{T}) \lambda_2
+
+    Args:
+        total_steps: T.
+        lambda_start, lambda_end: :math:`\lambda_2` and :math:`\lambda_1`, in standard deviations. Infinite ones of one
+            sign mean never (plus) or always (minus).
+        decay: :math:`\delta`.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range.
+
+    Source: Jiang et al. 2023, `An Adaptive Policy to Employ Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2304.14647>`_.
+    """
+
+    total_steps: int
+    lambda_start: float
+    lambda_end: float
+    decay: float
+
+    def __post_init__(self) -> None:
+        check_count(self.total_steps, "total_steps")
+        for name in ("lambda_start", "lambda_end"):
+            value = getattr(self, name)
+            _check_real(value, name)
+            if math.isnan(value):
+                raise ValueError(f"Invalid {name}: {value}")
+        if math.isinf(self.lambda_start) and self.lambda_end == -self.lambda_start:
+            raise ValueError(f"Invalid lambda_end: {self.lambda_end} after a lambda_start of {self.lambda_start}")
+        _check_real(self.decay, "decay")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"Invalid decay: {self.decay}")
+
+    def coefficient(self, t: int) -> float:
+        """c of step t; that of the end from ``total_steps`` on."""
+        part = min(t / self.total_steps, 1.0)
+        # Not 0 * inf.
+        return (part * self.lambda_end if part > 0 else 0.0) + ((1 - part) * self.lambda_start if part < 1 else 0.0)
+
+    def decide(self, statistics: Statistics, t: int, n: float) -> tuple[Statistics, bool]:
+        """What the kernels compute: the statistics with the squared norm n of step t, and whether the step fires.
+
+        An n that is not finite, or whose variance is not, changes nothing and does not fire.
+        """
+        mean = self.decay * statistics.mean + (1 - self.decay) * n
+        var = self.decay * statistics.var + (1 - self.decay) * (n - mean) * (n - mean)
+        if not math.isfinite(var):
+            return statistics, False
+        c, spread = self.coefficient(t), math.sqrt(var)
+        threshold = mean + (c * spread if spread > 0 or math.isfinite(c) else c)
+        return Statistics(mean, var, threshold), n >= threshold
+
+
+def check_count(value: Any, name: str) -> None:
+    """An integer from 1 up, or torch's kind of error."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} should be an integer, but got {value!r}")
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value}")
+
+
+def _check_real(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} should be a number, but got {value!r}")
+
+
+def _check_probability(p: Any, name: str) -> None:
+    _check_real(p, name)
+    if not 0 <= p <= 1:
         raise ValueError(f"Invalid {name}: {p}")

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -80,6 +80,9 @@ class Spec:
 
 LENGTHS = [1, 2, 15, 63, 64, 65, 127, 16383, 16384, 16385, 40000]
 
+# Around whole blocks, and around the steps in which a kernel may take the rest of a row.
+TAILS = [*range(1, 10), 255, 256, 257, 511, 512, 513, *range(2046, 2051), 4095, 4096, 4097]
+
 LAYOUTS: dict[str, list[Spec]] = {
     **{f"n{n}": [Spec((n,))] for n in LENGTHS},
     "lengths": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(LENGTHS)],
@@ -104,6 +107,7 @@ LAYOUTS: dict[str, list[Spec]] = {
         Spec((20000,), grad=False, group=1),
         Spec((), grad=False),
     ],
+    "tails": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(TAILS)],
     "strided": [
         Spec((2, 8, 3, 5), "channels_last"),
         Spec((37, 91), "transposed", offset=1, group=1),
@@ -190,6 +194,19 @@ VALUES = {
 }
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 
+# An op called with other ones of its optional buffers than by default: none beside the backup and the state.
+VARIANTS = [
+    "ascend-keeping_g",
+    "ascend-in_place",
+    "ascend-in_place-keeping_g",
+    "sgd-mixed",
+    "adam-mixed",
+]
+
+
+def op_of(variant: str) -> str:
+    return variant.partition("-")[0]
+
 
 def table_of(op: str, options: list[dict[str, float]]) -> Tensor:
     """The argument ``values`` of a rule."""
@@ -223,6 +240,14 @@ class Memory:
         view.copy_(values)
         return view
 
+    def part(self, name: str, matrix: Tensor, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """A copy of a matrix, and the part of it that may be written to."""
+        base = torch.full((2 * GUARD + matrix.numel(),), SENTINEL, dtype=matrix.dtype)
+        view = base[GUARD : GUARD + matrix.numel()].view_as(matrix).copy_(matrix)
+        written = take(view)
+        self._guard(name, base, [written])
+        return view, written
+
     def flat(self, name: str, size: int, rows: list[Tensor], slots: list[int]) -> Tensor:
         """A flat buffer with ``rows`` in its slots; padding and surroundings are guarded."""
         base = torch.full((2 * GUARD + size,), SENTINEL, dtype=rows[0].dtype)
@@ -248,14 +273,15 @@ class Memory:
 class Problem:
     """Parameters, gradients and flat buffers of one layout, with everything an op may want.
 
-    Weights, backup and state hold different random numbers, none of them 0: an op that reads the wrong one
-    gives wrong numbers. Gradients are bounded away from 0 and finite; the backup of a row that has none is NaN.
-    State is there for ``op``, or for every op.
+    Weights, backup, kept gradient, g_v and state hold different random numbers, none of them 0: an op that reads the
+    wrong one gives wrong numbers. Gradients are bounded away from 0 and finite; backup and kept gradient of a row
+    without a mark are NaN. Buffers are there for ``op`` (or a variant of it), or for every op.
     """
 
     def __init__(self, specs: list[Spec], dtype: torch.dtype, op: str | None = None) -> None:
         self.specs = specs
         self.dtype = dtype
+        op = op and op_of(op)
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.memory = Memory()
         self._random = torch.Generator("cpu").manual_seed(0)
@@ -272,14 +298,14 @@ class Problem:
         self.new_gradients()
         self.slots_of: dict[str, list[Tensor]] = {}
         self.buffers: dict[str, Tensor] = {}
-        backups = [self._fresh(spec, dtype, 0.1, 2.0) for spec in specs]
-        for backup, spec in zip(backups, specs, strict=True):
-            if not spec.backed:
-                backup.fill_(NAN)
-        self._buffer("backup", backups)
+        self._buffer("backup", self._where_backed())
         for name in STATE.get(op, ()) if op else (*STATE["sgd"], *STATE["adam"]):
             rows = [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs]
             self._buffer(name, [row.abs() for row in rows] if name.endswith("sq") else rows)
+        if op in (None, "ascend", "dots", "project"):
+            self._buffer("gradient", self._where_backed())
+        if op in (None, "project", *STATE):
+            self._buffer("g_v", [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
         # Rows that never stepped and rows that did.
         self.step = self.memory.place("step", torch.arange(len(specs), dtype=torch.float32).remainder(4))
         self.counters = self.memory.place("counters", torch.tensor([10, 20, 30]))
@@ -293,6 +319,10 @@ class Problem:
         if spec.order == "channels_last":
             return values.contiguous(memory_format=torch.channels_last)
         return values
+
+    def _where_backed(self) -> list[Tensor]:
+        rows = [self._fresh(spec, self.dtype, 0.1, 2.0) for spec in self.specs]
+        return [row if spec.backed else row.fill_(NAN) for row, spec in zip(rows, self.specs, strict=True)]
 
     def _buffer(self, name: str, rows: list[Tensor]) -> None:
         flat = self.memory.flat(name, self.size, rows, self.slots)
@@ -339,7 +369,8 @@ class Problem:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def arguments(self, op: str, addressed: bool = False, **given: Any) -> dict[str, Any]:
-        """Arguments of an op by the names of its schema, ``given`` first."""
+        """Arguments of an op, or of a variant of it, by the names of its schema, ``given`` first."""
+        op, _, variant = op.partition("-")
         blocks = blocks_of([p.numel() for p in self.params])
         have: dict[str, Any] = {
             "params": [] if addressed else self.params,
@@ -357,10 +388,33 @@ class Problem:
             "counters": self.counters,
             **self.buffers,
         }
+        if op == "ascend" and "keeping_g" not in variant:
+            have["gradient"] = torch.empty(0, dtype=self.dtype)
+        if "in_place" in variant:
+            have["backup"] = torch.empty(0, dtype=self.dtype)
         if op in VALUES:
             have["values"] = table_of(op, VALUES[op])
-        if op.startswith("norm"):
-            have["sq"] = torch.full((), NAN, dtype=torch.float64)
+            if "mixed" in variant:
+                # ||g|| is 2, ||g_v|| 3: a factor of 0.4.
+                have |= {"alpha": 0.6, "g_v_sq": torch.tensor([[2.5, 6.5]], dtype=torch.float64)}
+            else:
+                have |= {"alpha": NAN, "g_v_sq": torch.tensor([[NAN]], dtype=torch.float64)}
+                have["g_v"] = torch.empty(0, dtype=self.state_dtype)
+        if op in ("norm", "norm_scaled"):
+            # As in an optimizer, an element of a matrix.
+            _, have["sq"] = self.memory.part("sq", torch.full((2, 3), NAN, dtype=torch.float64), lambda m: m[1, 2])
+        if op == "norm_ema":
+            sq = torch.tensor([5.0, 1.0, 7.0], dtype=torch.float64)
+            have |= {"buffer": 1, "decay": 0.9, "coefficient": 1.0}
+            have["sq"], _ = self.memory.part("sq", sq, lambda m: m[given.get("buffer", 1)])
+            have["ema"] = self.memory.place("ema", torch.tensor([3.0, 2.0, -1.0, 0.5], dtype=torch.float64))
+        if op == "dots":
+            _, have["sq"] = self.memory.part("sq", torch.full((3, 2), NAN, dtype=torch.float64), lambda m: m[1:, 1])
+        if op == "project":
+            # g.g is 8, g.g_s is 4: half of g goes.
+            products = torch.tensor([[3.0, 5.0], [4.0, 8.0], [1.0, 3.0], [NAN, NAN]], dtype=torch.float64)
+            whole, have["sq"] = self.memory.part("sq", products, lambda m: m[3, 1])
+            have["products"] = whole[:3]
         if op == "gather":
             host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
             have["like"] = torch.empty(0, dtype=self.dtype)
@@ -374,7 +428,7 @@ class Problem:
     def _scratch(self, blocks: int) -> Tensor:
         partials = torch.full((schema.partials_size(self.size, blocks),), NAN, dtype=torch.float64)
         partials[0] = 0  # the ticket
-        return partials
+        return self.memory.place("partials", partials)
 
     def rows(self) -> dict[str, list[Tensor]]:
         """Everything an op may change, as rows."""
@@ -392,4 +446,4 @@ class Problem:
 
 def call(op: str, form: Form, arguments: dict[str, Any]) -> None:
     with sk.use_backend(form.backend):
-        getattr(torch.ops.sharpkern, op).default(**arguments)
+        getattr(torch.ops.sharpkern, op_of(op)).default(**arguments)

@@ -30,7 +30,7 @@ class Graphs:
     """CUDA graphs of Triton kernels in the interpreter: a capture notes copies and launches, and runs nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from sharpkern.ops.triton import adam, ascend, norm, restore, sgd
+        from sharpkern.ops.triton import adam, ascend, look, norm, restore, sgd
 
         self._tape: list[Callable[[], object]] | None = None
         self.sent: list[tuple[int, ...]] = []
@@ -52,7 +52,7 @@ class Graphs:
             self._tape.append(lambda: target[:count].copy_(pinned[:count]))
 
         patch.setattr(Sender, "send", noted_send)
-        for module in (adam, ascend, norm, restore, sgd):
+        for module in (adam, ascend, look, norm, restore, sgd):
             patch.setattr(module, "launch", self._noted(module.launch))
 
     def _noted(self, launch: Callable[..., None]) -> Callable[..., None]:

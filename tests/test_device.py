@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharpkern as sk
-from sharpkern.flat import FlatBuffers, GroupTable, Sender, blocks_of
+from sharpkern.flat import FlatBuffers, GroupTable, Receiver, Sender, blocks_of
 from sharpkern.ops import schema
 
 SGD, AdamW, RMSprop = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
@@ -38,10 +38,10 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, remote: None) -> list[str]:
     """Names of the kernels that would have been launched. None is: 400 tensors take the interpreter seconds."""
-    from sharpkern.ops.triton import adam, ascend, norm, restore, sgd
+    from sharpkern.ops.triton import adam, ascend, look, norm, restore, sgd
 
     names: list[str] = []
-    for module in (adam, ascend, norm, restore, sgd):
+    for module in (adam, ascend, look, norm, restore, sgd):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: names.append(kernel.__name__))
     return names
 
@@ -97,6 +97,54 @@ def test_launches_of_a_plain_step(launched: list[str]) -> None:
         give_gradients(opt)
         assert not opt.first_step()
         opt.second_step()
+        assert launched == ["norm_kernel", "sgd_kernel"]
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (400, 24)])
+def test_launches_of_every_kind_of_step(
+    count: int, groups: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launches_of(opt: Any) -> list[str]:
+        launched.clear()
+        give_gradients(opt)
+        if opt.first_step():
+            give_gradients(opt)
+        opt.second_step()
+        return list(launched)
+
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    ae = sk.AESAM(parameters(count, groups), SGD, total_steps=9, **options)
+    look = sk.LookSAM(parameters(count, groups), SGD, k=3, **options)
+    ae_look = sk.AELookSAM(parameters(count, groups), SGD, total_steps=9, **options)
+    refresh = ["norm_kernel", "ascend_kernel", "dots_kernel", "project_kernel", "sgd_kernel"]
+    for _ in range(2):
+        assert launches_of(look) == refresh
+        assert launches_of(look) == launches_of(look) == ["norm_kernel", "sgd_kernel"]
+        for fired in (1.0, 0.0):
+            monkeypatch.setattr(Receiver, "read", lambda self, values, fired=fired: torch.tensor([fired]))
+            sam = ["norm_ema_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
+            assert launches_of(ae) == (sam if fired else ["norm_ema_kernel", "sgd_kernel"])
+            assert launches_of(ae_look) == (
+                ["norm_ema_kernel", *refresh[1:]] if fired else ["norm_ema_kernel", "sgd_kernel"]
+            )
+
+
+def test_launches_of_salr(launched: list[str]) -> None:
+    opt = sk.SALR(parameters(5, 2), SGD, lr=0.1, n_ascent=2, n_descent=3)
+
+    def closure() -> float:
+        give_gradients(opt)
+        return 1.0
+
+    move = ["norm_kernel", "ascend_kernel"]
+    for _ in range(2):
+        launched.clear()
+        opt.step(closure)
+        assert launched == [
+            *move * 3, "restore_kernel", "ascend_kernel", *move, "restore_kernel", "sgd_kernel",
+        ]  # fmt: skip
+        launched.clear()
+        opt.step(closure)
         assert launched == ["norm_kernel", "sgd_kernel"]
 
 
@@ -498,6 +546,55 @@ def test_a_step_is_nothing_but_its_kernels(cls: Any, base: Any, remote: None, mo
             opt.param_groups[0]["lr"] *= 0.5  # a scheduler's work
 
 
+def family(method: str) -> Any:
+    options: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 1.0}
+    return {
+        "sssam": lambda: sk.SSSAM(parameters(6, 2), AdamW, **options),
+        "looksam": lambda: sk.LookSAM(parameters(6, 2), AdamW, k=2, **options),
+        "aesam": lambda: sk.AESAM(parameters(6, 2), AdamW, total_steps=40, **options),
+        "aelooksam": lambda: sk.AELookSAM(parameters(6, 2), AdamW, total_steps=40, lambda_start=0.5, **options),
+    }[method]()
+
+
+@pytest.mark.parametrize("method", ["sssam", "looksam", "aesam", "aelooksam"])
+def test_a_decision_is_all_that_is_read(method: str, remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a step where the policy is adaptive, before anything but the norm was launched; never elsewhere."""
+    opt = family(method)
+    gradients = {p: torch.full_like(p, 0.25) for group in opt.param_groups for p in group["params"]}
+    for _ in range(4):  # of each kind, so that everything is there
+        step_by_hand(opt)
+    opt.load_state_dict(opt.state_dict())
+    step_by_hand(opt)
+    read: list[int] = []
+    norms: list[str] = []
+    with NothingButKernels(host_tensors(opt)) as mode:
+        send, receive = Sender.send, Receiver.read
+
+        def sending(sender: Sender, values: Tensor) -> None:
+            mode.sending = True
+            send(sender, values)
+            mode.sending = False
+
+        def reading(receiver: Receiver, values: Tensor) -> Tensor:
+            mode.sending = True
+            read.append(values.numel())
+            norms.append(opt._pending or "nothing moved")
+            got = receive(receiver, values).clone()
+            mode.sending = False
+            mode.host.add(got.untyped_storage().data_ptr())
+            return got
+
+        monkeypatch.setattr(Sender, "send", sending)
+        monkeypatch.setattr(Receiver, "read", reading)
+        for _ in range(4):
+            for p, g in gradients.items():
+                p.grad = g
+            opt.first_step()
+            opt.second_step()
+    assert read == ([1] * 4 if method.startswith("ae") else [])
+    assert set(norms) <= {"nothing moved"}
+
+
 @pytest.mark.parametrize(
     "reading",
     [
@@ -566,7 +663,8 @@ def test_elements_beyond_2_to_the_31(remote: None) -> None:
     ops.norm(sq[0, 0], partials, [], table, blocks, dtype=dtype)
     expected = grad[end].double().square().sum()
     assert sq.item() == pytest.approx(expected.item(), rel=1e-6)
-    ops.ascend([], backup, counters, [], table, blocks, radius, sq, eps=1e-12, skip_nonfinite=True, dtype=dtype)
+    none = torch.empty(0)
+    ops.ascend([], backup, none, counters, [], table, blocks, radius, sq, eps=1e-12, skip_nonfinite=True, dtype=dtype)
     held = backup[slot + 2**31 : slot + numel]
     assert torch.equal(held, before)
     moved = before.float() + 0.5 / expected.sqrt() * grad[end].float()
@@ -576,8 +674,8 @@ def test_elements_beyond_2_to_the_31(remote: None) -> None:
     values = torch.tensor([[0.1, 0.9, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     step = torch.zeros(1)
     ops.sgd(
-        [], momentum, step, counters, [], backup, table, blocks, values, sq,
-        max_norm=float("inf"), skip_nonfinite=True, dtype=dtype,
+        [], momentum, step, counters, [], backup, none, table, blocks, values, sq, none,
+        alpha=0.0, max_norm=float("inf"), skip_nonfinite=True, dtype=dtype,
     )  # fmt: skip
     assert torch.equal(momentum[slot + 2**31 : slot + numel], grad[end].float())
     torch.testing.assert_close(param[end].float(), before.float() - 0.1 * grad[end].float(), rtol=2**-7, atol=0)

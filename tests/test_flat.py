@@ -282,6 +282,7 @@ def test_parameters_with_gaps_are_served_by_copies() -> None:
     torch.ops.sharpkern.ascend(
         params,
         flat.buffer("backup"),
+        flat.empty,
         torch.zeros(3, dtype=torch.int64),
         grads,
         flat.rows,

@@ -65,11 +65,12 @@ def test_imports_point_downwards() -> None:
 
 def test_public_names() -> None:
     assert set(sk.__all__) == {
-        "ASAM", "SAM", "SSSAM", "__version__", "available_backends", "build_info", "frozen_batch_stats", "use_backend",
+        "AELookSAM", "AESAM", "ASAM", "LookSAM", "SALR", "SAM", "SSSAM", "__version__", "available_backends",
+        "build_info", "frozen_batch_stats", "use_backend",
     }  # fmt: skip
     for name in sk.__all__:
         assert hasattr(sk, name)
-    for name in ("SAM", "ASAM", "SSSAM", "frozen_batch_stats", "use_backend"):
+    for name in ("SAM", "ASAM", "SSSAM", "AESAM", "LookSAM", "AELookSAM", "SALR", "frozen_batch_stats", "use_backend"):
         doc = getattr(sk, name).__doc__
         assert doc
         assert len(doc) > 80

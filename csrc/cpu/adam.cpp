@@ -1,15 +1,16 @@
 // Adam and AdamW from the backup or in place (the decay's form is a value of the group):
 // m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
-// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more.
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more,
+// g_v mixed into g 4 more.
 #include "descend.h"
 
 namespace sharpkern::cpu {
 namespace {
 
-template <class T, bool kMax>
+template <bool kMax, class T, class Gradient>
 SK_CLONES void update(
-    T* w, const T* from, const T* g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
+    T* w, const T* from, Gradient g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
     bool stream, AdamCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
@@ -31,11 +32,11 @@ SK_CLONES void update(
 
 void adam_step(
     Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
-    Tensors grads, Tensor backup, Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm,
-    bool skip_nonfinite, ScalarType dtype) {
+    Tensors grads, Tensor backup, Tensor g_v, Tensor table, Tensor, Tensor group_values, Tensor sq,
+    Tensor g_v_sq, double alpha, double max_norm, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kAdamValues, "values");
-  const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
+  const Descent descent(rows, step, counters, backup, g_v, sq, g_v_sq, alpha, max_norm, skip_nonfinite);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
@@ -51,13 +52,13 @@ void adam_step(
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
     descent.run<T>(
         dtype,
-        [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
+        [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* x = groups + rows[i].group * kAdamValues;
           const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.clip);
           if (x[kAdamAmsgrad] != 0) {
-            update<T, true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
+            update<true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
           } else {
-            update<T, false>(w, from, g, m + slot, v + slot, nullptr, n, stream, c);
+            update<false>(w, from, g, m + slot, v + slot, nullptr, n, stream, c);
           }
         },
         [](int64_t) { return true; });

@@ -1,6 +1,6 @@
 // Perturbation with backup:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
-// s = rho / (norm + eps), rho signed by maximize.
-// Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4.
+// s = rho / (norm + eps), rho signed by maximize. ascend may also keep the gradient, or move w in place.
+// Bytes a parameter, fp32: reads w 4 and g 4, writes w 4, backup 4 and the kept gradient 4.
 #include "walk.h"
 
 namespace sharpkern::cpu {
@@ -18,32 +18,46 @@ SK_INLINE T perturbed(T w, T g, arithmetic_t<T> s, arithmetic_t<T> eta) {
   }
 }
 
-template <class T, bool kScaled>
+template <class T, bool kScaled, bool kBackup, bool kGradient>
 SK_CLONES void move(
-    T* w, T* backup, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta, bool stream) {
+    T* w, T* backup, T* gradient, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta,
+    bool stream) {
   int64_t i = 0;
   if (stream) {
     for (; i + kBlock <= n; i += kBlock) {
       alignas(64) T kept[kBlock];
+      alignas(64) T kept_g[kBlock];
 #pragma omp simd
       for (int64_t j = 0; j < kBlock; ++j) {
         kept[j] = w[i + j];
-        w[i + j] = perturbed<T, kScaled>(kept[j], g[i + j], s, eta);
+        kept_g[j] = g[i + j];
+        w[i + j] = perturbed<T, kScaled>(kept[j], kept_g[j], s, eta);
       }
-      stream_block(backup + i, kept);
+      if constexpr (kBackup) {
+        stream_block(backup + i, kept);
+      }
+      if constexpr (kGradient) {
+        stream_block(gradient + i, kept_g);
+      }
     }
     stream_end();
   }
 #pragma omp simd
   for (int64_t j = i; j < n; ++j) {
-    backup[j] = w[j];
+    if constexpr (kBackup) {
+      backup[j] = w[j];
+    }
+    if constexpr (kGradient) {
+      gradient[j] = g[j];
+    }
     w[j] = perturbed<T, kScaled>(w[j], g[j], s, eta);
   }
 }
 
 void run(
-    const Rows& rows, const Tensor& backup, const Tensor& counters, const Tensor& table, const double* radius,
-    const Tensor& sq, bool scaled, double eps, bool skip_nonfinite, ScalarType dtype) {
+    const Rows& rows, const Tensor& backup, const Tensor* gradient, const Tensor& counters,
+    const Tensor& table, const double* radius, const Tensor& sq, bool scaled, double eps, bool skip_nonfinite,
+    ScalarType dtype) {
   const Norms norms(sq);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   const bool skip = skip_nonfinite && !norms.finite;
@@ -51,32 +65,42 @@ void run(
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
     T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
-    STD_TORCH_CHECK(kept != nullptr || rows.extent() == 0, "sharpkern: backup is empty");
-    const bool around = stream<T>(rows);
+    T* kept_g = gradient != nullptr ? buffer<T>(*gradient, dtype, rows.extent(), "gradient") : nullptr;
+    STD_TORCH_CHECK(kept != nullptr || !scaled || rows.extent() == 0, "sharpkern: backup is empty");
+    const auto move_plain =
+        kept != nullptr ? (kept_g != nullptr ? move<T, false, true, true> : move<T, false, true, false>)
+                        : (kept_g != nullptr ? move<T, false, false, true> : move<T, false, false, false>);
+    const bool around = stream<T>(rows) && (kept != nullptr || kept_g != nullptr);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
       if (row.grad == 0) {
         return;
       }
       T* w = at<T>(row.param, offset);
+      T* to = kept != nullptr ? kept + slot : nullptr;
       if (skip) {
         // 0 * inf is NaN: a skipped perturbation must not touch the gradient.
-        std::copy(w, w + n, kept + slot);
+        if (to != nullptr) {
+          std::copy(w, w + n, to);
+        }
         return;
       }
+      T* to_g = kept_g != nullptr ? kept_g + slot : nullptr;
       const T* g = at<T>(row.grad, offset);
       const A s = static_cast<A>(radius[2 * row.group] / (norms.last + eps));
       if (scaled && row.scaled != 0) {
-        move<T, true>(w, kept + slot, g, n, s, radius[2 * row.group + 1], around);
+        move<T, true, true, false>(w, to, nullptr, g, n, s, radius[2 * row.group + 1], around);
       } else {
-        move<T, false>(w, kept + slot, g, n, s, 0, around);
+        move_plain(w, to, to_g, g, n, s, 0, around);
       }
     });
   });
-  auto* marks = static_cast<Row*>(table.mutable_data_ptr());
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].grad != 0) {
-      marks[i].backup = 1;
+  if (backup.numel() != 0) {
+    auto* marks = static_cast<Row*>(table.mutable_data_ptr());
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      if (rows[i].grad != 0) {
+        marks[i].backup = 1;
+      }
     }
   }
   if (count != nullptr) {
@@ -86,18 +110,19 @@ void run(
 }
 
 void ascend(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
-    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor gradient, Tensor counters, Tensors grads, Tensor table, Tensor,
+    Tensor radius, Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, false, eps, skip_nonfinite,
-      dtype);
+  run(rows, backup, &gradient, counters, table, values(radius, rows, 2, "radius"), sq, false, eps,
+      skip_nonfinite, dtype);
 }
 
 void ascend_scaled(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
     Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
-  run(rows, backup, counters, table, values(radius, rows, 2, "radius"), sq, true, eps, skip_nonfinite, dtype);
+  run(rows, backup, nullptr, counters, table, values(radius, rows, 2, "radius"), sq, true, eps,
+      skip_nonfinite, dtype);
 }
 
 }  // namespace

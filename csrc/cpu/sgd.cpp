@@ -1,14 +1,15 @@
 // SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
 // w -= lr (nesterov ? d + momentum buf : buf).
-// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12.
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12;
+// with g_v mixed into g 4 more.
 #include "descend.h"
 
 namespace sharpkern::cpu {
 namespace {
 
-template <class T, bool kMomentumBuffer>
+template <bool kMomentumBuffer, class T, class Gradient>
 SK_CLONES void update(
-    T* w, const T* from, const T* g, arithmetic_t<T>* buf, int64_t n, bool stream,
+    T* w, const T* from, Gradient g, arithmetic_t<T>* buf, int64_t n, bool stream,
     SgdCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
@@ -25,11 +26,11 @@ SK_CLONES void update(
 
 void sgd(
     Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
-    Tensor table, Tensor, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite,
-    ScalarType dtype) {
+    Tensor g_v, Tensor table, Tensor, Tensor group_values, Tensor sq, Tensor g_v_sq, double alpha,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
   const Rows rows(&params, &grads, table, dtype);
   const double* groups = values(group_values, rows, kSgdValues, "values");
-  const Descent descent(rows, step, counters, backup, sq, max_norm, skip_nonfinite);
+  const Descent descent(rows, step, counters, backup, g_v, sq, g_v_sq, alpha, max_norm, skip_nonfinite);
   const auto momentum = [&](int64_t i) { return groups[rows[i].group * kSgdValues + kSgdMomentum]; };
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -42,13 +43,13 @@ void sgd(
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
     descent.run<T>(
         dtype,
-        [&](int64_t i, T* w, const T* from, const T* g, int64_t slot, int64_t n, bool stream) {
+        [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* v = groups + rows[i].group * kSgdValues;
           const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.clip);
           if (v[kSgdMomentum] != 0) {
-            update<T, true>(w, from, g, buf + slot, n, stream, c);
+            update<true>(w, from, g, buf + slot, n, stream, c);
           } else {
-            update<T, false>(w, from, g, nullptr, n, stream, c);
+            update<false>(w, from, g, nullptr, n, stream, c);
           }
         },
         [&](int64_t i) { return momentum(i) != 0; });

@@ -1,7 +1,7 @@
 // Adam and AdamW from the backup or in place (the decay's form is a value of the group):
 // m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
-// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more.
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8, g_v 4 more.
 #include "descend.cuh"
 
 namespace sharpkern::cuda {
@@ -24,12 +24,13 @@ struct Adam {
   bool amsgrad;
 };
 
-template <bool kAmsgrad, class T, class A>
-__device__ __forceinline__ void update(const Descent<T, Adam<A>>& work, const State<A>& state, int64_t n) {
+template <bool kAmsgrad, bool kMixed, class T, class A>
+__device__ __forceinline__ void update(
+    const Rule<T>& rule, const Descent<T, Adam<A>>& work, const State<A>& state, int64_t n) {
   elements<T, 1>(n, work.aligned, [&](auto tile, int64_t i) {
     const int64_t slot = work.slot + i;
     auto w = tile.load(work.from, i);
-    const auto g = tile.load(work.g, i);
+    const auto g = gradient<kMixed>(tile, rule, work, i);
     auto first = tile.load(state.m, slot);
     auto second = tile.load(state.v, slot);
     auto largest = second;
@@ -38,8 +39,8 @@ __device__ __forceinline__ void update(const Descent<T, Adam<A>>& work, const St
     }
     tile.each([&](int u, int v) {
       w.pack[u].x[v] = static_cast<T>(adam<kAmsgrad>(
-          static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), first.pack[u].x[v],
-          second.pack[u].x[v], largest.pack[u].x[v], work.c.coefficients));
+          static_cast<A>(w.pack[u].x[v]), g(u, v), first.pack[u].x[v], second.pack[u].x[v],
+          largest.pack[u].x[v], work.c.coefficients));
     });
     tile.store(state.m, slot, first);
     tile.store(state.v, slot, second);
@@ -50,11 +51,11 @@ __device__ __forceinline__ void update(const Descent<T, Adam<A>>& work, const St
   });
 }
 
-template <class T>
+template <class T, bool kMixed>
 SK_KERNEL(kAdamResident<T>)
 adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
   using A = arithmetic_t<T>;
-  descend<Adam<A>, kAdamValues>(
+  descend<Adam<A>, kAdamValues, kMixed>(
       rule,
       [&](const double* x, float before, double clip) {
         const bool amsgrad = state.vmax != nullptr && x[kAdamAmsgrad] != 0;
@@ -67,17 +68,17 @@ adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
       },
       [&](const Descent<T, Adam<A>>& work, int64_t n) {
         if (work.c.amsgrad) {
-          update<true>(work, state, n);
+          update<true, kMixed>(rule, work, state, n);
         } else {
-          update<false>(work, state, n);
+          update<false, kMixed>(rule, work, state, n);
         }
       });
 }
 
 void adam_step(
     Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
-    Tensors grads, Tensor backup, Tensor table, Tensor blocks, Tensor group_values, Tensor sq,
-    double max_norm, bool skip_nonfinite, ScalarType dtype) {
+    Tensors grads, Tensor backup, Tensor g_v, Tensor table, Tensor blocks, Tensor group_values, Tensor sq,
+    Tensor g_v_sq, double alpha, double max_norm, bool skip_nonfinite, ScalarType dtype) {
   Call call(&params, &grads, table, blocks, dtype);
   call.same_device(
       {{&exp_avg, "exp_avg"},
@@ -94,8 +95,11 @@ void adam_step(
     state.vmax = buffer<A>(max_exp_avg_sq, state_dtype(dtype), 0, "max_exp_avg_sq");
     STD_TORCH_CHECK(
         (state.m != nullptr && state.v != nullptr) || !call.has_blocks(), "sharpkern: exp_avg is empty");
-    const auto rule = make_rule<T>(call, step, counters, backup, groups, sq, max_norm, skip_nonfinite, dtype);
-    call.launch<kAdamResident<T>>("adam", adam_kernel<T>, kAnyGrid, rule, state);
+    const auto rule = make_rule<T>(
+        call, step, counters, backup, g_v, groups, sq, g_v_sq, alpha, max_norm, skip_nonfinite, dtype);
+    call.launch<kAdamResident<T>>(
+        "adam", rule.mixture.g_v != nullptr ? adam_kernel<T, true> : adam_kernel<T, false>, kAnyGrid, rule,
+        state);
   });
 }
 

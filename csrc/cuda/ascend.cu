@@ -1,6 +1,7 @@
 // Perturbation with backup:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
 // s = rho / (norm + eps), rho signed by maximize; and the table's mark of every row that was kept.
-// Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4.
+// Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4; 4 more where ascend keeps g, 4 less
+// where it has no backup.
 #include "launch.h"
 
 namespace sharpkern::cuda {
@@ -10,6 +11,7 @@ template <class T>
 struct Ascent {
   T* w;
   T* kept;
+  T* kept_g;
   const T* g;  // null: nothing to do
   arithmetic_t<T> s;
   arithmetic_t<T> eta;
@@ -18,13 +20,18 @@ struct Ascent {
   bool aligned;
 };
 
-template <class T, bool kScaled>
+template <class T, bool kScaled, bool kKeepW, bool kKeepG>
 __device__ __forceinline__ void move(const Ascent<T>& work, int64_t n) {
   using A = arithmetic_t<T>;
   elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.w, i);
     const auto g = tile.load(work.g, i);
-    tile.store(work.kept, i, w);
+    if constexpr (kKeepW) {
+      tile.store(work.kept, i, w);
+    }
+    if constexpr (kKeepG) {
+      tile.store(work.kept_g, i, g);
+    }
     tile.each([&](int u, int v) {
       const A x = static_cast<A>(w.pack[u].x[v]);
       const A d = static_cast<A>(g.pack[u].x[v]);
@@ -38,11 +45,12 @@ __device__ __forceinline__ void move(const Ascent<T>& work, int64_t n) {
   });
 }
 
-template <class T, bool kScaled>
+// kKeepW: in the backup, or else w moves in place; kKeepG: in `gradient`.
+template <class T, bool kScaled, bool kKeepW, bool kKeepG>
 SK_KERNEL(kResident)
 ascend_kernel(
-    Segments segments, T* backup, int64_t* counters, const double* radius, Squares squares, double eps,
-    bool skip_nonfinite) {
+    Segments segments, T* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
+    double eps, bool skip_nonfinite) {
   using A = arithmetic_t<T>;
   double norm = 0;
   bool skip = false;
@@ -60,18 +68,19 @@ ascend_kernel(
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
         Ascent<T> work = {};
-        if (stretch.starts_row()) {
+        if (kKeepW && stretch.starts_row()) {
           segments.cell(stretch.index, kBackup) = row.grad != 0;
         }
         if (row.grad != 0) {
           work.w = stretch.at<T>(row.param);
-          work.kept = stretch.in(backup);
+          work.kept = kKeepW ? stretch.in(backup) : nullptr;
+          work.kept_g = kKeepG ? stretch.in(gradient) : nullptr;
           work.g = stretch.at<const T>(row.grad);
           work.s = static_cast<A>(radius[2 * row.group] / (norm + eps));
           work.eta = static_cast<A>(radius[2 * row.group + 1]);
           work.scaled = kScaled && row.scaled != 0;
           work.skip = skip;
-          work.aligned = are_aligned(work.w, work.kept, work.g);
+          work.aligned = are_aligned(work.w, work.kept, work.kept_g, work.g);
         }
         return work;
       },
@@ -81,49 +90,66 @@ ascend_kernel(
         }
         if (work.skip) {
           // 0 * inf is NaN: a skipped perturbation must not touch the gradient.
-          copy<T>(work.kept, work.w, n, work.aligned);
+          if constexpr (kKeepW) {
+            copy<T>(work.kept, work.w, n, work.aligned);
+          }
         } else if (kScaled && work.scaled) {
-          move<T, kScaled>(work, n);
+          move<T, kScaled, kKeepW, kKeepG>(work, n);
         } else {
-          move<T, false>(work, n);
+          move<T, false, kKeepW, kKeepG>(work, n);
         }
       });
 }
 
 template <bool kScaled>
 void run(
-    const char* name, const Tensors& params, const Tensor& backup, const Tensor& counters,
-    const Tensors& grads, const Tensor& table, const Tensor& blocks, const Tensor& radius, const Tensor& sq,
-    double eps, bool skip_nonfinite, ScalarType dtype) {
+    const char* name, const Tensors& params, const Tensor& backup, const Tensor* gradient,
+    const Tensor& counters, const Tensors& grads, const Tensor& table, const Tensor& blocks,
+    const Tensor& radius, const Tensor& sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   Call call(&params, &grads, table, blocks, dtype);
   call.same_device({{&backup, "backup"}, {&counters, "counters"}, {&radius, "radius"}, {&sq, "sq"}});
+  if (gradient != nullptr) {
+    call.same_device({{gradient, "gradient"}});
+  }
   const double* groups = values(radius, call, 2, "radius");
   const Squares squares(sq);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* kept = buffer<T>(backup, dtype, 0, "backup");
-    STD_TORCH_CHECK(kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
+    STD_TORCH_CHECK(!kScaled || kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
+    T* kept_g = gradient != nullptr ? buffer<T>(*gradient, dtype, 0, "gradient") : nullptr;
+    auto* kernel = ascend_kernel<T, kScaled, true, false>;
+    if constexpr (!kScaled) {
+      if (kept == nullptr) {
+        kernel =
+            kept_g != nullptr ? ascend_kernel<T, false, false, true> : ascend_kernel<T, false, false, false>;
+      } else if (kept_g != nullptr) {
+        kernel = ascend_kernel<T, false, true, true>;
+      }
+    }
     call.launch(
-        name, ascend_kernel<T, kScaled>, kAnyGrid, call.segments(), kept, count, groups, squares, eps,
-        skip_nonfinite);
+        name, kernel, kAnyGrid, call.segments(), kept, kept_g, count, groups, squares, eps, skip_nonfinite);
   });
-  call.copy_column(table, kBackup);
+  if (backup.numel() > 0) {
+    call.copy_column(table, kBackup);
+  }
 }
 
 void ascend(
-    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor blocks, Tensor radius,
-    Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor backup, Tensor gradient, Tensor counters, Tensors grads, Tensor table,
+    Tensor blocks, Tensor radius, Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   run<false>(
-      "ascend", params, backup, counters, grads, table, blocks, radius, sq, eps, skip_nonfinite, dtype);
+      "ascend", params, backup, &gradient, counters, grads, table, blocks, radius, sq, eps, skip_nonfinite,
+      dtype);
 }
 
 void ascend_scaled(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor blocks, Tensor radius,
     Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
   run<true>(
-      "ascend_scaled", params, backup, counters, grads, table, blocks, radius, sq, eps, skip_nonfinite,
-      dtype);
+      "ascend_scaled", params, backup, nullptr, counters, grads, table, blocks, radius, sq, eps,
+      skip_nonfinite, dtype);
 }
 
 }  // namespace

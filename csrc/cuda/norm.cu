@@ -1,7 +1,7 @@
-// Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm) or |w| + eta (norm_scaled).
-// Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a CTA. The last CTA to
-// arrive adds the partial sums in a fixed order: the same bits on every run.
-#include "launch.h"
+// Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm, norm_ema) or |w| + eta (norm_scaled);
+// norm_ema then updates AE-SAM's statistics of its sum over the flat buffers.
+// Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a CTA.
+#include "reduce.cuh"
 
 namespace sharpkern::cuda {
 namespace {
@@ -15,34 +15,21 @@ struct Squaring {
   bool aligned;
 };
 
-// The sum over the CTA, in a fixed order; right in thread 0.
-__device__ __forceinline__ double sum_of_cta(double x) {
-  __shared__ double warps[kThreads / kWarp];
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_down_sync(0xffffffffu, x, distance);
-  }
-  if (threadIdx.x % kWarp == 0) {
-    warps[threadIdx.x / kWarp] = x;
-  }
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (const double warp : warps) {
-      sum += warp;
-    }
-  }
-  __syncthreads();  // the next sum may be written
-  return sum;
-}
+// AE-SAM's statistics, and what they are made of.
+struct Statistics {
+  double* ema = nullptr;       // null: none are kept
+  const double* sq = nullptr;  // of every flat buffer, this one's among them
+  int64_t buffers = 0;
+  double decay = 0;
+  double coefficient = 0;
+};
 
-// partials: [0] counts the CTAs that are through, as an integer; [1 + i] is the sum of CTA i.
 template <class T, bool kScaled>
 SK_KERNEL(kResident)
-norm_kernel(Segments segments, const double* radius, double* partials, double* sq) {
+norm_kernel(Segments segments, const double* radius, double* partials, double* sq, Statistics statistics) {
   using A = arithmetic_t<T>;
-  double sum = 0;
+  double sums[1] = {};
+  double& sum = sums[0];
   walk<Squaring<T>>(
       segments,
       [&](const Stretch& stretch) {
@@ -62,7 +49,6 @@ norm_kernel(Segments segments, const double* radius, double* partials, double* s
         if (work.g == nullptr) {
           return;
         }
-        // A thread widens after every tile: 32 squares at most lose nothing in the arithmetic type.
         if (kScaled && work.scaled) {
           elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
             const auto w = tile.load(work.w, i);
@@ -76,70 +62,53 @@ norm_kernel(Segments segments, const double* radius, double* partials, double* s
             sum += static_cast<double>(squares);
           });
         } else {
-          elements<T, 4>(n, work.aligned, [&](auto tile, int64_t i) {
-            const auto g = tile.load(work.g, i);
-            A squares = 0;
-            tile.each([&](int u, int v) {
-              const A a = static_cast<A>(g.pack[u].x[v]);
-              squares += a * a;
-            });
-            sum += static_cast<double>(squares);
-          });
+          add_squares(sum, work.g, n, work.aligned);
         }
       });
-  sum = sum_of_cta(sum);
-
-  __shared__ bool is_last;
-  auto* ticket = reinterpret_cast<unsigned long long*>(partials);
-  if (threadIdx.x == 0) {
-    partials[1 + blockIdx.x] = sum;
-    __threadfence();  // whoever sees the count sees the sum
-    is_last = atomicAdd(ticket, 1ull) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) {
-    return;
-  }
-  __threadfence();
-  double total = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
-    total += __ldcg(partials + 1 + i);  // other CTAs wrote it: not from this multiprocessor's cache
-  }
-  total = sum_of_cta(total);
-  if (threadIdx.x == 0) {
-    *sq = total;
-    *ticket = 0;
-  }
+  reduce(sums, partials, [&](const double (&totals)[1]) {
+    *sq = totals[0];
+    if (statistics.ema != nullptr) {
+      const double n = sum_of_buffers(statistics.sq, statistics.buffers);
+      update_ema(statistics.ema, n, statistics.decay, statistics.coefficient);
+    }
+  });
 }
 
 void run(
-    const char* name, Call& call, const Tensor& sq, const Tensor& partials, const double* radius,
-    ScalarType dtype) {
-  STD_TORCH_CHECK(
-      sq.scalar_type() == ScalarType::Double && sq.numel() == 1,
-      "sharpkern: sq should be one float64 element");
-  double* partial = buffer<double>(partials, ScalarType::Double, 2, "partials");
-  STD_TORCH_CHECK(partial != nullptr, "sharpkern: partials is empty");
-  call.same_device({{&sq, "sq"}, {&partials, "partials"}});
+    const char* name, Call& call, double* sq, const Tensor& partials, const double* radius,
+    const Statistics& statistics, ScalarType dtype) {
+  call.same_device({{&partials, "partials"}});
+  const Partials<1> partial(partials);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     call.launch(
-        name, radius != nullptr ? norm_kernel<T, true> : norm_kernel<T, false>, partials.numel() - 1,
-        call.segments(), radius, partial, static_cast<double*>(sq.mutable_data_ptr()));
+        name, radius != nullptr ? norm_kernel<T, true> : norm_kernel<T, false>, partial.ctas, call.segments(),
+        radius, partial.data, sq, statistics);
   });
 }
 
 void norm(Tensor sq, Tensor partials, Tensors grads, Tensor table, Tensor blocks, ScalarType dtype) {
   Call call(nullptr, &grads, table, blocks, dtype);
-  run("norm", call, sq, partials, nullptr, dtype);
+  call.same_device({{&sq, "sq"}});
+  run("norm", call, element(sq), partials, nullptr, {}, dtype);
 }
 
 void norm_scaled(
     Tensor sq, Tensor partials, Tensors params, Tensors grads, Tensor table, Tensor blocks, Tensor radius,
     ScalarType dtype) {
   Call call(&params, &grads, table, blocks, dtype);
-  call.same_device({{&radius, "radius"}});
-  run("norm_scaled", call, sq, partials, values(radius, call, 2, "radius"), dtype);
+  call.same_device({{&sq, "sq"}, {&radius, "radius"}});
+  run("norm_scaled", call, element(sq), partials, values(radius, call, 2, "radius"), {}, dtype);
+}
+
+void norm_ema(
+    Tensor sq, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor blocks, int64_t index,
+    double decay, double coefficient, ScalarType dtype) {
+  Call call(nullptr, &grads, table, blocks, dtype);
+  call.same_device({{&sq, "sq"}, {&ema, "ema"}});
+  const EmaArguments arguments(sq, ema, index);
+  const Statistics statistics{arguments.ema, arguments.sq, arguments.buffers, decay, coefficient};
+  run("norm_ema", call, arguments.sq + index, partials, nullptr, statistics, dtype);
 }
 
 }  // namespace
@@ -148,4 +117,5 @@ void norm_scaled(
 STABLE_TORCH_LIBRARY_IMPL(sharpkern, CUDA, m) {
   m.impl("norm", TORCH_BOX(&sharpkern::cuda::norm));
   m.impl("norm_scaled", TORCH_BOX(&sharpkern::cuda::norm_scaled));
+  m.impl("norm_ema", TORCH_BOX(&sharpkern::cuda::norm_ema));
 }

@@ -1,6 +1,6 @@
 // SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
 // w -= lr (nesterov ? d + momentum buf : buf).
-// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12.
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with g_v 4 more.
 #include "descend.cuh"
 
 namespace sharpkern::cuda {
@@ -12,44 +12,44 @@ struct Sgd {
   bool momentum;
 };
 
-template <class T, class A>
-__device__ __forceinline__ void update_momentum(const Descent<T, Sgd<A>>& work, A* momentum, int64_t n) {
+template <bool kMixed, class T, class A>
+__device__ __forceinline__ void update_momentum(
+    const Rule<T>& rule, const Descent<T, Sgd<A>>& work, A* momentum, int64_t n) {
   A* buf = momentum + work.slot;
-  // Two tiles at a time make six loads; the wide state of half types makes four of one.
-  elements<T, sizeof(A) == sizeof(T) ? 2 : 1>(n, work.aligned, [&](auto tile, int64_t i) {
+  // Two tiles at a time make six loads; the wide state of half types, or g_v, makes four of one.
+  elements<T, sizeof(A) == sizeof(T) && !kMixed ? 2 : 1>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
-    const auto g = tile.load(work.g, i);
+    const auto g = gradient<kMixed>(tile, rule, work, i);
     auto b = tile.load(buf, i);
     tile.each([&](int u, int v) {
-      w.pack[u].x[v] = static_cast<T>(sgd_momentum(
-          static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), b.pack[u].x[v],
-          work.c.coefficients));
+      w.pack[u].x[v] = static_cast<T>(
+          sgd_momentum(static_cast<A>(w.pack[u].x[v]), g(u, v), b.pack[u].x[v], work.c.coefficients));
     });
     tile.store(buf, i, b);
     tile.store(work.w, i, w);
   });
 }
 
-template <class T, class A>
-__device__ __forceinline__ void update_plain(const Descent<T, Sgd<A>>& work, int64_t n) {
+template <bool kMixed, class T, class A>
+__device__ __forceinline__ void update_plain(const Rule<T>& rule, const Descent<T, Sgd<A>>& work, int64_t n) {
   elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
-    const auto g = tile.load(work.g, i);
+    const auto g = gradient<kMixed>(tile, rule, work, i);
     tile.each([&](int u, int v) {
-      w.pack[u].x[v] = static_cast<T>(
-          sgd_plain(static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), work.c.coefficients));
+      w.pack[u].x[v] =
+          static_cast<T>(sgd_plain(static_cast<A>(w.pack[u].x[v]), g(u, v), work.c.coefficients));
     });
     tile.store(work.w, i, w);
   });
 }
 
 // momentum is null where no group uses it.
-template <class T>
+template <class T, bool kMixed>
 SK_KERNEL(kResident)
 sgd_kernel(Rule<T> rule, arithmetic_t<T>* momentum) {
   using A = arithmetic_t<T>;
   const auto has_momentum = [&](const double* v) { return momentum != nullptr && v[kSgdMomentum] != 0; };
-  descend<Sgd<A>, kSgdValues>(
+  descend<Sgd<A>, kSgdValues, kMixed>(
       rule,
       [&](const double* v, float before, double clip) {
         return Sgd<A>{sgd_coefficients<A>(v, before == 0, clip), has_momentum(v)};
@@ -57,17 +57,17 @@ sgd_kernel(Rule<T> rule, arithmetic_t<T>* momentum) {
       has_momentum, [&](int64_t slot) { return momentum == nullptr || are_aligned(momentum + slot); },
       [&](const Descent<T, Sgd<A>>& work, int64_t n) {
         if (work.c.momentum) {
-          update_momentum(work, momentum, n);
+          update_momentum<kMixed>(rule, work, momentum, n);
         } else {
-          update_plain(work, n);
+          update_plain<kMixed>(rule, work, n);
         }
       });
 }
 
 void sgd(
     Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
-    Tensor table, Tensor blocks, Tensor group_values, Tensor sq, double max_norm, bool skip_nonfinite,
-    ScalarType dtype) {
+    Tensor g_v, Tensor table, Tensor blocks, Tensor group_values, Tensor sq, Tensor g_v_sq, double alpha,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
   Call call(&params, &grads, table, blocks, dtype);
   call.same_device({{&momentum_buffer, "momentum_buffer"}, {&group_values, "values"}});
   const double* groups = values(group_values, call, kSgdValues, "values");
@@ -75,8 +75,11 @@ void sgd(
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
     A* momentum = buffer<A>(momentum_buffer, state_dtype(dtype), 0, "momentum_buffer");
-    const auto rule = make_rule<T>(call, step, counters, backup, groups, sq, max_norm, skip_nonfinite, dtype);
-    call.launch("sgd", sgd_kernel<T>, kAnyGrid, rule, momentum);
+    const auto rule = make_rule<T>(
+        call, step, counters, backup, g_v, groups, sq, g_v_sq, alpha, max_norm, skip_nonfinite, dtype);
+    call.launch(
+        "sgd", rule.mixture.g_v != nullptr ? sgd_kernel<T, true> : sgd_kernel<T, false>, kAnyGrid, rule,
+        momentum);
   });
 }
 

@@ -144,6 +144,13 @@ struct Tile {
   }
 
   template <class S>
+  static __device__ __forceinline__ Packs<S, U, V> zeros() {
+    Packs<S, U, V> packs;
+    each([&](int u, int v) { packs.pack[u].x[v] = S(0); });
+    return packs;
+  }
+
+  template <class S>
   static __device__ __forceinline__ void store(S* address, int64_t i, const Packs<S, U, V>& packs) {
     S* to = global(address);
 #pragma unroll

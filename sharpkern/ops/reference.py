@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, SCALED, SGD, SLOT, library
+from .schema import ADAM, BACKUP, G_V_MIN, GRAD, GROUP, MISMATCH, NUMEL, SCALED, SGD, SLOT, library
 
 Row = list[int]
 
@@ -107,9 +107,83 @@ def norm_scaled(
     sq.copy_(total)
 
 
+def norm_ema(
+    sq: Tensor,
+    partials: Tensor,
+    ema: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    *,
+    buffer: int,
+    decay: float,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> None:
+    norm(sq[buffer], partials, grads, table, blocks, dtype=dtype)
+    n = sq.sum()
+    mean = decay * ema[0] + (1 - decay) * n
+    var = decay * ema[1] + (1 - decay) * (n - mean) ** 2
+    spread = var.sqrt()
+    # An infinite coefficient times a spread of 0 would be NaN.
+    threshold = mean + torch.where(spread > 0, coefficient * spread, coefficient if math.isinf(coefficient) else 0.0)
+    seen = var.isfinite()
+    ema[:3] = torch.where(seen, torch.stack([mean, var, threshold]), ema[:3])
+    ema[3] = (seen & (n >= threshold)).to(ema.dtype)
+
+
+def dots(
+    sq: Tensor,
+    partials: Tensor,
+    gradient: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    squared, product = torch.zeros_like(sq).unbind()
+    for grad, row in zip(grads, _rows(table, grads), strict=True):
+        if grad.numel():
+            second = _wide(grad)
+            squared += second.square().sum(dtype=sq.dtype)
+            if row[BACKUP]:
+                product += (_wide(_slot(gradient, grad, row)) * second).sum(dtype=sq.dtype)
+    sq.copy_(torch.stack([squared, product]))
+
+
+def project(
+    g_v: Tensor,
+    sq: Tensor,
+    partials: Tensor,
+    gradient: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    products: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    first, second, product = products.sum(-1)
+    go = first.isfinite() & second.isfinite() & product.isfinite() & (first > 0)
+    along = product / first
+    total = torch.zeros_like(sq)
+    for grad, row in zip(grads, _rows(table, grads), strict=True):
+        # A row without a gradient is looked at in memory order.
+        like = grad if grad.numel() else g_v[row[SLOT] : row[SLOT] + row[NUMEL]]
+        kept = _slot(g_v, like, row)
+        direction = _wide(grad) if grad.numel() else torch.zeros_like(kept)
+        if row[BACKUP]:
+            direction = direction - along.to(kept.dtype) * _wide(_slot(gradient, like, row))
+        _keep(kept, direction, go)
+        total += direction.square().sum(dtype=sq.dtype)
+    _keep(sq, total, go)
+
+
 def _ascend(
     params: Sequence[Tensor],
     backup: Tensor,
+    gradient: Tensor,
     counters: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
@@ -126,8 +200,11 @@ def _ascend(
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
         if not _has_grad(param, grad):
             continue
-        _slot(backup, param, row).copy_(param)
-        table[i, BACKUP] = 1
+        if backup.numel():
+            _slot(backup, param, row).copy_(param)
+            table[i, BACKUP] = 1
+        if gradient.numel():
+            _slot(gradient, param, row).copy_(grad)
         w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]].to(w.dtype) * g
         if scaled and row[SCALED]:
@@ -141,6 +218,7 @@ def _ascend(
 def ascend(
     params: Sequence[Tensor],
     backup: Tensor,
+    gradient: Tensor,
     counters: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
@@ -152,7 +230,10 @@ def ascend(
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
-    _ascend(params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=False)
+    _ascend(
+        params, backup, gradient, counters, grads, table, radius, sq,
+        eps=eps, skip_nonfinite=skip_nonfinite, scaled=False,
+    )  # fmt: skip
 
 
 def ascend_scaled(
@@ -169,7 +250,11 @@ def ascend_scaled(
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
-    _ascend(params, backup, counters, grads, table, radius, sq, eps=eps, skip_nonfinite=skip_nonfinite, scaled=True)
+    none = backup[:0]
+    _ascend(
+        params, backup, none, counters, grads, table, radius, sq,
+        eps=eps, skip_nonfinite=skip_nonfinite, scaled=True,
+    )  # fmt: skip
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
@@ -190,6 +275,8 @@ def _descents(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
+    g_v: Tensor,
+    mix: Tensor,
     table: Tensor,
     go: Tensor,
 ) -> Iterator[tuple[int, Row, Tensor, Tensor, Tensor]]:
@@ -201,9 +288,20 @@ def _descents(
         if row[BACKUP]:
             param.copy_(_slot(backup, param, row))
         if _has_grad(param, grad):
-            yield i, row, param, _wide(param), _wide(grad)
+            g = _wide(grad)
+            if g_v.numel():
+                g = g + mix.to(g.dtype) * _slot(g_v, param, row)
+            yield i, row, param, _wide(param), g
     if counters.numel():
         counters[2] += (~go).to(counters.dtype)
+
+
+def _mix(sq: Tensor, g_v: Tensor, g_v_sq: Tensor, alpha: float) -> Tensor:
+    """How much of g_v goes into the gradient: alpha ||g|| / ||g_v||."""
+    if not g_v.numel():
+        return sq.new_zeros(())
+    norm = g_v_sq.sum().sqrt()
+    return torch.where(norm > G_V_MIN, alpha * (sq.sum(-1)[-1].sqrt() / norm), 0.0)
 
 
 def _go(sq: Tensor, skip_nonfinite: bool, like: Tensor) -> Tensor:
@@ -223,19 +321,23 @@ def sgd(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
+    g_v: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
+    g_v_sq: Tensor,
     *,
+    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     go = _go(sq, skip_nonfinite, step)
     clip = _clip(sq, max_norm)
+    mix = _mix(sq, g_v, g_v_sq, alpha)
     groups = values.tolist()
-    for i, row, param, w, g in _descents(params, step, counters, grads, backup, table, go):
+    for i, row, param, w, g in _descents(params, step, counters, grads, backup, g_v, mix, table, go):
         v = dict(zip(SGD, groups[row[GROUP]], strict=True))
         d = g * clip
         d = (-d if v["maximize"] else d) + v["weight_decay"] * w
@@ -263,19 +365,23 @@ def adam(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
+    g_v: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
+    g_v_sq: Tensor,
     *,
+    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     go = _go(sq, skip_nonfinite, step)
     clip = _clip(sq, max_norm)
+    mix = _mix(sq, g_v, g_v_sq, alpha)
     groups = values.tolist()
-    for i, row, param, w, g in _descents(params, step, counters, grads, backup, table, go):
+    for i, row, param, w, g in _descents(params, step, counters, grads, backup, g_v, mix, table, go):
         v = dict(zip(ADAM, groups[row[GROUP]], strict=True))
         m, s = _slot(exp_avg, param, row), _slot(exp_avg_sq, param, row)
         d = g * clip
@@ -306,6 +412,9 @@ IMPLEMENTATIONS = {
     "gather": gather,
     "norm": norm,
     "norm_scaled": norm_scaled,
+    "norm_ema": norm_ema,
+    "dots": dots,
+    "project": project,
     "ascend": ascend,
     "ascend_scaled": ascend_scaled,
     "restore": restore,

@@ -16,6 +16,10 @@ argument            holds
 ``blocks``          int32 ``[blocks, 2]``: row, and which ``BLOCK`` elements of it; what a device kernel walks,
                     in the order of the rows, and whole. CPU kernels split slot space themselves
 ``backup``          flat, dtype of the parameters: the weights before the perturbation
+``gradient``        flat, dtype of the parameters: the gradient of the first pass, where ``table[:, BACKUP]`` says
+                    that there was one
+``g_v``             flat, dtype of the state: LookSAM's direction; empty: nothing is mixed into the gradient
+``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
 ``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
@@ -23,7 +27,9 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
                     before the first call, zero again after each
 ``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
 ``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
-``sq``              float64: a squared norm; as input of a rule ``[passes, buffers]``, summed over buffers
+``sq``              float64: a squared norm; as input ``[passes, buffers]``, summed over buffers
+``g_v_sq``          float64 ``[1, buffers]``: the squared norm of ``g_v``
+``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
 ==================  ===================================================================================
 
 On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
@@ -52,19 +58,25 @@ CHUNK = 16384
 # Elements of a parameter in one row of ``blocks``; csrc/cuda/walk.cuh has its twin.
 BLOCK = 2048
 
+# Columns of AE-SAM's statistics: the mean and the variance of the squared norm, what it was compared with last, and
+# whether it was at least that.
+EMA = ("mean", "var", "threshold", "fired")
+
+# A g_v with a norm up to this is none.
+G_V_MIN = 1e-12
+
 # Columns of the group values.
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
 _PASS = "Tensor[] grads, Tensor table, Tensor blocks"
 _RULE = (
-    "Tensor[] grads, Tensor backup, Tensor table, Tensor blocks, Tensor values, Tensor sq, *, "
-    "float max_norm, bool skip_nonfinite, ScalarType dtype"
+    "Tensor[] grads, Tensor backup, Tensor g_v, Tensor table, Tensor blocks, Tensor values, Tensor sq, "
+    "Tensor g_v_sq, *, float alpha, float max_norm, bool skip_nonfinite, ScalarType dtype"
 )
-_ASCEND = (
-    "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, "
+_ASCENT = (
     "Tensor[] grads, Tensor(d!) table, Tensor blocks, Tensor radius, Tensor sq, *, "
-    "float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
+    "float eps, bool skip_nonfinite, ScalarType dtype"
 )
 
 SCHEMAS: dict[str, str] = {
@@ -79,14 +91,32 @@ SCHEMAS: dict[str, str] = {
     "norm_scaled": (
         f"(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, {_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
     ),
+    # sq[buffer] = ||g||^2, and then AE-SAM's statistics of n = sum(sq):
+    # mean = decay mean + (1 - decay) n;  var = decay var + (1 - decay) (n - mean)^2;
+    # threshold = mean + coefficient sqrt(var);  fired = n >= threshold.  An n that is not finite, or whose variance
+    # is not, changes nothing and does not fire
+    "norm_ema": (
+        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, *, "
+        "int buffer, float decay, float coefficient, ScalarType dtype) -> ()"
+    ),
+    # sq = [||g_s||^2, <g, g_s>], two elements of any stride; g is `gradient`, g_s are `grads`
+    "dots": f"(Tensor(a!) sq, Tensor(b!) partials, Tensor gradient, {_PASS}, *, ScalarType dtype) -> ()",
+    # g_v = g_s - <g, g_s> / ||g||^2 g;  sq = ||g_v||^2. A gradient that is missing is zero. Changes nothing where
+    # g is zero, or a product is not finite
+    "project": (
+        f"(Tensor(a!) g_v, Tensor(b!) sq, Tensor(c!) partials, Tensor gradient, {_PASS}, Tensor products, *, "
+        "ScalarType dtype) -> ()"
+    ),
     # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call (on a device:
-    # by the same launch), so that no interrupt can come in between
-    "ascend": _ASCEND,
+    # by the same launch), so that no interrupt can come in between. `gradient` keeps g, unless it is empty. With an
+    # empty `backup` w moves in place, and no mark changes
+    "ascend": (f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(e!) gradient, Tensor(c!) counters, {_ASCENT}) -> ()"),
     # backup = w;  w += rho T_w^2 g / (norm + eps)
-    "ascend_scaled": _ASCEND,
+    "ascend_scaled": f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, {_ASCENT}) -> ()",
     # w = backup
     "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, Tensor blocks, *, ScalarType dtype) -> ()",
-    # torch.optim.SGD's step from the backup, or in place
+    # torch.optim.SGD's step from the backup, or in place. With `g_v` the gradient is
+    # g + alpha (||g|| / ||g_v||) g_v, clipped as g would be; g alone where ||g_v|| <= G_V_MIN
     "sgd": f"(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, {_RULE}) -> ()",
     # torch.optim.Adam's and AdamW's
     "adam": (
@@ -107,8 +137,8 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 
 def partials_size(size: int, blocks: int) -> int:
-    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks, for any backend."""
-    return 1 + max(1, -(-size // CHUNK), blocks)
+    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks: for any backend, two sums."""
+    return 1 + 2 * max(1, -(-size // CHUNK), blocks)
 
 
 library = torch.library.Library("sharpkern", "DEF")

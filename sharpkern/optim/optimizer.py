@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
 from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_capturing, is_dense, overlaps
-from ..ops.schema import scalar_dtype
+from ..ops.schema import G_V_MIN, scalar_dtype
 from ..policy import Always, Policy
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
@@ -47,6 +47,13 @@ class TwoPassOptimizer(Optimizer):
         base_kwargs: the base optimizer's options.
     """
 
+    # Rows of the norms' matrix; an algorithm may have more of its own.
+    _norm_rows = 2
+    # Tensors under the key ``sharpkern`` of a state dict, and their shapes; None: of any size.
+    _statistics_shapes: Mapping[str, tuple[int | None, ...]] = {"counters": (len(_COUNTERS),), "squared_norm": ()}
+    # Names in ``opt.state[p]`` that are the algorithm's, not the rule's.
+    _own_state: tuple[str, ...] = ()
+
     def __init__(
         self,
         params: Any,
@@ -69,8 +76,8 @@ class TwoPassOptimizer(Optimizer):
         self._rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self._check_options(own)
         self._policy = Always() if policy is None else policy
-        # First passes so far, and those of them after which no second one was wanted. Both are the host's: a
-        # policy asks for nothing that a device knows.
+        # First passes so far, and those of them after which no second one was wanted. Both are the host's, which
+        # knows of every decision.
         self._t = 0
         self._plain_steps = 0
         self._perturb_eps = float(perturb_eps)
@@ -100,6 +107,8 @@ class TwoPassOptimizer(Optimizer):
         self._scaled_for: tuple[Any, ...] = ()
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._pending: str | None = None
+        # Gradients whose norm is in the row FIRST, and their versions then: it is theirs still, unless they changed.
+        self._seen_grads: list[tuple[list[Tensor], list[int]]] = []
         self._frozen: ExitStack | None = None
 
     # What an algorithm says.
@@ -112,6 +121,13 @@ class TwoPassOptimizer(Optimizer):
         """Whether the elementwise scale T_w = abs(w) + eta applies to a parameter."""
         return False
 
+    def _decide(self) -> bool:
+        """Whether this step, whose gradients are collected, takes a second pass; the norm is measured then."""
+        if not self._policy.second_pass(self._t):
+            return False
+        self._measure_first()
+        return True
+
     def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
         """Write the squared norm that sets the radius."""
         raise NotImplementedError
@@ -119,6 +135,14 @@ class TwoPassOptimizer(Optimizer):
     def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
         """Keep the weights in the backup and move them to where the second gradient is taken."""
         raise NotImplementedError
+
+    def _mixed(self, flat: FlatBuffers) -> tuple[Tensor, Tensor, float]:
+        """(g_v, its squared norm, alpha): the direction that the rule adds to a layout's gradient, or none."""
+        return flat.empty, flat.empty, 0.0
+
+    def _effective_lr(self, group: Group) -> Any:
+        """The learning rate of this step; the group's own stays the user's and the scheduler's."""
+        return group["lr"]
 
     # Parameters.
 
@@ -230,9 +254,7 @@ class TwoPassOptimizer(Optimizer):
         for flat in flats:
             for i, p in enumerate(flat.params):
                 if p in backups:
-                    source, j = backups[p]
-                    flat.view("backup", i).copy_(source.view("backup", j))
-                    flat.mark(i)
+                    flat.take_over(i, *backups[p])
         self._keep_statistics()
         self._flat, self._idle = flats, idle
         self._laid_out = False  # until the state has been taken over
@@ -240,7 +262,7 @@ class TwoPassOptimizer(Optimizer):
         self._scaled_for = self._scaled_key()
         self._tables = {}
         self._norms = {
-            device: torch.zeros(2, len(flats), dtype=scalar_dtype(device), device=device)
+            device: torch.zeros(self._norm_rows, len(flats), dtype=scalar_dtype(device), device=device)
             for device in {flat.device for flat in flats}
         }
         self._take_state()
@@ -258,6 +280,11 @@ class TwoPassOptimizer(Optimizer):
         if self._flat:
             self._counters = self._counters.to(self._flat[0].device)
         self._seen_state = self._state_key()
+
+    @property
+    def _owns_state(self) -> bool:
+        """Whether any state lies in flat buffers."""
+        return isinstance(self._rule, FusedRule) or bool(self._own_state)
 
     def _state_key(self) -> tuple[int, int, int]:
         """Changes when the user clears or replaces state, or a part of it."""
@@ -285,7 +312,7 @@ class TwoPassOptimizer(Optimizer):
         attached = [flat.attached() for flat in self._flat]
         if stale or not all(attached):
             self._lay_out()
-        elif isinstance(self._rule, FusedRule) and self._pending is None and self._seen_state != self._state_key():
+        elif self._pending is None and self._seen_state != self._state_key() and self._owns_state:
             self._keep_statistics()
             self._take_state()
         if isinstance(self._rule, WrappedRule):
@@ -345,16 +372,13 @@ class TwoPassOptimizer(Optimizer):
             raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
         self._ready()
         self._collect()
-        if not self._policy.second_pass(self._t):
+        if not self._decide():
             self._pending = "plain"
             self._t += 1
             self._plain_steps += 1
             for flat in self._flat:
                 flat.grads = []
             return False
-        for i, flat in enumerate(self._flat):
-            self._measure(flat, self._norms[flat.device][FIRST, i])
-        self._share_norms(FIRST)
         # Before anything moves: an interrupt may come right after a kernel, and restore() must know then.
         self._pending = "perturbed"
         self._t += 1
@@ -365,12 +389,26 @@ class TwoPassOptimizer(Optimizer):
             flat.grads = []
         # An autocast region around both passes keeps low-precision copies of the weights.
         torch.clear_autocast_cache()
-        if self._model is not None:
-            self._frozen = ExitStack()
-            self._frozen.enter_context(frozen_batch_stats(self._model))
+        self._freeze()
         if zero_grad:
             self.zero_grad()
         return True
+
+    def _measure_first(self) -> None:
+        for i, flat in enumerate(self._flat):
+            self._measure(flat, self._norms[flat.device][FIRST, i])
+        self._share_norms(FIRST)
+
+    def _see_grads(self) -> None:
+        """Note the gradients that were just measured."""
+        self._seen_grads = [(flat.grads, [grad._version for grad in flat.grads]) for flat in self._flat]
+
+    def _are_seen(self) -> bool:
+        """Whether the gradients that were just collected are the noted ones, and have not been written to."""
+        return len(self._seen_grads) == len(self._flat) and all(
+            all(map(operator.is_, flat.grads, grads)) and [grad._version for grad in flat.grads] == versions
+            for flat, (grads, versions) in zip(self._flat, self._seen_grads, strict=True)
+        )
 
     def second_step(self, zero_grad: bool = False) -> None:
         """After the second backward: the base update, from the unperturbed weights. Runs through ``step()``.
@@ -407,7 +445,9 @@ class TwoPassOptimizer(Optimizer):
             return None
         if self._pending:
             raise RuntimeError("step(closure) while a first_step() is pending: call second_step() or restore() first")
-        evaluate = torch.enable_grad()(closure)
+        return self._step_closure(torch.enable_grad()(closure))
+
+    def _step_closure(self, evaluate: Callable[[], Any]) -> Any:
         self.zero_grad()
         loss = evaluate()
         try:
@@ -424,32 +464,43 @@ class TwoPassOptimizer(Optimizer):
         """The base update with the gradients that lie there now, from the backup where there is one."""
         self._ready()
         self._collect()
-        if self._skip_nonfinite or not math.isinf(self._max_norm):
+        row = self._measure_last()
+        first = FIRST if self.is_perturbed and self._skip_nonfinite else row
+        if isinstance(self._rule, FusedRule):
+            self._descend(self._rule, slice(first, row + 1))
+        else:
+            self._restore_and_step(self._rule, slice(first, row + 1))
+        self._finish()
+
+    def _measure_last(self) -> int:
+        """Measure the gradient that the rule takes, where anybody asks. Returns its row of the norms."""
+        if self._are_seen():
+            return FIRST
+        if self._skip_nonfinite or not math.isinf(self._max_norm) or any(self._mixed(f)[2] for f in self._flat):
             for i, flat in enumerate(self._flat):
                 _, grads = flat.lists
                 torch.ops.sharpkern.norm.default(
                     self._norms[flat.device][LAST, i], flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype
                 )
             self._share_norms(LAST)
-        first = FIRST if self.is_perturbed and self._skip_nonfinite else LAST
-        if isinstance(self._rule, FusedRule):
-            self._descend(self._rule, first)
-        else:
-            self._restore_and_step(self._rule, first)
-        self._finish()
+        return LAST
 
-    def _descend(self, rule: FusedRule, first: int) -> None:
-        rows = [rule.values(group) for group in self.param_groups]
+    def _descend(self, rule: FusedRule, passes: slice) -> None:
+        rows = [rule.values({**group, "lr": self._effective_lr(group)}) for group in self.param_groups]
         for flat in self._flat:
             rule.expose(flat, self.state, self.param_groups)
+            g_v, g_v_sq, alpha = self._mixed(flat)
             rule.step(
                 flat,
                 self._counters_for(flat),
                 flat.buffer("backup") if self._pending == "perturbed" else flat.empty,
+                g_v,
                 flat.rows,
                 flat.blocks,
                 self._group_table("values", rows, flat.device),
-                self._norms[flat.device][first:],
+                self._norms[flat.device][passes],
+                g_v_sq,
+                alpha=alpha,
                 max_norm=self._max_norm,
                 skip_nonfinite=self._skip_nonfinite,
                 dtype=flat.dtype,
@@ -457,39 +508,81 @@ class TwoPassOptimizer(Optimizer):
             flat.written()
         self._seen_state = self._state_key()
 
-    def _restore_and_step(self, rule: WrappedRule, first: int) -> None:
+    def _restore_and_step(self, rule: WrappedRule, passes: slice) -> None:
+        mixed = [self._mixed(flat) for flat in self._flat]
         self._put_back()
         if self._flat:
-            squares = self._norms[self._flat[0].device][first:].sum(-1)
+            squares = self._norms[self._flat[0].device][passes].sum(-1)
             if self._skip_nonfinite and not bool(squares.isfinite().all()):
                 self._counters[2] += 1
                 return
-            if not math.isinf(self._max_norm):
-                factor = (self._max_norm / (squares[-1].sqrt() + 1e-6)).clamp(max=1.0)
-                for flat in self._flat:
-                    grads = [p.grad for p in flat.params if p.grad is not None]
-                    if grads:
-                        torch._foreach_mul_(grads, factor.to(flat.device, flat.dtype))
-        rule.step()
+        with ExitStack() as stack:
+            for flat, (_, g_v_sq, alpha) in zip(self._flat, mixed, strict=True):
+                squared = self._norms[flat.device][passes].sum(-1)[-1]
+                if alpha:
+                    norm = g_v_sq.sum().sqrt()
+                    factor = torch.where(norm > G_V_MIN, alpha * (squared.sqrt() / norm), 0.0)
+                    self._add_g_v(stack, flat, factor)
+                grads = [p.grad for p in flat.params if p.grad is not None]
+                if grads and not math.isinf(self._max_norm):
+                    clip = (self._max_norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+                    torch._foreach_mul_(grads, clip.to(flat.dtype))
+            self._borrow_groups(stack)
+            rule.step()
+        self._seen_state = self._state_key()
+
+    def _add_g_v(self, stack: ExitStack, flat: FlatBuffers, factor: Tensor) -> None:
+        """Put g + factor g_v into ``p.grad`` until the stack closes."""
+        for i, p in enumerate(flat.params):
+            grad = p.grad
+            if grad is not None:
+                p.grad = (grad + factor.to(flat.state_dtype) * flat.view("g_v", i)).to(grad.dtype)
+                stack.callback(setattr, p, "grad", grad)
+
+    def _borrow_groups(self, stack: ExitStack) -> None:
+        """Show a wrapped optimizer this step's learning rates, and no state but its own, until the stack closes."""
+        for group in self.param_groups:
+            lr = self._effective_lr(group) if "lr" in group else None
+            if lr is not None and lr is not group["lr"]:
+                stack.callback(group.__setitem__, "lr", group["lr"])
+                group["lr"] = lr
+        for name in self._own_state:
+            for p in [p for p, entry in self.state.items() if name in entry]:
+                # Some make their state when there is none at all.
+                stack.callback(self._give_back, p, name, self.state[p].pop(name))
+                if not self.state[p]:
+                    del self.state[p]
+
+    def _give_back(self, p: Tensor, name: str, value: Tensor) -> None:
+        self.state[p][name] = value
+
+    def _restore_weights(self) -> None:
+        for flat in self._flat:
+            params, _ = flat.lists
+            torch.ops.sharpkern.restore.default(params, flat.buffer("backup"), flat.rows, flat.blocks, dtype=flat.dtype)
+            flat.written()
 
     def _put_back(self) -> None:
         if self._pending == "perturbed":
+            self._restore_weights()
             for flat in self._flat:
-                params, _ = flat.lists
-                torch.ops.sharpkern.restore.default(
-                    params, flat.buffer("backup"), flat.rows, flat.blocks, dtype=flat.dtype
-                )
-                flat.written()
                 flat.finish()
             self._pending = None
         self._thaw()  # whatever a wrapped optimizer does next
 
     def _finish(self) -> None:
         self._pending = None
+        self._seen_grads = []
         for flat in self._flat:
             flat.finish()
         self._thaw()
         torch.clear_autocast_cache()
+
+    def _freeze(self) -> None:
+        """No pass from here on counts in the statistics of the model's norm layers."""
+        if self._model is not None:
+            self._frozen = ExitStack()
+            self._frozen.enter_context(frozen_batch_stats(self._model))
 
     def _thaw(self) -> None:
         if self._frozen is not None:
@@ -531,7 +624,7 @@ class TwoPassOptimizer(Optimizer):
     def stats(self) -> dict[str, Tensor]:
         """0-d tensors on the device of the parameters, read without waiting for it.
 
-        ``grad_norm``: the norm in the last radius; ``steps``: first passes; ``second_passes``;
+        ``grad_norm``: the norm of the last first pass that was measured; ``steps``: first passes; ``second_passes``;
         ``skipped_steps``: steps that met a gradient that was not finite.
         """
         self._keep_statistics()
@@ -551,7 +644,7 @@ class TwoPassOptimizer(Optimizer):
         """
         self._refuse_perturbed("state_dict()")
         state = super().state_dict()
-        if isinstance(self._rule, FusedRule):
+        if self._owns_state:
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
         self._keep_statistics()
@@ -561,14 +654,25 @@ class TwoPassOptimizer(Optimizer):
             "squared_norm": self._measured.clone(),
             "t": self._t,
             "plain_steps": self._plain_steps,
+            **self._own_statistics(),
         }
         return state
 
     def _keep_statistics(self) -> None:
-        """Sum the first pass's squared norm over the layouts it was measured on."""
+        """Take over what lies with the layouts: the first pass's squared norm."""
+        self._measured = self._sum_over_layouts(FIRST, self._measured)
+
+    def _sum_over_layouts(self, row: int, default: Tensor) -> Tensor:
         for norms in self._norms.values():
-            self._measured = norms[FIRST].sum()
-            break
+            return norms[row].sum()
+        return default
+
+    def _own_statistics(self) -> dict[str, Any]:
+        """What an algorithm adds to the key ``sharpkern`` of a state dict: numbers, and tensors of its own."""
+        return {}
+
+    def _load_statistics(self, own: Mapping[str, Any]) -> None:
+        """The way back; a key may be missing in another algorithm's state dict."""
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -598,8 +702,7 @@ class TwoPassOptimizer(Optimizer):
         for i, p, label in zip(ids, ours, labels, strict=False):
             for key, value in state_dict["state"].get(i, {}).items():
                 if (
-                    isinstance(self._rule, FusedRule)
-                    and key in self._rule.buffers
+                    key in (*self._own_state, *(self._rule.buffers if isinstance(self._rule, FusedRule) else ()))
                     and value is not None
                     and value.size() != p.size()
                 ):
@@ -608,12 +711,21 @@ class TwoPassOptimizer(Optimizer):
                         f"of shape {tuple(p.size())}"
                     )
         own = state_dict.get("sharpkern")
-        if own is not None and own.get("version") != 1:
-            raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
-        if own is not None and not {"counters", "squared_norm"} <= own.keys():
-            raise ValueError(
-                f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
-            )
+        if own is not None:
+            if own.get("version") != 1:
+                raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
+            if not {"counters", "squared_norm"} <= own.keys():
+                raise ValueError(
+                    f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
+                )
+            for key, shape in self._statistics_shapes.items():
+                value = own.get(key, torch.empty([n or 0 for n in shape], device="cpu"))
+                if (
+                    not isinstance(value, Tensor)
+                    or value.dim() != len(shape)
+                    or any(n not in (None, size) for n, size in zip(shape, value.size(), strict=True))
+                ):
+                    raise ValueError(f"loaded state dict has {key} {value!r}, expected a tensor of shape {shape}")
         self._loading = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -632,7 +744,7 @@ class TwoPassOptimizer(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for key, value in loading["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    kept = isinstance(self._rule, FusedRule) or key == "step"
+                    kept = isinstance(self._rule, FusedRule) or key in ("step", *self._own_state)
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         own = loading.get("sharpkern")
         if own is None:
@@ -642,6 +754,7 @@ class TwoPassOptimizer(Optimizer):
             self._measured = own["squared_norm"].clone()
             self._plain_steps = own.get("plain_steps", 0)
             self._t = own.get("t", int(self._counters[0]) + self._plain_steps)
+            self._load_statistics(own)
         super().__setstate__(state)
         if isinstance(self._rule, WrappedRule):
             self._rule.share(self)
@@ -652,7 +765,8 @@ class TwoPassOptimizer(Optimizer):
             self._lay_out()
 
     # Attributes that a copy keeps; the rest is rebuilt.
-    _kept = (
+    _kept_tensors: tuple[str, ...] = ("_counters", "_measured")
+    _kept: tuple[str, ...] = (
         "_rule",
         "_policy",
         "_t",
@@ -668,14 +782,14 @@ class TwoPassOptimizer(Optimizer):
         self._refuse_perturbed("copying or pickling an optimizer")
         self._keep_statistics()
         state = super().__getstate__()
-        if isinstance(self._rule, FusedRule):
+        if self._owns_state:
             # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
             clones: dict[Tensor, Any] = type(self.state)(dict)
             for p, entry in self.state.items():
                 clones[p] = _cloned(entry)
             state["state"] = clones
         state.update({name: getattr(self, name) for name in self._kept})
-        state.update(_counters=self._counters.clone(), _measured=self._measured.clone())
+        state.update({name: getattr(self, name).clone() for name in self._kept_tensors})
         return state
 
 

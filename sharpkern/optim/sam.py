@@ -81,14 +81,14 @@ class SAM(TwoPassOptimizer):
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         _check_number("rho", group["rho"])
-        if not isinstance(group["adaptive"], bool):
+        if not isinstance(group.get("adaptive", False), bool):
             raise TypeError(f"adaptive should be a bool, but got {group['adaptive']!r}")
 
     def _is_scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
-        return bool(group["adaptive"])
+        return bool(group.get("adaptive", False))
 
     def _scaled_key(self) -> tuple[Any, ...]:
-        return tuple(group["adaptive"] for group in self.param_groups)
+        return tuple(group.get("adaptive", False) for group in self.param_groups)
 
     def _eta(self, group: Group) -> float:
         """T_w = abs(w) + eta on scaled tensors."""
@@ -111,17 +111,14 @@ class SAM(TwoPassOptimizer):
 
     def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
         params, grads = flat.lists
-        ascend = torch.ops.sharpkern.ascend_scaled if flat.any_scaled else torch.ops.sharpkern.ascend
-        ascend.default(
-            params,
-            flat.buffer("backup"),
-            counters,
-            grads,
-            flat.rows,
-            flat.blocks,
-            self._radius(flat.device),
-            sq,
-            eps=self._perturb_eps,
-            skip_nonfinite=self._skip_nonfinite,
-            dtype=flat.dtype,
-        )
+        rest = (counters, grads, flat.rows, flat.blocks, self._radius(flat.device), sq)
+        options = {"eps": self._perturb_eps, "skip_nonfinite": self._skip_nonfinite, "dtype": flat.dtype}
+        backup = flat.buffer("backup")
+        if flat.any_scaled:
+            torch.ops.sharpkern.ascend_scaled.default(params, backup, *rest, **options)
+        else:
+            torch.ops.sharpkern.ascend.default(params, backup, self._kept_gradient(flat), *rest, **options)
+
+    def _kept_gradient(self, flat: FlatBuffers) -> Tensor:
+        """The buffer that keeps the gradient for after the second pass, or none."""
+        return flat.empty

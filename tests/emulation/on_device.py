@@ -12,8 +12,8 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import DTYPES, NAN, Form, Problem, Spec, bits, call, dtype_id, same_bits, table_of
-from test_ops import SMALL, finite, norm_tolerance, run_and_check, run_norm, squared_norm
+from cases import DTYPES, NAN, VARIANTS, Form, Problem, Spec, bits, call, dtype_id, op_of, same_bits, table_of
+from test_ops import SMALL, SUMS, finite, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
@@ -24,6 +24,8 @@ from sharpkern.ops import schema
 one_thread = cases.one_thread
 
 OPS = [op for op in schema.SCHEMAS if op != "gather"]
+CALLS = [*OPS, *VARIANTS]
+REDUCTIONS = [*SUMS, "project"]
 ADDRESSES, LISTS = Form("cpp", True), Form("cpp", False)
 
 
@@ -54,11 +56,16 @@ def result(op: str, problem: Problem, form: Form, **given: Any) -> list[Tensor]:
     if "partials" in arguments:
         assert bits(arguments["partials"])[0] == 0
     rows = [t for rows in problem.snapshot().values() for t in rows]
-    return [*rows, arguments["table"][:, schema.BACKUP], *([arguments["sq"]] if op.startswith("norm") else [])]
+    return [*rows, arguments["table"][:, schema.BACKUP], *written(op, arguments)]
+
+
+def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """What an op that adds up writes beside the rows."""
+    return [arguments[name] for name in ("ema", "sq") if op in REDUCTIONS and name in arguments]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_same_bits_in_any_order(op: str, dtype: torch.dtype, emulated: Callable[..., None]) -> None:
     first = None
     for seed in range(8):
@@ -70,36 +77,34 @@ def test_same_bits_in_any_order(op: str, dtype: torch.dtype, emulated: Callable[
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 1000])
 @pytest.mark.parametrize("form", [ADDRESSES, LISTS], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_devices_of_any_size(op: str, form: Form, multiprocessors: int, emulated: Callable[..., None]) -> None:
     """From one that walks many rows and blocks with each CTA to one with a CTA for each block."""
     emulated(1, multiprocessors)
     problem = Problem(MIXED, torch.float32, op)
-    if op.startswith("norm"):
-        expected = squared_norm(problem, scaled=op == "norm_scaled")
-        for _ in range(2):  # the ticket is ready again
-            assert run_norm(op, problem, form).item() == pytest.approx(expected, rel=norm_tolerance(torch.float32))
-    else:
-        run_and_check(op, problem, form, skip_nonfinite=True)
+    arguments = run_and_check(op, problem, form, skip_nonfinite=True)
+    if op in SUMS:  # the ticket is ready again
+        run_and_check(op, problem, form, partials=arguments["partials"])
 
 
-def test_norm_makes_do_with_few_partials(emulated: Callable[..., None]) -> None:
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_reductions_make_do_with_few_partials(op: str, emulated: Callable[..., None]) -> None:
     emulated(1, 100)
-    problem = Problem(MIXED, torch.float32, "norm")
-    expected = squared_norm(problem, scaled=False)
-    for size in (2, 3):
+    problem = Problem(MIXED, torch.float32, op)
+    sums = 2 if op == "dots" else 1
+    for size in (1 + sums, 2 + sums, 1 + 2 * sums):
         memory = torch.full((size + 8,), NAN, dtype=torch.float64)
         memory[0] = 0
-        got = run_norm("norm", problem, ADDRESSES, partials=memory[:size])
-        assert got.item() == pytest.approx(expected, rel=norm_tolerance(torch.float32))
-        assert memory[0] == 0
+        run_and_check(op, problem, ADDRESSES, partials=memory[:size])
         assert memory[size:].isnan().all()
+    with pytest.raises(RuntimeError, match="partials"):
+        call(op, ADDRESSES, problem.arguments(op, True, partials=torch.zeros(sums, dtype=torch.float64)))
 
 
 # The table.
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_tables_in_any_memory_order(op: str, emulated: Callable[..., None]) -> None:
     rows = len(MIXED)
     views: list[Callable[[Tensor], Tensor]] = [
@@ -119,7 +124,7 @@ def test_tables_in_any_memory_order(op: str, emulated: Callable[..., None]) -> N
 
 @pytest.mark.parametrize("skipped", [False, True])
 @pytest.mark.parametrize("form", [ADDRESSES, LISTS], ids=str)
-@pytest.mark.parametrize("op", ["ascend", "ascend_scaled"])
+@pytest.mark.parametrize("op", ["ascend", "ascend-keeping_g", "ascend_scaled"])
 def test_ascend_marks_what_it_kept(op: str, form: Form, skipped: bool) -> None:
     """1 for a row with a gradient, 0 for one without, whatever an earlier step left there; nothing else."""
     problem = Problem([*MIXED, Spec((0,)), Spec((0,), backed=False)], torch.float32, op)
@@ -134,7 +139,7 @@ def test_ascend_marks_what_it_kept(op: str, form: Form, skipped: bool) -> None:
     assert torch.equal(table, before)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("ascend")])
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("ascend") or "in_place" in op])
 def test_the_other_ops_leave_the_table_alone(op: str) -> None:
     for form in (ADDRESSES, LISTS):
         problem = Problem(MIXED, torch.float32, op)
@@ -147,7 +152,7 @@ def test_the_other_ops_leave_the_table_alone(op: str) -> None:
 # Steps and counters.
 
 
-@pytest.mark.parametrize("op", ["sgd", "adam"])
+@pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed"])
 def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> None:
     """However many CTAs share it. Groups: with momentum; without, where sgd does not count; with it again."""
     for seed in range(5):
@@ -160,7 +165,8 @@ def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> 
                 arguments["sq"][0, 0] = NAN
             call(op, ADDRESSES, arguments)
             counts = [
-                float(step != 2 and spec.grad and not (op == "sgd" and spec.group == 1)) for spec in problem.specs
+                float(step != 2 and spec.grad and not (op_of(op) == "sgd" and spec.group == 1))
+                for spec in problem.specs
             ]
             assert (problem.step - before).tolist() == counts
             assert (arguments["table"][:, schema.TICKET] == 0).all()
@@ -186,9 +192,7 @@ def test_no_blocks() -> None:
     problem = Problem([Spec((0,)), Spec((0,))], torch.float32)
     assert len(blocks_of([0, 0])) == 0
     for form in (ADDRESSES, LISTS):
-        for op in ("norm", "norm_scaled"):
-            assert run_norm(op, problem, form).item() == 0
-        for op in OPS[2:]:
+        for op in OPS:
             run_and_check(op, problem, form)
     assert problem.counters.tolist() == [14, 24, 30]
 
@@ -197,12 +201,13 @@ def test_no_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("norm")])
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("norm")])
 def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
     """Each buffer off by one element in turn: the other ones alone do not decide."""
     specs = [Spec((n,), group=i % 3) for i, n in enumerate((5000, 4096, 33))]
-    names = ["backup", *cases.STATE.get(op, ())]
-    expected = None
+    names = flat_buffers(op, Problem(specs, dtype, op).arguments(op))
+    expected: list[Tensor] | None = None
+    total: Tensor | None = None
     for shifted in (None, *names):
         problem = Problem(specs, dtype, op)
         given = {}
@@ -211,6 +216,11 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
             given[name] = moved[int(name == shifted) :][: problem.size].copy_(problem.buffers[name])
             assert (given[name].data_ptr() % 16 == 0) == (name != shifted)
         got = result(op, problem, ADDRESSES, **given)
+        if op in REDUCTIONS:
+            # Threads then add up other elements.
+            sq = got.pop()
+            total = sq if total is None else total
+            torch.testing.assert_close(sq, total, rtol=1e-6, atol=1e-3)
         got += [
             given[name][slot : slot + p.numel()]
             for name in names
@@ -218,6 +228,12 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
         ]
         expected = expected or got
         assert all(map(same_bits, got, expected)), shifted
+
+
+def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
+    """Those that the call uses."""
+    names = ("backup", "gradient", "g_v", *cases.STATE.get(op_of(op), ()))
+    return [name for name in names if name in arguments and arguments[name].numel()]
 
 
 # More elements than 32 bits count.
@@ -239,37 +255,34 @@ def tail_of(op: str, dtype: torch.dtype, slot: int, first: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     numel = first + TAIL
+    problem = Problem(SMALL[:1], dtype, op)
+    flat = flat_buffers(op, problem.arguments(op))
+    narrow = ("param", "grad", "backup", "gradient")
     memory = {
-        name: untouched(numel + (slot if name not in ("param", "grad") else 0), kind)
-        for name, kind in {
-            "param": dtype, "grad": dtype, "backup": dtype, **dict.fromkeys(cases.STATE.get(op, ()), wide)
-        }.items()
-    }  # fmt: skip
+        name: untouched(numel + (slot if name in flat else 0), dtype if name in narrow else wide)
+        for name in ("param", "grad", *flat)
+    }
     tails = {name: t[-TAIL:] for name, t in memory.items()}
     for tail in tails.values():
         tail.copy_(torch.rand(TAIL, generator=random) + 0.5)
     blocks = blocks_of([TAIL])
     blocks[:, 1] += first // schema.BLOCK
-    problem = Problem(SMALL[:1], dtype, op)
+    mark = int(not op.startswith("ascend"))
     arguments = problem.arguments(
         op,
         True,
-        **{name: t for name, t in memory.items() if name not in ("param", "grad")},
-        table=torch.tensor(
-            [[memory["param"].data_ptr(), memory["grad"].data_ptr(), int(op not in ("ascend",)), slot, numel, 0, 1, 0]]
-        ),
+        **{name: memory[name] for name in flat},
+        table=torch.tensor([[memory["param"].data_ptr(), memory["grad"].data_ptr(), mark, slot, numel, 0, 1, 0]]),
         blocks=blocks,
         partials=torch.zeros(10, dtype=torch.float64),
     )
-    if op in cases.VALUES:
-        arguments["values"] = table_of(op, cases.VALUES[op])
     call(op, ADDRESSES, arguments)
-    return [*tails.values(), *([arguments["sq"]] if op.startswith("norm") else [])]
+    return [*tails.values(), *written(op, arguments)]
 
 
 @pytest.mark.parametrize("where", ["slot", "row"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_offsets_beyond_31_bits(op: str, dtype: torch.dtype, where: str) -> None:
     """A slot that starts beyond 2^31 elements, and a row that goes on beyond: the last blocks of it alone."""
     near = tail_of(op, dtype, 0, 0)

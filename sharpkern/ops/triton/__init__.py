@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import adam, ascend, norm, restore, sgd
+from . import adam, ascend, look, norm, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "norm": norm.norm,
     "norm_scaled": norm.norm_scaled,
+    "norm_ema": norm.norm_ema,
+    "dots": look.dots,
+    "project": look.project,
     "ascend": ascend.ascend,
     "ascend_scaled": ascend.ascend_scaled,
     "restore": restore.restore,

@@ -1,8 +1,8 @@
 """Adam and AdamW from the backup or in place (the decay's form is a value of the group):
 m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
-w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps). LookSAM's g is g + mix g_v.
 
-Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more.
+Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more, g_v 4 more.
 """
 
 from __future__ import annotations
@@ -15,27 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, clip_factor, count_skipped, descent
+from .descend import advance, clip_factor, count_skipped, descent, mix_factor
 from .restore import copy_blocks
 from .walk import (
     BACKUP,
     BLOCK,
-    GRAD,
-    GROUP,
-    NUMEL,
-    PARAM,
-    SLOT,
     STEP,
     address,
     addressed,
+    bits,
     cell,
     check,
     check_values,
     elements,
     in_row,
+    last_element,
     launch,
     norms,
     share,
+    stretch,
     whole,
 )
 
@@ -71,13 +69,16 @@ def power(x, t):
 
 @triton.jit
 def step_block(
-    param, source, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, left, gradient, shrink, weight_decay,
-    one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, FULL: tl.constexpr,
+    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, left, mix, gradient, shrink,
+    weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
+    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     mask = in_row(left, FULL)
     w = tl.load(elements(source, offset, T, FULL), mask).to(A)
-    d = gradient * tl.load(elements(grad, offset, T, FULL), mask).to(A) + weight_decay * w
+    g = tl.load(elements(grad, offset, T, FULL), mask).to(A)
+    if MIX:
+        g += mix * tl.load(elements(direction, offset, A, FULL), mask)
+    d = gradient * g + weight_decay * w
     pointers = elements(exp_avg, offset, A, FULL)
     m = tl.load(pointers, mask)
     m = m + one_minus_beta1 * (d - m)
@@ -98,55 +99,54 @@ def step_block(
 
 @triton.jit
 def step_blocks(
-    param, source, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, k, count, numel, gradient, shrink, weight_decay,
+    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, at, mix, gradient, shrink, weight_decay,
     one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr,
+    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    end_whole = whole(param | source | grad | exp_avg | exp_avg_sq | max_exp_avg_sq, numel, k, count)
-    for i in range(k, end_whole):
-        step_block(param, source, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, i * BLOCK, BLOCK, gradient, shrink,
-                   weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, True)  # fmt: skip
-    last = tl.minimum((k + count) * BLOCK, numel)
+    end_whole = whole(param | source | grad | direction | exp_avg | exp_avg_sq | max_exp_avg_sq, at)
+    for i in range(at.k, end_whole):
+        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, i * BLOCK, BLOCK, mix,
+                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
+                   T, A, MAX, MIX, True)  # fmt: skip
+    last = last_element(at)
     for offset in range(end_whole * BLOCK, last, STEP):
-        step_block(param, source, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, last - offset, gradient, shrink,
-                   weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, False)  # fmt: skip
+        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, last - offset, mix,
+                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
+                   T, A, MAX, MIX, False)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_blocks", "max_norm"])
+@triton.jit(do_not_specialize=["n_blocks", "max_norm", "alpha"])
 def adam_kernel(
     table, stride_row, stride_column, blocks, n_blocks, exp_avg, exp_avg_sq, max_exp_avg_sq, step, counters, backup,
-    values, sq, n_buffers, max_norm, T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, BACKED: tl.constexpr,
-    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    g_v, values, sq, g_v_sq, n_buffers, alpha, max_norm, T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr,
+    MIX: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
-    clip = clip_factor(norm, max_norm)
+    clip = clip_factor(norm, max_norm).to(A)
+    mix = mix_factor(norm, g_v_sq, n_buffers, alpha, MIX).to(A)
     b, end = share(n_blocks)
     while b < end:
-        row = tl.load(blocks + 2 * b).to(tl.int64)
-        k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-        numel = cell(table, row, NUMEL, stride_row, stride_column)
-        grad = cell(table, row, GRAD, stride_row, stride_column)
-        param = cell(table, row, PARAM, stride_row, stride_column)
-        slot = cell(table, row, SLOT, stride_row, stride_column)
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        param = at.param
+        grad = at.grad
         source = param
         if BACKED:
-            kept = address(backup, slot, T)
-            source = tl.where(cell(table, row, BACKUP, stride_row, stride_column) != 0, kept, param)
-        count = tl.cdiv(numel, BLOCK)
-        stop = tl.minimum(end, b + count - k)
+            marked = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
+            source = tl.where(marked, address(backup, at.slot, T), param)
         if go & (grad != 0):
-            x = values + VALUES * cell(table, row, GROUP, stride_row, stride_column)
+            direction = param
+            if MIX:
+                direction = address(g_v, at.slot, A)
+            x = values + VALUES * at.group
             lr = tl.load(x + LR)
             beta1 = tl.load(x + BETA1)
             beta2 = tl.load(x + BETA2)
             decay = tl.load(x + WEIGHT_DECAY)
             decoupled = tl.load(x + DECOUPLED) != 0
-            before = tl.load(step + row)
+            before = tl.load(step + at.row)
             t = before.to(tl.float64) + 1
-            gradient = tl.where(tl.load(x + MAXIMIZE) != 0, -clip, clip).to(A)
+            gradient = tl.where(tl.load(x + MAXIMIZE) != 0, -clip, clip)
             shrink = tl.where(decoupled, 1 - lr * decay, 1.0).to(A)
             weight_decay = tl.where(decoupled, 0.0, decay).to(A)
             one_minus_beta1 = (1 - beta1).to(A)
@@ -154,24 +154,24 @@ def adam_kernel(
             step_size = (lr / (1 - power(beta1, t))).to(A)
             correction = tl.sqrt(1 - power(beta2, t)).to(A)
             eps = tl.load(x + EPS).to(A)
-            m = address(exp_avg, slot, A)
-            v = address(exp_avg_sq, slot, A)
+            m = address(exp_avg, at.slot, A)
+            v = address(exp_avg_sq, at.slot, A)
             amsgrad = tl.full((), 0, tl.int1)
             if MAX:
                 amsgrad = tl.load(x + AMSGRAD) != 0
             if amsgrad:
-                largest = address(max_exp_avg_sq, slot, A)
-                step_blocks(param, source, grad, m, v, largest, k, stop - b, numel, gradient, shrink, weight_decay,
+                largest = address(max_exp_avg_sq, at.slot, A)
+                step_blocks(param, source, grad, direction, m, v, largest, at, mix, gradient, shrink, weight_decay,
                             one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, True)  # fmt: skip
+                            T, A, True, MIX)  # fmt: skip
             else:
-                step_blocks(param, source, grad, m, v, v, k, stop - b, numel, gradient, shrink, weight_decay,
+                step_blocks(param, source, grad, direction, m, v, v, at, mix, gradient, shrink, weight_decay,
                             one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, False)  # fmt: skip
-            advance(table, row, stride_row, stride_column, step, before, stop - b, count)
+                            T, A, False, MIX)  # fmt: skip
+            advance(table, stride_row, stride_column, step, before, at)
         elif source != param:
-            copy_blocks(param, source, k, stop - b, numel, T)
-        b = stop
+            copy_blocks(param, source, at, T)
+        b += at.n
     count_skipped(counters, go, COUNT)
 
 
@@ -184,17 +184,20 @@ def adam(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
+    g_v: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
+    g_v_sq: Tensor,
     *,
+    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     table = addressed(table, params, grads, dtype, blocks)
-    limit = descent(table, blocks, step, counters, backup, sq, max_norm, dtype)
+    descent(table, blocks, step, counters, backup, g_v, sq, g_v_sq, dtype)
     check_values(values, table, len(schema.ADAM), "values")
     some = 1 if blocks.numel() else 0
     for name, buffer, least in (
@@ -213,13 +216,17 @@ def adam(
         step,
         counters,
         backup,
+        g_v,
         values,
         sq,
+        g_v_sq if g_v.numel() else sq,
         sq.size(1),
-        limit,
+        bits(alpha),
+        bits(max_norm),
         dtype=dtype,
         mixed=True,
         MAX=max_exp_avg_sq.numel() > 0,
+        MIX=g_v.numel() > 0,
         BACKED=backup.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

@@ -1,7 +1,7 @@
-"""Perturbation with backup:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
-s = rho / (norm + eps), rho signed by maximize.
+"""Perturbation:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
+s = rho / (norm + eps), rho signed by maximize. ascend can do without the backup, and can keep g, too.
 
-Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4.
+Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4; the kept gradient 4 more.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from torch import Tensor
 from .. import schema
 from .walk import (
     BLOCK,
-    GRAD,
-    GROUP,
-    NUMEL,
-    PARAM,
     SCALED,
-    SLOT,
     STEP,
     address,
     addressed,
@@ -34,63 +29,75 @@ from .walk import (
     elements,
     float64,
     in_row,
+    last_element,
     launch,
     norms,
     share,
+    stretch,
     whole,
 )
 
 
 @triton.jit
-def move(param, grad, kept, offset, left, go, s, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
-         FULL: tl.constexpr):  # fmt: skip
+def move(
+    param, grad, kept_param, kept_grad, offset, left, go, s, scaled, eta,
+    T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
     mask = in_row(left, FULL)
     pointers = elements(param, offset, T, FULL)
     old = tl.load(pointers, mask)
     w = old.to(A)
-    step = s * tl.load(elements(grad, offset, T, FULL), mask).to(A)
+    g = tl.load(elements(grad, offset, T, FULL), mask)
+    step = s * g.to(A)
     if WEIGHTS:
         t = tl.where(scaled, tl.abs(w) + eta, 1.0)
         step = t * (t * step)
-    tl.store(elements(kept, offset, T, FULL), old, mask)
+    if BACKED:
+        tl.store(elements(kept_param, offset, T, FULL), old, mask)
+    if KEEP:
+        tl.store(elements(kept_grad, offset, T, FULL), g, mask)
     # 0 * inf is NaN: a skipped perturbation must not show the gradient.
-    tl.store(pointers, tl.where(go, w + step, w).to(T), mask)
+    tl.store(pointers, tl.where(go, (w + step).to(T), old), mask)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "eps"])
 def ascend_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, marks, stride_marks, backup, counters, radius, sq, n_buffers,
-    eps, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
-    PASSES: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, marks, stride_marks, backup, gradient, counters, radius, sq,
+    n_buffers, eps, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
+    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
     b, end = share(n_blocks)
     while b < end:
-        row = tl.load(blocks + 2 * b).to(tl.int64)
-        k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-        numel = cell(table, row, NUMEL, stride_row, stride_column)
-        grad = cell(table, row, GRAD, stride_row, stride_column)
-        param = cell(table, row, PARAM, stride_row, stride_column)
-        group = cell(table, row, GROUP, stride_row, stride_column)
-        kept = address(backup, cell(table, row, SLOT, stride_row, stride_column), T)
-        s = (tl.load(radius + 2 * group) / (norm + float64(eps))).to(A)
-        eta = tl.load(radius + 2 * group + 1).to(A)
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        param = at.param
+        grad = at.grad
+        s = (tl.load(radius + 2 * at.group) / (norm + float64(eps))).to(A)
+        eta = tl.load(radius + 2 * at.group + 1).to(A)
         scaled = tl.full((), 0, tl.int1)
         if WEIGHTS:
-            scaled = cell(table, row, SCALED, stride_row, stride_column) != 0
-        stop = tl.minimum(end, b + tl.cdiv(numel, BLOCK) - k)
-        if k == 0:
-            # For every row, so that no mark of an earlier step is left.
-            tl.store(marks + row * stride_marks, (grad != 0).to(tl.int64))
+            scaled = cell(table, at.row, SCALED, stride_row, stride_column) != 0
+        kept_param = param
+        if BACKED:
+            kept_param = address(backup, at.slot, T)
+            if at.k == 0:
+                # For every row, so that no mark of an earlier step is left.
+                tl.store(marks + at.row * stride_marks, (grad != 0).to(tl.int64))
+        kept_grad = grad
+        if KEEP:
+            kept_grad = address(gradient, at.slot, T)
         if grad != 0:
-            end_whole = whole(param | grad | kept, numel, k, stop - b)
-            for i in range(k, end_whole):
-                move(param, grad, kept, i * BLOCK, BLOCK, go, s, scaled, eta, T, A, WEIGHTS, True)
-            last = tl.minimum((k + stop - b) * BLOCK, numel)
+            end_whole = whole(param | grad | kept_param | kept_grad, at)
+            for i in range(at.k, end_whole):
+                move(param, grad, kept_param, kept_grad, i * BLOCK, BLOCK, go, s, scaled, eta,
+                     T, A, WEIGHTS, BACKED, KEEP, True)  # fmt: skip
+            last = last_element(at)
             for offset in range(end_whole * BLOCK, last, STEP):
-                move(param, grad, kept, offset, last - offset, go, s, scaled, eta, T, A, WEIGHTS, False)
-        b = stop
+                move(param, grad, kept_param, kept_grad, offset, last - offset, go, s, scaled, eta,
+                     T, A, WEIGHTS, BACKED, KEEP, False)  # fmt: skip
+        b += at.n
     if COUNT:
         if tl.program_id(0) == 0:
             tl.store(counters, tl.load(counters) + 1)
@@ -100,6 +107,7 @@ def ascend_kernel(
 def _run(
     params: Sequence[Tensor],
     backup: Tensor,
+    gradient: Tensor,
     counters: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
@@ -116,7 +124,8 @@ def _run(
     check_norms(sq, table)
     check_values(radius, table, 2, "radius")
     check_counters(counters, table)
-    check(backup, table, dtype, "backup", 1 if blocks.numel() else 0)
+    check(backup, table, dtype, "backup", 1 if weights and blocks.numel() else 0)
+    check(gradient, table, dtype, "gradient")
     launch(
         ascend_kernel,
         walked,
@@ -124,6 +133,7 @@ def _run(
         table[:, schema.BACKUP],
         table.stride(0),
         backup,
+        gradient,
         counters,
         radius,
         sq,
@@ -131,6 +141,8 @@ def _run(
         bits(eps),
         dtype=dtype,
         WEIGHTS=weights,
+        BACKED=backup.numel() > 0,
+        KEEP=gradient.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,
         PASSES=sq.size(0),
@@ -141,5 +153,8 @@ def ascend(*args: Tensor, eps: float, skip_nonfinite: bool, dtype: torch.dtype) 
     _run(*args, eps=eps, skip_nonfinite=skip_nonfinite, dtype=dtype, weights=False)  # type: ignore[arg-type]
 
 
-def ascend_scaled(*args: Tensor, eps: float, skip_nonfinite: bool, dtype: torch.dtype) -> None:
-    _run(*args, eps=eps, skip_nonfinite=skip_nonfinite, dtype=dtype, weights=True)  # type: ignore[arg-type]
+def ascend_scaled(
+    params: Sequence[Tensor], backup: Tensor, *args: Tensor, eps: float, skip_nonfinite: bool, dtype: torch.dtype
+) -> None:
+    none = backup[:0]
+    _run(params, backup, none, *args, eps=eps, skip_nonfinite=skip_nonfinite, dtype=dtype, weights=True)  # type: ignore[arg-type]

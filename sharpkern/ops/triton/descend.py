@@ -1,4 +1,5 @@
-"""What every base rule shares: the clip factor, from where a row steps, and who advances its counter."""
+"""What every base rule shares: the clip factor, what LookSAM mixes in, from where a row steps, and who advances its
+counter."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .walk import TICKET, bits, check, check_counters, check_norms, float64
+from .. import schema
+from .walk import TICKET, check, check_counters, check_norms, float64, norms
+
+G_V_MIN = tl.constexpr(schema.G_V_MIN)
 
 
 @triton.jit
@@ -20,6 +24,16 @@ def clip_factor(norm, max_norm):
 
 
 @triton.jit
+def mix_factor(norm, g_v_sq, n_buffers, alpha, MIX: tl.constexpr):
+    """How much of g_v goes into the gradient: alpha ||g|| / ||g_v||."""
+    factor = tl.full((), 0, tl.float64)
+    if MIX:
+        g_v_norm, _ = norms(g_v_sq, n_buffers, 1)
+        factor = tl.where(g_v_norm > tl.full((), G_V_MIN, tl.float64), float64(alpha) * (norm / g_v_norm), 0.0)
+    return factor
+
+
+@triton.jit
 def count_skipped(counters, go, COUNT: tl.constexpr):
     if COUNT:
         if (tl.program_id(0) == 0) & (not go):
@@ -27,16 +41,16 @@ def count_skipped(counters, go, COUNT: tl.constexpr):
 
 
 @triton.jit
-def advance(table, row, stride_row, stride_column, step, before, done, count):
-    """After ``done`` of the ``count`` blocks of a row: whoever completes them advances the row's counter.
+def advance(table, stride_row, stride_column, step, before, at):
+    """After a stretch of a row: whoever completes the row advances its counter.
 
     Every program must have read the counter before anyone writes it, hence the ticket.
     """
-    ticket = table + row * stride_row + TICKET * stride_column
+    ticket = table + at.row * stride_row + TICKET * stride_column
     tl.debug_barrier()
-    if tl.atomic_add(ticket, done, sem="acq_rel") + done == count:
+    if tl.atomic_add(ticket, at.n, sem="acq_rel") + at.n == at.blocks:
         tl.store(ticket, 0)
-        tl.store(step + row, before + 1)
+        tl.store(step + at.row, before + 1)
 
 
 def descent(
@@ -45,11 +59,12 @@ def descent(
     step: Tensor,
     counters: Tensor,
     backup: Tensor,
+    g_v: Tensor,
     sq: Tensor,
-    max_norm: float,
+    g_v_sq: Tensor,
     dtype: torch.dtype,
-) -> int:
-    """Check what every rule takes; ``max_norm`` as ``float64`` wants it.
+) -> None:
+    """Check what every rule takes.
 
     Raises:
         RuntimeError: for arguments that do not fit together.
@@ -58,4 +73,8 @@ def descent(
     check_counters(counters, table)
     check(step, table, torch.float32, "step", table.size(0))
     check(backup, table, dtype, "backup")
-    return bits(max_norm)
+    check(g_v, table, schema.state_dtype(dtype), "g_v")
+    if g_v.numel():
+        if g_v_sq.dim() != 2 or g_v_sq.size(0) != 1 or g_v_sq.size(1) != sq.size(1):
+            raise RuntimeError(f"sharpkern: g_v_sq should be a contiguous float64 row of {sq.size(1)} squared norms")
+        check(g_v_sq, table, torch.float64, "g_v_sq", sq.size(1))

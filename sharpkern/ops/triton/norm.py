@@ -1,7 +1,7 @@
-"""Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm) or |w| + eta (norm_scaled).
+"""Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm) or |w| + eta (norm_scaled); norm_ema then
+updates AE-SAM's mean and variance of n, the sum of all buffers' sq, and whether  n >= mean + coefficient sqrt(var).
 
-Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a program. The program that
-arrives last adds the partial sums up, always in the same order.
+Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a program.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import schema
+from .reduce import check_sums, is_last, leave, total
 from .walk import (
     BLOCK,
-    GRAD,
-    GROUP,
-    NUMEL,
-    PARAM,
     SCALED,
     STEP,
     addressed,
+    bits,
     cell,
     check,
     check_values,
     elements,
+    float64,
     in_row,
+    last_element,
     launch,
     share,
+    stretch,
     whole,
 )
+
+MEAN, VAR, THRESHOLD, FIRED = map(tl.constexpr, range(len(schema.EMA)))
 
 
 @triton.jit
@@ -46,75 +50,83 @@ def squares(param, grad, offset, left, scaled, eta, T: tl.constexpr, A: tl.const
     return a * a
 
 
+@triton.jit
+def reduce_squares(
+    table, stride_row, stride_column, blocks, n_blocks, partials, radius,
+    T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Whether this program is the last one: the total is complete."""
+    sums = tl.zeros((BLOCK,), A)
+    rest = tl.zeros((STEP,), A)
+    b, end = share(n_blocks)
+    while b < end:
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        param = at.param
+        grad = at.grad
+        scaled = tl.full((), 0, tl.int1)
+        eta = tl.full((), 0, A)
+        addresses = grad
+        if WEIGHTS:
+            scaled = cell(table, at.row, SCALED, stride_row, stride_column) != 0
+            eta = tl.load(radius + 2 * at.group + 1).to(A)
+            addresses = grad | param
+        if grad != 0:
+            end_whole = whole(addresses, at)
+            for i in range(at.k, end_whole):
+                sums += squares(param, grad, i * BLOCK, BLOCK, scaled, eta, T, A, WEIGHTS, True)
+            last = last_element(at)
+            for offset in range(end_whole * BLOCK, last, STEP):
+                rest += squares(param, grad, offset, last - offset, scaled, eta, T, A, WEIGHTS, False)
+        b += at.n
+    leave(partials, sums, rest, 0, 1)
+    return is_last(partials)
+
+
 @triton.jit(do_not_specialize=["n_blocks"])
 def norm_kernel(
     table, stride_row, stride_column, blocks, n_blocks, sq, partials, radius,
     T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    sums = tl.zeros((BLOCK,), A)
-    rest = tl.zeros((STEP,), A)
-    b, end = share(n_blocks)
-    while b < end:
-        row = tl.load(blocks + 2 * b).to(tl.int64)
-        k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-        numel = cell(table, row, NUMEL, stride_row, stride_column)
-        grad = cell(table, row, GRAD, stride_row, stride_column)
-        param = cell(table, row, PARAM, stride_row, stride_column)
-        scaled = tl.full((), 0, tl.int1)
-        eta = tl.full((), 0, A)
-        address = grad
-        if WEIGHTS:
-            scaled = cell(table, row, SCALED, stride_row, stride_column) != 0
-            eta = tl.load(radius + 2 * cell(table, row, GROUP, stride_row, stride_column) + 1).to(A)
-            address = grad | param
-        stop = tl.minimum(end, b + tl.cdiv(numel, BLOCK) - k)
-        if grad != 0:
-            end_whole = whole(address, numel, k, stop - b)
-            for i in range(k, end_whole):
-                sums += squares(param, grad, i * BLOCK, BLOCK, scaled, eta, T, A, WEIGHTS, True)
-            last = tl.minimum((k + stop - b) * BLOCK, numel)
-            for offset in range(end_whole * BLOCK, last, STEP):
-                rest += squares(param, grad, offset, last - offset, scaled, eta, T, A, WEIGHTS, False)
-        b = stop
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    tl.store(partials + 1 + program, tl.sum(sums.to(tl.float64)) + tl.sum(rest.to(tl.float64)))
-    # The partial sum has to be there before the ticket says so.
-    tl.debug_barrier()
-    ticket = tl.cast(partials, tl.pointer_type(tl.int64))
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
-        tl.debug_barrier()
-        lanes = tl.arange(0, 1024)
-        total = tl.zeros((1024,), tl.float64)
-        for first in range(0, programs, 1024):
-            # Written by other multiprocessors: not from this one's own cache.
-            total += tl.load(partials + 1 + first + lanes, first + lanes < programs, other=0.0, cache_modifier=".cg")
-        tl.store(sq, tl.sum(total))
-        tl.store(ticket, 0)
+    if reduce_squares(table, stride_row, stride_column, blocks, n_blocks, partials, radius, T, A, WEIGHTS):
+        tl.store(sq, total(partials, 0, 1))
 
 
-def _reduce(
-    sq: Tensor,
-    partials: Tensor,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    table: Tensor,
-    blocks: Tensor,
-    radius: Tensor,
-    dtype: torch.dtype,
-    weights: bool,
-) -> None:
-    table = addressed(table, params, grads, dtype, blocks)
-    if sq.dtype != torch.float64 or sq.numel() != 1 or sq.device != table.device:
-        raise RuntimeError(f"sharpkern: sq should be one float64 element, on {table.device}")
-    check(partials, table, torch.float64, "partials", 1 + max(1, blocks.size(0)))
-    launch(norm_kernel, table, blocks, sq, partials, radius, dtype=dtype, WEIGHTS=weights)
+@triton.jit
+def update_ema(ema, n, decay, coefficient):
+    mean = decay * tl.load(ema + MEAN) + (1 - decay) * n
+    var = decay * tl.load(ema + VAR) + (1 - decay) * ((n - mean) * (n - mean))
+    spread = tl.sqrt(var)
+    # An infinite coefficient times a spread of 0 would be NaN.
+    regular = (spread > 0) | (tl.abs(coefficient) < float("inf"))
+    threshold = mean + tl.where(regular, coefficient * spread, coefficient)
+    seen = tl.abs(var) < float("inf")  # nor is it when n is not
+    if seen:
+        tl.store(ema + MEAN, mean)
+        tl.store(ema + VAR, var)
+        tl.store(ema + THRESHOLD, threshold)
+    tl.store(ema + FIRED, (seen & (n >= threshold)).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["n_blocks", "buffer", "decay", "coefficient"])
+def norm_ema_kernel(
+    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, ema, decay, coefficient,
+    T: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    if reduce_squares(table, stride_row, stride_column, blocks, n_blocks, partials, partials, T, A, False):
+        own = total(partials, 0, 1)
+        tl.store(sq + buffer, own)
+        n = tl.full((), 0, tl.float64)
+        for i in range(n_buffers):
+            n += tl.where(i == buffer, own, tl.load(sq + i))
+        update_ema(ema, n, float64(decay), float64(coefficient))
 
 
 def norm(
     sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, *, dtype: torch.dtype
 ) -> None:
-    _reduce(sq, partials, [], grads, table, blocks, sq, dtype, False)
+    table = addressed(table, [], grads, dtype, blocks)
+    check_sums(sq, partials, table, blocks)
+    launch(norm_kernel, table, blocks, sq, partials, sq, dtype=dtype, WEIGHTS=False)
 
 
 def norm_scaled(
@@ -129,4 +141,39 @@ def norm_scaled(
     dtype: torch.dtype,
 ) -> None:
     check_values(radius, table, 2, "radius")
-    _reduce(sq, partials, params, grads, table, blocks, radius, dtype, True)
+    table = addressed(table, params, grads, dtype, blocks)
+    check_sums(sq, partials, table, blocks)
+    launch(norm_kernel, table, blocks, sq, partials, radius, dtype=dtype, WEIGHTS=True)
+
+
+def norm_ema(
+    sq: Tensor,
+    partials: Tensor,
+    ema: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    *,
+    buffer: int,
+    decay: float,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> None:
+    table = addressed(table, [], grads, dtype, blocks)
+    if sq.dtype != torch.float64 or sq.dim() != 1 or not sq.is_contiguous() or not 0 <= buffer < sq.numel():
+        raise RuntimeError(f"sharpkern: sq should be a contiguous float64 row with an element {buffer}")
+    check_sums(sq[buffer], partials, table, blocks)
+    check(ema, table, torch.float64, "ema", len(schema.EMA))
+    launch(
+        norm_ema_kernel,
+        table,
+        blocks,
+        sq,
+        sq.numel(),
+        buffer,
+        partials,
+        ema,
+        bits(decay),
+        bits(coefficient),
+        dtype=dtype,
+    )

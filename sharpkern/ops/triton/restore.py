@@ -15,9 +15,6 @@ from torch import Tensor
 from .walk import (
     BACKUP,
     BLOCK,
-    NUMEL,
-    PARAM,
-    SLOT,
     STEP,
     address,
     addressed,
@@ -25,8 +22,10 @@ from .walk import (
     check,
     elements,
     in_row,
+    last_element,
     launch,
     share,
+    stretch,
     whole,
 )
 
@@ -38,12 +37,12 @@ def copy_block(target, source, offset, left, T: tl.constexpr, FULL: tl.constexpr
 
 
 @triton.jit
-def copy_blocks(target, source, k, count, numel, T: tl.constexpr):
-    """``count`` blocks of a row from block k on, from one address to another."""
-    end_whole = whole(target | source, numel, k, count)
-    for i in range(k, end_whole):
+def copy_blocks(target, source, at, T: tl.constexpr):
+    """A stretch of a row, from one address to another."""
+    end_whole = whole(target | source, at)
+    for i in range(at.k, end_whole):
         copy_block(target, source, i * BLOCK, BLOCK, T, True)
-    last = tl.minimum((k + count) * BLOCK, numel)
+    last = last_element(at)
     for offset in range(end_whole * BLOCK, last, STEP):
         copy_block(target, source, offset, last - offset, T, False)
 
@@ -54,15 +53,10 @@ def restore_kernel(
 ):  # fmt: skip
     b, end = share(n_blocks)
     while b < end:
-        row = tl.load(blocks + 2 * b).to(tl.int64)
-        k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-        numel = cell(table, row, NUMEL, stride_row, stride_column)
-        param = cell(table, row, PARAM, stride_row, stride_column)
-        kept = address(backup, cell(table, row, SLOT, stride_row, stride_column), T)
-        stop = tl.minimum(end, b + tl.cdiv(numel, BLOCK) - k)
-        if cell(table, row, BACKUP, stride_row, stride_column) != 0:
-            copy_blocks(param, kept, k, stop - b, numel, T)
-        b = stop
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        if cell(table, at.row, BACKUP, stride_row, stride_column) != 0:
+            copy_blocks(at.param, address(backup, at.slot, T), at, T)
+        b += at.n
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:

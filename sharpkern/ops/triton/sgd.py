@@ -1,7 +1,7 @@
 """SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
-w -= lr (nesterov ? d + momentum buf : buf).
+w -= lr (nesterov ? d + momentum buf : buf). LookSAM's g is g + mix g_v.
 
-Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12.
+Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; g_v 4 more.
 """
 
 from __future__ import annotations
@@ -14,27 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, clip_factor, count_skipped, descent
+from .descend import advance, clip_factor, count_skipped, descent, mix_factor
 from .restore import copy_blocks
 from .walk import (
     BACKUP,
     BLOCK,
-    GRAD,
-    GROUP,
-    NUMEL,
-    PARAM,
-    SLOT,
     STEP,
     address,
     addressed,
+    bits,
     cell,
     check,
     check_values,
     elements,
     in_row,
+    last_element,
     launch,
     norms,
     share,
+    stretch,
     whole,
 )
 
@@ -43,12 +41,16 @@ LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.const
 
 @triton.jit
 def step_block(
-    param, source, grad, buffer, offset, left, lr, weight_decay, gradient, momentum, intake, from_gradient,
-    from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, FULL: tl.constexpr,
+    param, source, grad, direction, buffer, offset, left, mix, lr, weight_decay, gradient, momentum, intake,
+    from_gradient, from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, MIX: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     mask = in_row(left, FULL)
     w = tl.load(elements(source, offset, T, FULL), mask).to(A)
-    d = gradient * tl.load(elements(grad, offset, T, FULL), mask).to(A) + weight_decay * w
+    g = tl.load(elements(grad, offset, T, FULL), mask).to(A)
+    if MIX:
+        g += mix * tl.load(elements(direction, offset, A, FULL), mask)
+    d = gradient * g + weight_decay * w
     if BUFFER:
         pointers = elements(buffer, offset, A, FULL)
         b = momentum * tl.load(pointers, mask) + intake * d
@@ -59,53 +61,54 @@ def step_block(
 
 @triton.jit
 def step_blocks(
-    param, source, grad, buffer, k, count, numel, lr, weight_decay, gradient, momentum, intake, from_gradient,
-    from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr,
+    param, source, grad, direction, buffer, at, mix, lr, weight_decay, gradient, momentum, intake, from_gradient,
+    from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    end_whole = whole(param | source | grad | buffer, numel, k, count)
-    for i in range(k, end_whole):
-        step_block(param, source, grad, buffer, i * BLOCK, BLOCK, lr, weight_decay, gradient, momentum, intake,
-                   from_gradient, from_buffer, T, A, BUFFER, True)  # fmt: skip
-    last = tl.minimum((k + count) * BLOCK, numel)
+    end_whole = whole(param | source | grad | direction | buffer, at)
+    for i in range(at.k, end_whole):
+        step_block(param, source, grad, direction, buffer, i * BLOCK, BLOCK, mix, lr, weight_decay, gradient, momentum,
+                   intake, from_gradient, from_buffer, T, A, BUFFER, MIX, True)  # fmt: skip
+    last = last_element(at)
     for offset in range(end_whole * BLOCK, last, STEP):
-        step_block(param, source, grad, buffer, offset, last - offset, lr, weight_decay, gradient, momentum, intake,
-                   from_gradient, from_buffer, T, A, BUFFER, False)  # fmt: skip
+        step_block(param, source, grad, direction, buffer, offset, last - offset, mix, lr, weight_decay, gradient,
+                   momentum, intake, from_gradient, from_buffer, T, A, BUFFER, MIX, False)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_blocks", "max_norm"])
+@triton.jit(do_not_specialize=["n_blocks", "max_norm", "alpha"])
 def sgd_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, momentum_buffer, step, counters, backup, values, sq, n_buffers,
-    max_norm, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr,
-    COUNT: tl.constexpr, PASSES: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, momentum_buffer, step, counters, backup, g_v, values, sq,
+    g_v_sq, n_buffers, alpha, max_norm, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, MIX: tl.constexpr,
+    BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
-    clip = clip_factor(norm, max_norm)
+    clip = clip_factor(norm, max_norm).to(A)
+    mix = mix_factor(norm, g_v_sq, n_buffers, alpha, MIX).to(A)
+    # Now: after the loop, without momentum, ptxas would spill what this needs.
+    count_skipped(counters, go, COUNT)
     b, end = share(n_blocks)
     while b < end:
-        row = tl.load(blocks + 2 * b).to(tl.int64)
-        k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-        numel = cell(table, row, NUMEL, stride_row, stride_column)
-        grad = cell(table, row, GRAD, stride_row, stride_column)
-        param = cell(table, row, PARAM, stride_row, stride_column)
-        slot = cell(table, row, SLOT, stride_row, stride_column)
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        param = at.param
+        grad = at.grad
         source = param
         if BACKED:
-            kept = address(backup, slot, T)
-            source = tl.where(cell(table, row, BACKUP, stride_row, stride_column) != 0, kept, param)
-        count = tl.cdiv(numel, BLOCK)
-        stop = tl.minimum(end, b + count - k)
+            marked = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
+            source = tl.where(marked, address(backup, at.slot, T), param)
         if go & (grad != 0):
-            v = values + VALUES * cell(table, row, GROUP, stride_row, stride_column)
+            direction = param
+            if MIX:
+                direction = address(g_v, at.slot, A)
+            v = values + VALUES * at.group
             lr = tl.load(v + LR).to(A)
             weight_decay = tl.load(v + WEIGHT_DECAY).to(A)
-            gradient = tl.where(tl.load(v + MAXIMIZE) != 0, -clip, clip).to(A)
+            gradient = tl.where(tl.load(v + MAXIMIZE) != 0, -clip, clip)
             momentum = tl.load(v + MOMENTUM)
             buffered = tl.full((), 0, tl.int1)
             if BUFFER:
                 buffered = momentum != 0
             if buffered:
-                before = tl.load(step + row)
+                before = tl.load(step + at.row)
                 first = before == 0
                 nesterov = tl.load(v + NESTEROV) != 0
                 # The first buffer is the raw gradient, without dampening.
@@ -113,18 +116,17 @@ def sgd_kernel(
                 intake = tl.where(first, 1.0, 1.0 - tl.load(v + DAMPENING)).to(A)
                 from_gradient = tl.where(nesterov, 1.0, 0.0).to(A)
                 from_buffer = tl.where(nesterov, momentum, 1.0).to(A)
-                buffer = address(momentum_buffer, slot, A)
-                step_blocks(param, source, grad, buffer, k, stop - b, numel, lr, weight_decay, gradient, decay, intake,
-                            from_gradient, from_buffer, T, A, True)  # fmt: skip
-                advance(table, row, stride_row, stride_column, step, before, stop - b, count)
+                buffer = address(momentum_buffer, at.slot, A)
+                step_blocks(param, source, grad, direction, buffer, at, mix, lr, weight_decay, gradient, decay, intake,
+                            from_gradient, from_buffer, T, A, True, MIX)  # fmt: skip
+                advance(table, stride_row, stride_column, step, before, at)
             else:
                 none = tl.full((), 0, A)
-                step_blocks(param, source, grad, param, k, stop - b, numel, lr, weight_decay, gradient, none, none,
-                            none, none, T, A, False)  # fmt: skip
+                step_blocks(param, source, grad, direction, param, at, mix, lr, weight_decay, gradient, none, none,
+                            none, none, T, A, False, MIX)  # fmt: skip
         elif source != param:
-            copy_blocks(param, source, k, stop - b, numel, T)
-        b = stop
-    count_skipped(counters, go, COUNT)
+            copy_blocks(param, source, at, T)
+        b += at.n
 
 
 def sgd(
@@ -134,17 +136,20 @@ def sgd(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
+    g_v: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
+    g_v_sq: Tensor,
     *,
+    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     table = addressed(table, params, grads, dtype, blocks)
-    limit = descent(table, blocks, step, counters, backup, sq, max_norm, dtype)
+    descent(table, blocks, step, counters, backup, g_v, sq, g_v_sq, dtype)
     check_values(values, table, len(schema.SGD), "values")
     check(momentum_buffer, table, schema.state_dtype(dtype), "momentum_buffer")
     launch(
@@ -155,13 +160,17 @@ def sgd(
         step,
         counters,
         backup,
+        g_v,
         values,
         sq,
+        g_v_sq if g_v.numel() else sq,
         sq.size(1),
-        limit,
+        bits(alpha),
+        bits(max_norm),
         dtype=dtype,
-        mixed=momentum_buffer.numel() > 0,
+        mixed=momentum_buffer.numel() + g_v.numel() > 0,
         BUFFER=momentum_buffer.numel() > 0,
+        MIX=g_v.numel() > 0,
         BACKED=backup.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

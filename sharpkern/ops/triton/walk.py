@@ -12,7 +12,7 @@ import functools
 import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -52,6 +52,40 @@ def share(n_blocks):
     return program * n_blocks // programs, (program + 1) * n_blocks // programs
 
 
+class Stretch(NamedTuple):
+    """Neighbouring blocks of one row, and what the row's cells say."""
+
+    row: tl.tensor
+    k: tl.tensor  # the first of the blocks
+    n: tl.tensor  # how many they are
+    blocks: tl.tensor  # how many the row has
+    numel: tl.tensor
+    param: tl.tensor
+    grad: tl.tensor
+    slot: tl.tensor
+    group: tl.tensor
+
+
+@triton.jit
+def stretch(table, stride_row, stride_column, blocks, b, end):
+    """Of the blocks [b, end) those of the first one's row. What a kernel does not use of it is not read."""
+    row = tl.load(blocks + 2 * b).to(tl.int64)
+    k = tl.load(blocks + 2 * b + 1).to(tl.int64)
+    numel = cell(table, row, NUMEL, stride_row, stride_column)
+    count = tl.cdiv(numel, BLOCK)
+    return Stretch(
+        row,
+        k,
+        tl.minimum(end - b, count - k),
+        count,
+        numel,
+        cell(table, row, PARAM, stride_row, stride_column),
+        cell(table, row, GRAD, stride_row, stride_column),
+        cell(table, row, SLOT, stride_row, stride_column),
+        cell(table, row, GROUP, stride_row, stride_column),
+    )
+
+
 @triton.jit
 def cell(table, row, column: tl.constexpr, stride_row, stride_column):
     """table[row, column]"""
@@ -66,10 +100,16 @@ def address(buffer, slot, T: tl.constexpr):
 
 
 @triton.jit
-def whole(addresses, numel, k, count):
-    """Of the ``count`` blocks of a row from block k on, the end of those that are whole; k itself when 16-byte
-    accesses do not work from an address (all of them or-ed together)."""
-    return tl.where((addresses & 15) == 0, tl.minimum(k + count, numel // BLOCK), k)
+def whole(addresses, at):
+    """The end of a stretch's whole blocks; its first block when 16-byte accesses do not work from an address (all
+    of them or-ed together)."""
+    return tl.where((addresses & 15) == 0, tl.minimum(at.k + at.n, at.numel // BLOCK), at.k)
+
+
+@triton.jit
+def last_element(at):
+    """The end of a stretch in elements of its row."""
+    return tl.minimum((at.k + at.n) * BLOCK, at.numel)
 
 
 @triton.jit
@@ -93,14 +133,21 @@ def in_row(left, FULL: tl.constexpr):
 
 
 @triton.jit
+def sum_buffers(row, n_buffers):
+    """What the flat buffers have together, in their order."""
+    s = tl.load(row)
+    for i in range(1, n_buffers):
+        s += tl.load(row + i)
+    return s
+
+
+@triton.jit
 def norms(sq, n_buffers, PASSES: tl.constexpr):
     """(norm of the last pass, whether the squared norm of every pass is finite)."""
     finite = tl.full((), 1, tl.int1)
     last = tl.full((), 0, tl.float64)
     for p in tl.static_range(PASSES):
-        last = tl.load(sq + p * n_buffers)
-        for i in range(1, n_buffers):
-            last += tl.load(sq + p * n_buffers + i)
+        last = sum_buffers(sq + p * n_buffers, n_buffers)
         finite = finite & (tl.abs(last) < float("inf"))
     return tl.sqrt(last), finite
 

@@ -1,0 +1,77 @@
+// How a CPU kernel sums: independent sums inside a chunk of slot space, a partial sum a chunk, and the
+// partial sums in order. Neither the number of threads nor alignment changes a bit.
+#pragma once
+
+#include <array>
+
+#include "walk.h"
+
+namespace sharpkern::cpu {
+
+// 64 independent sums a chunk, in the arithmetic type: enough for two full vectors in flight on any
+// machine, short enough (256 terms each) to lose nothing, and independent of alignment.
+template <class T>
+using Sums = arithmetic_t<T>[kBlock];
+
+// f(element, which of the independent sums it belongs to) for every element of [begin, n) of a piece; begin
+// is a multiple of kBlock.
+template <class F>
+SK_INLINE void for_sums(int64_t begin, int64_t n, F&& f) {
+  int64_t i = begin;
+  for (; i + kBlock <= n; i += kBlock) {
+#pragma omp simd
+    for (int64_t j = 0; j < kBlock; ++j) {
+      f(i + j, j);
+    }
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n - i; ++j) {
+    f(i + j, j);
+  }
+}
+
+// The totals of kSums sums at a time, over all of slot space.
+template <int kSums>
+class Reduction {
+ public:
+  Reduction(const Rows& rows, const Tensor& partials)
+      : rows_(rows), chunks_((rows.extent() + kChunk - 1) / kChunk) {
+    partial_ = buffer<double>(partials, ScalarType::Double, 1 + kSums * chunks_, "partials");
+    STD_TORCH_CHECK(partial_ != nullptr, "sharpkern: partials is empty");
+    ++partial_;  // a device kernel's ticket
+  }
+
+  // add(sums, row index, offset in the row, slot, length) for every piece.
+  template <class T, class F>
+  std::array<double, kSums> run(F&& add) const {
+    torch::stable::parallel_for(0, chunks_, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        alignas(64) Sums<T> sums[kSums] = {};
+        walk(
+            rows_, chunk * kChunk, (chunk + 1) * kChunk,
+            [&](int64_t i, int64_t offset, int64_t slot, int64_t n) { add(sums, i, offset, slot, n); });
+        for (int k = 0; k < kSums; ++k) {
+          double sum = 0;
+          for (const auto x : sums[k]) {
+            sum += static_cast<double>(x);
+          }
+          partial_[chunk * kSums + k] = sum;
+        }
+      }
+    });
+    std::array<double, kSums> totals = {};
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      for (int k = 0; k < kSums; ++k) {
+        totals[k] += partial_[chunk * kSums + k];
+      }
+    }
+    return totals;
+  }
+
+ private:
+  const Rows& rows_;
+  int64_t chunks_;
+  double* partial_;
+};
+
+}  // namespace sharpkern::cpu

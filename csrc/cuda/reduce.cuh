@@ -1,0 +1,100 @@
+// What the ops that add up share: every CTA leaves its sums in `partials`, and the last one to arrive adds
+// them in a fixed order, in the same launch: the same bits on every run.
+#pragma once
+
+#include "launch.h"
+
+namespace sharpkern::cuda {
+
+// sum += ||g||^2 of what this thread has of g. It widens after every tile: 32 squares at most lose nothing in
+// the arithmetic type.
+template <class T>
+__device__ __forceinline__ void add_squares(double& sum, const T* g, int64_t n, bool aligned) {
+  using A = arithmetic_t<T>;
+  elements<T, 4>(n, aligned, [&](auto tile, int64_t i) {
+    const auto x = tile.load(g, i);
+    A squares = 0;
+    tile.each([&](int u, int v) {
+      const A a = static_cast<A>(x.pack[u].x[v]);
+      squares += a * a;
+    });
+    sum += static_cast<double>(squares);
+  });
+}
+
+// The sum over the CTA, in a fixed order; right in thread 0.
+__device__ __forceinline__ double sum_of_cta(double x) {
+  __shared__ double warps[kThreads / kWarp];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x += __shfl_down_sync(0xffffffffu, x, distance);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    warps[threadIdx.x / kWarp] = x;
+  }
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (const double warp : warps) {
+      sum += warp;
+    }
+  }
+  __syncthreads();  // the next sum may be written
+  return sum;
+}
+
+// finish(totals) of N sums over all threads of the grid, by one thread. partials: [0] counts the CTAs that
+// are through, as an integer; from [1 + N i] on are the sums of CTA i.
+template <int N, class Finish>
+__device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Finish&& finish) {
+#pragma unroll
+  for (double& sum : sums) {
+    sum = sum_of_cta(sum);
+  }
+  __shared__ bool is_last;
+  auto* ticket = reinterpret_cast<unsigned long long*>(partials);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      partials[1 + N * blockIdx.x + k] = sums[k];
+    }
+    __threadfence();  // whoever sees the count sees the sums
+    is_last = atomicAdd(ticket, 1ull) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last) {
+    return;
+  }
+  __threadfence();
+  double totals[N] = {};
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      totals[k] +=
+          __ldcg(partials + 1 + N * i + k);  // other CTAs wrote it: not from this multiprocessor's cache
+    }
+  }
+#pragma unroll
+  for (double& total : totals) {
+    total = sum_of_cta(total);
+  }
+  if (threadIdx.x == 0) {
+    finish(totals);
+    *ticket = 0;
+  }
+}
+
+// Where N sums a CTA go, and for how many CTAs there is room.
+template <int N>
+struct Partials {
+  double* data;
+  int64_t ctas;
+
+  explicit Partials(const Tensor& t)
+      : data(buffer<double>(t, ScalarType::Double, 1 + N, "partials")), ctas((t.numel() - 1) / N) {
+    STD_TORCH_CHECK(data != nullptr, "sharpkern: partials is empty");
+  }
+};
+
+}  // namespace sharpkern::cuda
