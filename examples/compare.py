@@ -1,11 +1,17 @@
-"""Compare SGD, SAM and ASAM: accuracy with clean and noisy labels, flatness of the minimum, cost of a step.
+"""Compare the family with SGD: accuracy with clean and noisy labels, flatness of the minimum, what a step costs.
 
     python examples/compare.py
-    python examples/compare.py --dataset fashion-mnist --data-dir DIR --device cuda --seeds 3
+    python examples/compare.py --optimizers sgd,sam,aesam --seeds 5
+    python examples/compare.py --dataset fashion-mnist --data-dir DIR \\
+        --train-size 10000 --epochs 8 --noise 0 --threads 1
+
+The first one takes 3 minutes, the last one, with a convolutional net, about 25.
 
 Every optimizer gets the same data, initial weights, wrong labels, order of minibatches, learning rate and
 schedule; only the seed changes these. Nothing is tuned on the test set (see RECIPES for the radii), and the accuracy
-that counts is that of the last epoch.
+that counts is that of the last epoch. Besides the table there are pictures: accuracy against time and against
+gradient evaluations, when AE-SAM looks twice, how SALR moves the learning rate, and the loss around SGD's and SAM's
+end points.
 """
 
 from __future__ import annotations
@@ -56,10 +62,11 @@ except ModuleNotFoundError as missing:
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 CLASSES = 10
 SHARPNESS_RHO = 0.05  # the same ball for everyone, whatever radius the optimizer trained with
-CHUNK = 2000  # examples a forward pass when the whole set is wanted
+CHUNK = 500  # examples a pass when the whole set is wanted; more do not fit a CPU's caches
 
 
 class Failure(Exception):
@@ -196,9 +203,14 @@ class Recipe:
     epochs: int
     batch_size: int
     sgd: dict[str, float]
-    rho: dict[str, float]
+    rho: dict[str, float]  # of SAM and of ASAM; the others of the family take SAM's
     threads: int | None  # None: torch's default
-    hessian_examples: int  # the first of the training set; the graph of their loss is kept in memory
+    hessian_examples: int | None  # the first of the training set, None: all; the graph of their loss stays in memory
+    slice_radius: float  # how far the loss is followed along the eigenvector, in units of the weights
+
+    def steps(self, examples: int, epochs: int) -> int:
+        """Steps of a training on so many examples: batch norm does badly on a short last batch, it is left out."""
+        return epochs * (examples // min(self.batch_size, examples))
 
 
 SGD_OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -208,83 +220,110 @@ RECIPES = {
     # accuracy under 40 % noise that cost none on clean labels, on 357 images held out of the training set, three
     # other seeds. The papers' defaults are for larger nets; on this one they change little.
     # One thread: the matrices are too small to share, and threads that wait for each other take longer.
-    "digits": Recipe(mlp, 50, 64, SGD_OPTIONS, rho={"SAM": 0.7, "ASAM": 6.0}, threads=1, hessian_examples=2000),
+    "digits": Recipe(
+        mlp,
+        50,
+        64,
+        SGD_OPTIONS,
+        rho={"SAM": 0.7, "ASAM": 6.0},
+        threads=1,
+        hessian_examples=None,
+        slice_radius=0.5,
+    ),
     # The papers' defaults.
     "fashion-mnist": Recipe(
-        convnet, 15, 128, SGD_OPTIONS, rho={"SAM": 0.05, "ASAM": 0.5}, threads=None, hessian_examples=500
+        convnet,
+        15,
+        128,
+        SGD_OPTIONS,
+        rho={"SAM": 0.05, "ASAM": 0.5},
+        threads=None,
+        hessian_examples=500,
+        slice_radius=0.5,
     ),
 }
 
-# Optimizers. A factory gets the model and the recipe.
+# Optimizers: what each takes besides the base optimizer, given the recipe, the number of steps and the seed.
+# Radii apart these are the papers' values, which are the defaults, too.
 
-Factory = Callable[[nn.Module, Recipe], torch.optim.Optimizer]
+Options = Callable[[Recipe, int, int], dict[str, Any]]
 
-OPTIMIZERS: dict[str, Factory] = {
-    "SGD": lambda model, recipe: torch.optim.SGD(model.parameters(), **recipe.sgd),
-    "SAM": lambda model, recipe: sk.SAM(
-        model.parameters(), torch.optim.SGD, rho=recipe.rho["SAM"], model=model, **recipe.sgd
-    ),
-    # ASAM scales the tensors that are called weight: it has to know the names.
-    "ASAM": lambda model, recipe: sk.ASAM(
-        model.named_parameters(), torch.optim.SGD, rho=recipe.rho["ASAM"], eta=0.01, model=model, **recipe.sgd
-    ),
+OPTIMIZERS: dict[str, Options] = {
+    "SGD": lambda recipe, steps, seed: {},
+    "SAM": lambda recipe, steps, seed: {"rho": recipe.rho["SAM"]},
+    "ASAM": lambda recipe, steps, seed: {"rho": recipe.rho["ASAM"], "eta": 0.01},
+    "SSSAM": lambda recipe, steps, seed: {"rho": recipe.rho["SAM"], "p": 0.5, "seed": seed},
+    "AESAM": lambda recipe, steps, seed: {"rho": recipe.rho["SAM"], "total_steps": steps},
+    # alpha = 0.7 suits vision transformers. The reused direction is added to the gradient, at alpha times its length:
+    # with SGD on nets as small as these that is much, and 0.2 is steadier.
+    "LookSAM": lambda recipe, steps, seed: {"rho": recipe.rho["SAM"], "k": 5, "alpha": 0.2},
+    "AELookSAM": lambda recipe, steps, seed: {"rho": recipe.rho["SAM"], "total_steps": steps, "alpha": 0.2},
+    "SALR": lambda recipe, steps, seed: {"n_ascent": 5, "n_descent": 5, "step_size": 0.002, "every": 2},
 }
+
+
+def make_optimizer(name: str, model: nn.Module, recipe: Recipe, steps: int, seed: int) -> torch.optim.Optimizer:
+    if name == "SGD":
+        return torch.optim.SGD(model.parameters(), **recipe.sgd)
+    # With names: ASAM scales the tensors that are called weight.
+    return getattr(sk, name)(
+        model.named_parameters(),
+        torch.optim.SGD,
+        model=model,
+        **OPTIMIZERS[name](recipe, steps, seed),
+        **recipe.sgd,
+    )
 
 
 # Training.
 
 
-class StepTimer:
-    """Milliseconds of every step, and of the optimizer's part of it."""
+class Meter:
+    """Counts steps and gradient evaluations, and takes the time of steps and of the optimizer's part in them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.steps: list[float] = []
-        self.optimizer: list[float] = []
+        self.steps = 0
+        self.evaluations = 0  # a forward and a backward pass each
+        self.seconds = 0.0
+        self.optimizer_seconds = 0.0
 
     def _now(self) -> float:
         # A GPU works on after the call returns: without waiting, one part would be billed for another.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() * 1e3
+        return time.perf_counter()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        self.optimizer.append(0.0)
         begin = self._now()
         yield
-        self.steps.append(self._now() - begin)
+        seconds = self._now() - begin
+        self.steps += 1
+        self.seconds += seconds
+        self.optimizer_seconds += seconds
 
     @contextmanager
-    def optimizing(self) -> Iterator[None]:
+    def evaluation(self) -> Iterator[None]:
+        """Within a step: what the optimizer calls, but is not its own work."""
         begin = self._now()
         yield
-        self.optimizer[-1] += self._now() - begin
+        self.evaluations += 1
+        self.optimizer_seconds -= self._now() - begin
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, timer: StepTimer) -> Tensor:
-    """One step on a minibatch, by hand so that the optimizer's part can be timed. Returns the first pass's loss."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, meter: Meter) -> Tensor:
+    """One step on a minibatch. Returns the loss of its first pass."""
 
-    def forward_backward() -> Tensor:
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss.detach()
+    def closure() -> Tensor:
+        with meter.evaluation():
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss.detach()
 
-    with timer.step():
-        loss = forward_backward()
-        if hasattr(optimizer, "first_step"):
-            with timer.optimizing():
-                # False from an optimizer that wants no second gradient this time; this one is kept then.
-                again = optimizer.first_step(zero_grad=True)
-            if again:
-                forward_backward()
-            with timer.optimizing():
-                optimizer.second_step(zero_grad=True)
-        else:
-            with timer.optimizing():
-                optimizer.step()
-                optimizer.zero_grad()
-    return loss
+    with meter.step():
+        optimizer.zero_grad()  # torch's optimizers do not do it before they call the closure
+        return optimizer.step(closure)
 
 
 @torch.no_grad()
@@ -293,6 +332,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
     right = sum((model(a).argmax(1) == b).sum() for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True))
     return 100.0 * float(right) / len(y)
+
+
+# What is kept of ``stats`` after each step, for the pictures.
+TRACED = {
+    "AESAM": ("grad_norm", "threshold", "second_passes"),
+    "AELookSAM": ("grad_norm", "threshold", "second_passes"),
+    "SALR": ("sharpness", "lr_scale"),
+}
+SLICED = ("SGD", "SAM")
+SLICE_POINTS = 41
 
 
 @dataclass
@@ -304,12 +353,19 @@ class Run:
     seed: int
     train_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of the training steps so far, nothing else
+    evaluations: list[int] = field(default_factory=list)  # of the gradient, so far
     final_accuracy: float = math.nan
     best_accuracy: float = math.nan
     sharpness: float = math.nan
     hessian_eigenvalue: float = math.nan
+    second_pass_share: float = math.nan
+    evaluations_per_step: float = math.nan
+    epoch_seconds: float = math.nan
     step_ms: float = math.nan
     optimizer_ms: float = math.nan
+    trace: dict[str, list[float | None]] = field(default_factory=dict)  # one value a step
+    slice_loss: list[float] = field(default_factory=list)  # along the eigenvector
 
 
 def train(
@@ -320,33 +376,55 @@ def train(
     x, y = data.train_x, with_noise(data.train_y, noise, seed)
     torch.manual_seed(seed)
     model = recipe.model().to(x.device)
-    optimizer = OPTIMIZERS[optimizer_name](model, recipe)
+    optimizer = make_optimizer(optimizer_name, model, recipe, recipe.steps(len(y), epochs), seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     shuffle = torch.Generator().manual_seed(seed)
     batch_size = min(recipe.batch_size, len(y))
-    timer = StepTimer(x.device)
+    meter = Meter(x.device)
+    traced = TRACED.get(optimizer_name, ()) if seed == 0 else ()  # the pictures show one run
     for _ in range(epochs):
         model.train()
         batches = torch.randperm(len(y), generator=shuffle).to(x.device).split(batch_size)
-        # Batch norm does badly on a short last batch.
-        full = (batch for batch in batches if len(batch) == batch_size)
-        losses = [train_step(model, optimizer, x[batch], y[batch], timer) for batch in full]
+        losses = []
+        for batch in batches[: len(y) // batch_size]:  # the full ones
+            losses.append(train_step(model, optimizer, x[batch], y[batch], meter))
+            if traced:
+                record_step(run.trace, optimizer, traced)
         schedule.step()
         run.train_loss.append(float(torch.stack(losses).mean()))
         if not math.isfinite(run.train_loss[-1]):
             raise Failure(f"{optimizer_name} diverged with seed {seed} and {noise:g} % label noise")
         run.test_accuracy.append(accuracy(model, data.test_x, data.test_y))
+        run.seconds.append(meter.seconds)
+        run.evaluations.append(meter.evaluations)
         tick()
     run.final_accuracy = run.test_accuracy[-1]
     run.best_accuracy = max(run.test_accuracy)
     run.sharpness = sharpness(model, x, y)
-    run.hessian_eigenvalue = largest_eigenvalue(model, x[: recipe.hessian_examples], y[: recipe.hessian_examples])
-    run.step_ms = statistics.median(timer.steps)
-    run.optimizer_ms = statistics.median(timer.optimizer)
+    curved = x[: recipe.hessian_examples], y[: recipe.hessian_examples]
+    run.hessian_eigenvalue, direction = largest_eigenpair(model, *curved)
+    if optimizer_name in SLICED:
+        run.slice_loss = loss_slice(model, *curved, direction, recipe.slice_radius)
+    second_passes = float(optimizer.stats["second_passes"]) if optimizer_name != "SGD" else 0.0
+    run.second_pass_share = 100.0 * second_passes / meter.steps
+    run.evaluations_per_step = meter.evaluations / meter.steps
+    # Means: steps of one optimizer differ in what they do.
+    run.epoch_seconds = meter.seconds / epochs
+    run.step_ms = 1e3 * meter.seconds / meter.steps
+    run.optimizer_ms = 1e3 * meter.optimizer_seconds / meter.steps
     return run
 
 
-# Flatness. Both measures are taken with batch norm in evaluation mode: the loss is a function of the weights alone.
+def record_step(trace: dict[str, list[float | None]], optimizer: torch.optim.Optimizer, keys: Sequence[str]) -> None:
+    """Append a step's statistics and learning rate to the trace."""
+    stats = optimizer.stats
+    values = {"lr": float(optimizer.param_groups[0]["lr"]), **{key: float(stats[key]) for key in keys}}
+    for key, value in values.items():
+        # What a picture shows, not all of a double's digits; JSON has no NaN, which is what nothing measured yet is.
+        trace.setdefault(key, []).append(float(f"{value:.6g}") if math.isfinite(value) else None)
+
+
+# Flatness. It is measured with batch norm in evaluation mode: the loss is a function of the weights alone.
 
 
 def mean_loss(model: nn.Module, x: Tensor, y: Tensor, backward: bool = False) -> float:
@@ -378,8 +456,8 @@ def sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float = SHARPNESS_RHO
     return perturbed - loss
 
 
-def largest_eigenvalue(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Largest eigenvalue of the Hessian of the mean loss, by Lanczos on products with the Hessian."""
+def largest_eigenpair(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
+    """Largest eigenvalue of the Hessian of the mean loss and its eigenvector, of length 1, by Lanczos."""
     model.eval()
     params = list(model.parameters())
     grads = torch.autograd.grad(F.cross_entropy(model(x), y), params, create_graph=True)
@@ -394,12 +472,37 @@ def largest_eigenvalue(model: nn.Module, x: Tensor, y: Tensor) -> float:
     start = np.random.default_rng(0).standard_normal(n)
     hessian = LinearOperator((n, n), matvec=product, dtype=np.float64)
     # The model is float32: digits beyond the tolerance would be noise.
-    return float(eigsh(hessian, k=1, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)[0])
+    values, vectors = eigsh(hessian, k=1, which="LA", v0=start, tol=1e-4)
+    return float(values[0]), torch.from_numpy(vectors[:, 0]).to(gradient)
+
+
+@torch.no_grad()
+def loss_slice(model: nn.Module, x: Tensor, y: Tensor, direction: Tensor, radius: float) -> list[float]:
+    """Mean loss at w + t * direction for SLICE_POINTS values of t from -radius to radius, in evaluation mode."""
+    model.eval()
+    params = list(model.parameters())
+    weights = nn.utils.parameters_to_vector(params)
+    losses = []
+    for t in np.linspace(-radius, radius, SLICE_POINTS):
+        nn.utils.vector_to_parameters(weights + t * direction, params)
+        losses.append(mean_loss(model, x, y))
+    nn.utils.vector_to_parameters(weights, params)
+    # An eigenvector has no sign: the steeper side is on the right, so that runs can be compared.
+    return losses if losses[0] <= losses[-1] else losses[::-1]
 
 
 # Results.
 
-MEASURES = ("final_accuracy", "best_accuracy", "sharpness", "hessian_eigenvalue", "step_ms", "optimizer_ms")
+TIMES = ("epoch_seconds", "step_ms", "optimizer_ms")
+MEASURES = (
+    "final_accuracy",
+    "best_accuracy",
+    "sharpness",
+    "hessian_eigenvalue",
+    "second_pass_share",
+    "evaluations_per_step",
+    *TIMES,
+)
 
 
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -415,9 +518,12 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
             row[measure] = statistics.fmean(values)
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
         # Another program may take the processor for a while: the median seed is less impressed than the mean.
-        for measure in ("step_ms", "optimizer_ms"):
+        for measure in TIMES:
             row[measure] = statistics.median(getattr(run, measure) for run in group)
         rows.append(row)
+    sgd = {row["noise"]: row["epoch_seconds"] for row in rows if row["optimizer"] == "SGD"}
+    for row in rows:
+        row["relative_time"] = row["epoch_seconds"] / sgd[row["noise"]] if sgd else None
     return rows
 
 
@@ -427,12 +533,12 @@ def make_table(rows: Sequence[dict[str, Any]], title: str, caption: str) -> Tabl
     for heading in ("label\nnoise", "\noptimizer"):
         table.add_column(heading, no_wrap=True)
     for heading in (
-        "test accuracy\nat the end, %",
-        "best\nepoch",
+        "test\naccuracy, %",
+        "second\npasses",
+        "grads\na step",
+        "time\n/ SGD",
         "\nsharpness",
         "Hessian\nlargest",
-        "ms a\nstep",
-        "of these\noptimizer",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
@@ -441,52 +547,176 @@ def make_table(rows: Sequence[dict[str, Any]], title: str, caption: str) -> Tabl
             f"{row['noise']:g} %",
             row["optimizer"],
             f"{row['final_accuracy']:.2f}{spread}",
-            f"{row['best_accuracy']:.2f}",
+            f"{row['second_pass_share']:.0f} %",
+            f"{row['evaluations_per_step']:.2f}",
+            "-" if row["relative_time"] is None else f"{row['relative_time']:.2f}",
             f"{row['sharpness']:#.3g}",
             f"{row['hessian_eigenvalue']:#.3g}",
-            f"{row['step_ms']:.2f}",
-            f"{row['optimizer_ms']:.2f}",
             end_section=i + 1 < len(rows) and rows[i + 1]["noise"] != row["noise"],
         )
     return table
 
 
-def plot(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Test accuracy above, training loss below, one column a noise level; mean and spread over the seeds."""
-    levels = list(dict.fromkeys(run.noise for run in runs))
-    names = list(dict.fromkeys(run.optimizer for run in runs))
-    panels = (("test_accuracy", "test accuracy (%)"), ("train_loss", "training loss (nats)"))
-    figure, axes = plt.subplots(2, len(levels), figsize=(1.5 + 4.5 * len(levels), 7), sharex=True, squeeze=False)
-    for column, noise in enumerate(levels):
-        for row, (measure, label) in enumerate(panels):
-            axis = axes[row][column]
-            shown = []
-            for i, name in enumerate(names):
-                curves = np.array([getattr(r, measure) for r in runs if r.noise == noise and r.optimizer == name])
-                epochs = np.arange(1, curves.shape[1] + 1)
-                mean = curves.mean(0)
-                std = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(mean)
-                axis.plot(epochs, mean, color=f"C{i}", label=name, marker="o" if len(epochs) == 1 else None)
-                axis.fill_between(epochs, mean - std, mean + std, color=f"C{i}", alpha=0.2, linewidth=0)
-                settled = epochs > len(epochs) // 15
-                shown += [*(mean - std)[settled], *(mean + std)]
-            if measure == "test_accuracy":
-                axis.set_title(f"{noise:g} % of the training labels wrong" if noise else "clean labels")
-                # The first epochs may be far below: they would flatten the differences that matter.
-                low, high = min(shown), min(max(shown), 100.0)
-                margin = 0.05 * (high - low) + 0.1
-                axis.set_ylim(low - margin, high + margin)
-            else:
-                axis.set_xlabel("epoch")
-                axis.set_ylim(bottom=0)
+# Pictures. Each gets the runs, and the recipe with which they were made; there is one column or row a noise level.
+
+# The same in every picture; without C7, which is gray.
+COLORS = dict(zip(OPTIMIZERS, ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C9"), strict=True))
+
+
+def noise_levels(runs: Sequence[Run]) -> dict[float, str]:
+    """What the noise levels are called."""
+    return {r.noise: f"{r.noise:g} % of the training labels wrong" if r.noise else "clean labels" for r in runs}
+
+
+def trace_arrays(run: Run) -> dict[str, np.ndarray]:
+    return {key: np.array(values, dtype=float) for key, values in run.trace.items()}
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def plot_curves(runs: Sequence[Run], recipe: Recipe) -> Figure:
+    """Test accuracy against the time spent on it, and against gradient evaluations."""
+    levels = noise_levels(runs)
+    names = [name for name in OPTIMIZERS if any(run.optimizer == name for run in runs)]
+    figure, axes = canvas(len(levels), 2, 11, 0.8 + 4 * len(levels), sharex="col", sharey="row")
+    for row, (noise, level) in enumerate(levels.items()):
+        shown = []
+        for name in names:
+            group = [run for run in runs if run.noise == noise and run.optimizer == name]
+            accuracies = np.array([run.test_accuracy for run in group])
+            mean = accuracies.mean(0)
+            std = accuracies.std(0, ddof=1) if len(group) > 1 else np.zeros_like(mean)
+            for axis, measure in zip(axes[row], ("seconds", "evaluations"), strict=True):
+                spent = np.mean([getattr(run, measure) for run in group], axis=0)
+                axis.plot(spent, mean, color=COLORS[name], linewidth=1.3, label=name)
+                axis.plot(spent[-1], mean[-1], "o", color=COLORS[name], markersize=5)
+                axis.fill_between(spent, mean - std, mean + std, color=COLORS[name], alpha=0.12, linewidth=0)
+            # The first epochs may be far below: they would flatten the differences that matter.
+            settled = len(mean) // 10
+            shown += [*(mean - std)[settled:], *(mean + std)[settled:]]
+        low, high = min(shown), min(max(shown), 100.0)
+        margin = 0.05 * (high - low) + 0.1
+        axes[row][0].set_ylim(low - margin, high + margin)
+        axes[row][0].set_ylabel(f"test accuracy (%)\n{level}")
+    for axis, label in zip(axes[-1], ("seconds of training", "gradient evaluations"), strict=True):
+        axis.set_xscale("log")  # the dearest optimizer takes many times what the cheapest does
+        axis.set_xlabel(f"{label} (dot: the end)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    return figure
+
+
+def plot_adaptive(runs: Sequence[Run], recipe: Recipe) -> Figure:
+    """AE-SAM: the squared norm of the gradient, its threshold, and the steps that took a second pass."""
+    levels = noise_levels(runs)
+    traced = {(run.noise, run.optimizer): trace_arrays(run) for run in runs if run.trace}
+    names = [name for name in ("AESAM", "AELookSAM") if (runs[0].noise, name) in traced]
+    figure, axes = canvas(len(names), len(levels), 0.5 + 5.5 * len(levels), 1 + 3.5 * len(names), sharex=True)
+    for row, name in enumerate(names):
+        for column, (noise, level) in enumerate(levels.items()):
+            axis, trace = axes[row][column], traced[noise, name]
+            squares, threshold = np.square(trace["grad_norm"]), trace["threshold"]
+            fired = np.diff(trace["second_passes"], prepend=0) > 0
+            steps = np.arange(1, len(fired) + 1)
+            axis.plot(steps[~fired], squares[~fired], ".", color="0.6", markersize=3, label="one pass")
+            axis.plot(steps[fired], squares[fired], ".", color="C3", markersize=4, label="two passes")
+            axis.plot(steps, threshold, color="k", linewidth=0.8, label="threshold")
+            axis.set_yscale("log")
+            # A threshold may be next to nothing, or negative; the gradients are what the picture is of.
+            axis.set_ylim(np.percentile(squares, 0.5) / 3, squares.max() * 2)
+            axis.set_title(f"{name}, {level}: {100 * fired.mean():.0f} % take two", fontsize="medium")
             if column == 0:
-                axis.set_ylabel(label)
-            axis.grid(alpha=0.3)
-    axes[0][0].legend(loc="lower right")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+                axis.set_ylabel("squared gradient norm")
+            if row == len(names) - 1:
+                axis.set_xlabel("step")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, markerscale=3
+    )
+    return figure
+
+
+def plot_salr(runs: Sequence[Run], recipe: Recipe) -> Figure:
+    """SALR: the sharpness it measures above, what it makes of the learning rate below."""
+    levels = noise_levels(runs)
+    traced = {run.noise: trace_arrays(run) for run in runs if run.optimizer == "SALR" and run.trace}
+    figure, axes = canvas(2, len(levels), 0.5 + 5.5 * len(levels), 6.5, sharex=True, sharey="row")
+    for column, (noise, level) in enumerate(levels.items()):
+        trace = traced[noise]
+        steps = np.arange(1, len(trace["lr"]) + 1)
+        axes[0][column].plot(steps, trace["sharpness"], color=COLORS["SALR"], linewidth=0.8)
+        axes[0][column].set_title(level, fontsize="medium")
+        axes[1][column].plot(
+            steps, trace["lr"] * trace["lr_scale"], color=COLORS["SALR"], linewidth=0.8, label="SALR's learning rate"
+        )
+        axes[1][column].plot(steps, trace["lr"], color="k", linewidth=1, label="the schedule's")
+        axes[1][column].set_xlabel("step")
+    axes[0][0].set_ylabel("sharpness on the step's batch (nats)")
+    axes[0][0].set_yscale("log")  # it falls by orders of magnitude; what is recorded is positive
+    axes[1][0].set_ylabel("learning rate")
+    axes[1][-1].legend()
+    return figure
+
+
+def plot_slice(runs: Sequence[Run], recipe: Recipe) -> Figure:
+    """Training loss around the end points of SGD and SAM, along the Hessian's top eigenvector: every seed, the mean."""
+    levels = noise_levels(runs)
+    t = np.linspace(-recipe.slice_radius, recipe.slice_radius, SLICE_POINTS)
+    figure, axes = canvas(1, len(levels), 0.5 + 5.5 * len(levels), 4.5)
+    for axis, (noise, level) in zip(axes[0], levels.items(), strict=True):
+        for name in SLICED:
+            losses = np.array([run.slice_loss for run in runs if run.noise == noise and run.optimizer == name])
+            axis.plot(t, losses.T, color=COLORS[name], linewidth=0.7, alpha=0.4)
+            axis.plot(t, losses.mean(0), color=COLORS[name], linewidth=2, label=name)
+        axis.set_title(level, fontsize="medium")
+        axis.set_xlabel("distance along the top eigenvector")
+    part = f", first {recipe.hessian_examples} images" if recipe.hessian_examples else ""
+    axes[0][0].set_ylabel(f"training loss{part} (nats)")
+    axes[0][0].legend()
+    return figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    plot: Callable[[Sequence[Run], Recipe], Figure]
+    title: str
+    needs: tuple[tuple[str, ...], ...] = ()  # of each of these one optimizer at least
+
+
+PICTURES = (
+    Picture("compare.png", plot_curves, "Test accuracy and its price: mean and standard deviation over the seeds"),
+    Picture("adaptive.png", plot_adaptive, "When AE-SAM takes a second pass: seed 0", (("AESAM", "AELookSAM"),)),
+    Picture("salr.png", plot_salr, "SALR's sharpness and learning rate: seed 0", (("SALR",),)),
+    Picture(
+        "slice.png",
+        plot_slice,
+        "Training loss along the Hessian's top eigenvector: every seed, and their mean",
+        tuple((name,) for name in SLICED),
+    ),
+)
+
+
+def draw(runs: Sequence[Run], recipe: Recipe, title: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Write the pictures there are runs for. Returns their names, and a line for each one left out."""
+    names = {run.optimizer for run in runs}
+    written, left_out = [], []
+    for picture in PICTURES:
+        path = folder / picture.file
+        if not all(names.intersection(alternatives) for alternatives in picture.needs):
+            needed = " and ".join(" or ".join(alternatives) for alternatives in picture.needs)
+            left_out.append(f"left out {picture.file}: it needs {needed}")
+            path.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+            continue
+        figure = picture.plot(runs, recipe)
+        figure.suptitle(f"{picture.title}\n{title}", fontsize="medium")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        written.append(picture.file)
+    return written, left_out
 
 
 # Command line.
@@ -556,7 +786,7 @@ def make_parser() -> Parser:
     parser.add_argument("--dataset", choices=list(RECIPES), default="digits", help="default: digits")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of Fashion-MNIST's four files, .gz or not")
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:0, ...; default: cpu")
-    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind; default: 5")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each kind; default: 3")
     parser.add_argument(
         "--optimizers",
         type=optimizer_names,
@@ -624,16 +854,16 @@ def compare(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() for p in recipe.model().parameters())
     title = f"{options.dataset}: {len(data.train_y)} training and {len(data.test_y)} test images"
-    curved = min(recipe.hessian_examples, len(data.train_y))
+    curved = len(data.train_y[: recipe.hessian_examples])
     part = f" (its first {curved} images for the latter)" if curved < len(data.train_y) else ""
     caption = (
         f"{recipe.model.__name__} of {weights} weights, {options.epochs} epochs, seeds: {options.seeds}, "
         f"device {options.device}; {seconds:.0f} s in all.\n"
-        "Accuracy: mean and standard deviation over the seeds; the best epoch is picked by the test set.\n"
-        f"Radius of SAM {recipe.rho['SAM']:g}, of ASAM {recipe.rho['ASAM']:g}. "
+        "Accuracy: at the end of the training; mean and standard deviation over the seeds. Grads: gradient "
+        "evaluations, a forward and a backward pass each. Time: of an epoch's steps, median over the seeds.\n"
+        f"Radius {recipe.rho['SAM']:g}, of ASAM {recipe.rho['ASAM']:g}. "
         f"Sharpness: L(w + rho g/|g|) - L(w), rho = {SHARPNESS_RHO}. It and the Hessian's largest eigenvalue are of "
-        f"the loss on the training set{part}, with the labels trained on, batch norm in evaluation mode; means.\n"
-        "Times: medians over the steps, then over the seeds."
+        f"the loss on the training set{part}, with the labels trained on, batch norm in evaluation mode; means."
     )
     Console().print(make_table(rows, title, caption))
 
@@ -654,9 +884,14 @@ def compare(options: argparse.Namespace) -> None:
             "weights": weights,
             "sgd": recipe.sgd,
             "rho": recipe.rho,
+            "options_of_seed_0": {
+                name: OPTIMIZERS[name](recipe, recipe.steps(len(data.train_y), options.epochs), 0)
+                for name in options.optimizers
+            },
             "schedule": "cosine to 0, once an epoch",
             "sharpness_rho": SHARPNESS_RHO,
             "hessian_examples": curved,
+            "slice_radius": recipe.slice_radius,
         },
         "versions": {
             "sharpkern": sk.__version__,
@@ -668,13 +903,15 @@ def compare(options: argparse.Namespace) -> None:
         "rows": rows,
         "runs": [asdict(run) for run in runs],
     }
-    spread = f"mean and standard deviation of {options.seeds} seeds" if options.seeds > 1 else "one seed"
+    seeds = f"{options.seeds} seeds" if options.seeds > 1 else "one seed"
     try:
         (options.out / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        plot(runs, f"{title}; {spread}", options.out / "compare.png")
+        written, left_out = draw(runs, recipe, f"{title}, {seeds}", options.out)
     except OSError as e:
         raise Failure(f"{e.filename} cannot be written: {e.strerror}") from None
-    print(f"wrote {options.out / 'compare.png'} and {options.out / 'compare.json'}")
+    print(f"wrote to {options.out}: {', '.join(['compare.json', *written])}")
+    for line in left_out:
+        print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

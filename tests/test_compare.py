@@ -1,4 +1,4 @@
-"""The demo, examples/compare.py: a tiny run of everything, wrong input, and its two measures of flatness."""
+"""The demo, examples/compare.py: a tiny run of everything, what it counts, wrong input, its measures of flatness."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharpkern.policy import Bernoulli
+
 for package in ("scipy", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(package)
 
+plt = pytest.importorskip("matplotlib.pyplot")
+
 ROOT = Path(__file__).resolve().parents[1]
-NUMBERS = ("final_accuracy", "best_accuracy", "sharpness", "hessian_eigenvalue", "step_ms", "optimizer_ms")
+FAMILY = ["SGD", "SAM", "ASAM", "SSSAM", "AESAM", "LookSAM", "AELookSAM", "SALR"]
+PICTURES = {"compare.png", "adaptive.png", "salr.png", "slice.png"}
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
@@ -68,13 +75,28 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 def check_record(out: Path, noise: list[float], optimizers: list[str], epochs: int, seeds: int) -> dict:
     record = json.loads((out / "compare.json").read_text())
     assert [(r["noise"], r["optimizer"]) for r in record["rows"]] == [(n, o) for n in noise for o in optimizers]
-    assert all(math.isfinite(row[key]) for row in record["rows"] for key in NUMBERS)
+    assert all(math.isfinite(v) for row in record["rows"] for v in row.values() if isinstance(v, float))
     assert all(0 < row["optimizer_ms"] < row["step_ms"] for row in record["rows"])
     assert len(record["runs"]) == len(record["rows"]) * seeds
-    assert all(len(run["train_loss"]) == len(run["test_accuracy"]) == epochs for run in record["runs"])
+    for run in record["runs"]:
+        curves = [run[curve] for curve in ("train_loss", "test_accuracy", "seconds", "evaluations")]
+        assert all(len(curve) == epochs for curve in curves)
+        assert all(sorted(set(curve)) == curve for curve in curves[2:])
     assert {"torch", "sharpkern", "python"} <= record["versions"].keys()
-    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     return record
+
+
+def check_pictures(out: Path, names: set[str]) -> None:
+    """These and no others are there, of a decent size, and with something in every quarter."""
+    assert {path.name for path in out.glob("*.png")} == names
+    for name in names:
+        pixels = plt.imread(out / name)[..., :3]
+        height, width, _ = pixels.shape
+        assert height > 500
+        assert width > 800
+        for rows in (slice(None, height // 2), slice(height // 2, None)):
+            for columns in (slice(None, width // 2), slice(width // 2, None)):
+                assert (pixels[rows, columns].min(-1) < 0.8).mean() > 0.002, name
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,12 +112,36 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_script(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    done = script("--seeds", "1", "--epochs", "1", "--noise", "0", "--out", str(out))
+    done = script("--seeds", "1", "--epochs", "2", "--noise", "0", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("SGD", "SAM", "ASAM", "0 %", "compare.png"))
+    assert all(name in done.stdout for name in (*FAMILY, "0 %", *PICTURES))
     assert "…" not in done.stdout  # rich cuts what does not fit
-    record = check_record(out, [0], ["SGD", "SAM", "ASAM"], epochs=1, seeds=1)
+    assert "left out" not in done.stdout
+    record = check_record(out, [0], FAMILY, epochs=2, seeds=1)
     assert all(row["final_accuracy"] > 50 for row in record["rows"])
+    assert record["rows"][0]["relative_time"] == 1
+    check_pictures(out, PICTURES)
+
+
+SUBSETS = [
+    (["SAM", "SGD"], {"compare.png", "slice.png"}),
+    (["LookSAM"], {"compare.png"}),
+    (["AELookSAM", "SALR"], {"compare.png", "adaptive.png", "salr.png"}),
+]
+
+
+@pytest.mark.parametrize(("optimizers", "pictures"), SUBSETS)
+def test_subset(
+    capsys: pytest.CaptureFixture[str], compare: ModuleType, tmp_path: Path, optimizers: list[str], pictures: set[str]
+) -> None:
+    (tmp_path / "salr.png").touch()  # of another run
+    options = ["--seeds", "2", "--epochs", "1", "--noise", "0,40", "--train-size", "128", "--out", str(tmp_path)]
+    assert compare.main([*options, "--optimizers", ",".join(optimizers).lower()]) == 0
+    record = check_record(tmp_path, [0, 40], optimizers, epochs=1, seeds=2)
+    assert all((row["relative_time"] is None) == ("SGD" not in optimizers) for row in record["rows"])
+    check_pictures(tmp_path, pictures)
+    said = capsys.readouterr().out
+    assert all((f"left out {name}: it needs " in said) == (name not in pictures) for name in PICTURES)
 
 
 def test_script_error() -> None:
@@ -122,7 +168,8 @@ def test_noise_is_independent_of_the_minibatches(compare: ModuleType, monkeypatc
     noisy = compare.with_noise(data.train_y, 40, seed=0)
     seen = []
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, timer: object) -> Tensor:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, meter: Any) -> Tensor:
+        meter.steps += 1
         chosen = x[:, 0, 0, 0].long()
         assert torch.equal(y, noisy[chosen])
         optimizer.step()  # without gradients; the schedule warns of a missing step
@@ -130,20 +177,22 @@ def test_noise_is_independent_of_the_minibatches(compare: ModuleType, monkeypatc
         return torch.zeros(())
 
     monkeypatch.setattr(compare, "train_step", step)
-    monkeypatch.setattr(compare, "StepTimer", lambda device: SimpleNamespace(steps=[0.0], optimizer=[0.0]))
-    monkeypatch.setattr(compare, "largest_eigenvalue", lambda *_: 0.0)
+    monkeypatch.setattr(compare, "largest_eigenpair", lambda *_: (0.0, None))
+    monkeypatch.setattr(compare, "loss_slice", lambda *_: [])
     compare.train(data, compare.RECIPES["digits"], 1, 40, "SGD", seed=0, tick=lambda: None)
     assert len(seen) == 1257 // 64
     assert 0.1 < min(seen) < 0.4 < max(seen) < 0.7
 
 
-def test_same_again(compare: ModuleType) -> None:
+@pytest.mark.parametrize("name", FAMILY)
+def test_same_again(compare: ModuleType, name: str) -> None:
     data = compare.load_data("digits", None, 128, torch.device("cpu"))
     first, second = (
-        compare.train(data, compare.RECIPES["digits"], 2, 40, "SAM", seed=3, tick=lambda: None) for _ in range(2)
+        compare.train(data, compare.RECIPES["digits"], 2, 40, name, seed=3, tick=lambda: None) for _ in range(2)
     )
     assert first.train_loss == second.train_loss
     assert first.test_accuracy == second.test_accuracy
+    assert first.evaluations == second.evaluations
 
 
 def test_default_sizes(compare: ModuleType) -> None:
@@ -273,7 +322,7 @@ def test_missing_package(tmp_path: Path) -> None:
 
 
 def tiny() -> tuple[nn.Module, Tensor, Tensor]:
-    """A model with 4 * 5 + 5 + 5 + 5 * 3 + 3 = 48 weights in double precision, with batch norm that has seen data."""
+    """A model of 53 weights in double precision, with batch norm that has seen data."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
@@ -293,11 +342,26 @@ def flat_loss(model: nn.Module, x: Tensor, y: Tensor):
     return loss, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def test_largest_eigenvalue(compare: ModuleType) -> None:
+def test_largest_eigenpair(compare: ModuleType) -> None:
     model, x, y = tiny()
     loss, w = flat_loss(model, x, y)
-    dense = torch.autograd.functional.hessian(loss, w).numpy()
-    assert compare.largest_eigenvalue(model, x, y) == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-4)
+    dense = torch.autograd.functional.hessian(loss, w)
+    value, vector = compare.largest_eigenpair(model, x, y)
+    assert value == pytest.approx(np.linalg.eigvalsh(dense.numpy())[-1], rel=1e-4)
+    assert vector.norm().item() == pytest.approx(1)
+    assert (dense @ vector - value * vector).norm() < 1e-2 * value
+
+
+def test_loss_slice(compare: ModuleType) -> None:
+    model, x, y = tiny()
+    before = [t.clone() for t in model.state_dict().values()]
+    loss, w = flat_loss(model, x, y)
+    direction = F.normalize(torch.randn(len(w), dtype=torch.float64), dim=0)
+    got = compare.loss_slice(model, x, y, direction, radius=0.5)
+    expected = [loss(w + t * direction).item() for t in np.linspace(-0.5, 0.5, len(got))]
+    assert got == pytest.approx(expected if expected[0] < expected[-1] else expected[::-1], rel=1e-9)
+    assert got == pytest.approx(compare.loss_slice(model, x, y, -direction, radius=0.5), rel=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
 def test_sharpness(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,22 +376,69 @@ def test_sharpness(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_optimizer_that_wants_one_gradient(compare: ModuleType) -> None:
-    """Some algorithms look twice only now and then: first_step says so."""
+# How many second passes there are, and how many gradients of other kinds, in so many steps.
+COUNTS = {
+    "SGD": lambda steps: (0, steps),
+    "SAM": lambda steps: (steps, steps),
+    "ASAM": lambda steps: (steps, steps),
+    "SSSAM": lambda steps: (sum(map(Bernoulli(p=0.5, seed=0).second_pass, range(steps))), steps),
+    "AESAM": lambda steps: (None, steps),
+    "LookSAM": lambda steps: (math.ceil(steps / 5), steps),
+    "AELookSAM": lambda steps: (None, steps),
+    # Every other step measures: 5 gradients up and 5 down, besides the one it steps with.
+    "SALR": lambda steps: (0, steps + 10 * math.ceil(steps / 2)),
+}
 
-    class Plain(torch.optim.SGD):
-        def first_step(self, zero_grad: bool) -> bool:
-            return False
 
-        def second_step(self, zero_grad: bool) -> None:
-            self.step()
-            self.zero_grad()
+@pytest.mark.parametrize("name", FAMILY)
+def test_counts(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Counted is what reached the model, forward and backward, and what the optimizer says of itself."""
+    forward, backward = [], []
+    recipe = compare.RECIPES["digits"]
 
-    model, x, y = tiny()
-    twin, _, _ = tiny()
-    for m, kind in ((model, Plain), (twin, torch.optim.SGD)):
-        timer = compare.StepTimer(torch.device("cpu"))
-        compare.train_step(m, kind(m.parameters(), lr=0.1), x, y, timer)
-        assert len(timer.steps) == len(timer.optimizer) == 1
-        assert 0 < timer.optimizer[0] < timer.steps[0]
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    def watched() -> nn.Module:
+        model = recipe.model()
+        model.register_forward_hook(lambda module, *_: forward.append(0) if module.training else None)
+        next(model.parameters()).register_post_accumulate_grad_hook(
+            lambda _: backward.append(0) if model.training else None
+        )
+        return model
+
+    data = compare.load_data("digits", None, 5 * 64 + 9, torch.device("cpu"))
+    steps = 3 * 5
+    run = compare.train(data, replace(recipe, model=watched), 3, 0, name, seed=0, tick=lambda: None)
+    second, other = COUNTS[name](steps)
+    if second is None:  # from what is drawn in the picture
+        trace = run.trace
+        fired = [n * n >= threshold for n, threshold in zip(trace["grad_norm"], trace["threshold"], strict=True)]
+        second = sum(fired)
+        assert 0 < second < steps
+        assert np.diff(trace["second_passes"], prepend=0).tolist() == fired
+    assert len(forward) == len(backward) == run.evaluations[-1] == second + other
+    assert run.evaluations_per_step == (second + other) / steps
+    assert run.second_pass_share == pytest.approx(100 * second / steps)
+    assert run.step_ms * steps == pytest.approx(1e3 * run.seconds[-1])
+    assert run.epoch_seconds * 3 == pytest.approx(run.seconds[-1])
+
+
+def test_salr_trace(compare: ModuleType) -> None:
+    """lr_scale is the sharpness over the median of those so far, one measurement every second step."""
+    data = compare.load_data("digits", None, 5 * 64, torch.device("cpu"))
+    trace = compare.train(data, compare.RECIPES["digits"], 2, 0, "SALR", seed=0, tick=lambda: None).trace
+    measured = trace["sharpness"][::2]
+    assert trace["sharpness"][1::2] == measured
+    expected = [s / np.median(measured[: i + 1]) for i, s in enumerate(measured)]
+    assert trace["lr_scale"][::2] == pytest.approx(expected, rel=1e-4)
+    assert trace["lr"] == pytest.approx([0.05] * 5 + [0.025] * 5)
+
+
+def test_meter(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations are part of a step and not of the optimizer's time."""
+    now = iter([10.0, 11.0, 13.0, 13.5, 16.5, 17.0])
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
+    meter = compare.Meter(torch.device("cpu"))
+    with meter.step():
+        for _ in range(2):
+            with meter.evaluation():
+                pass
+    assert (meter.steps, meter.evaluations, meter.seconds, meter.optimizer_seconds) == (1, 2, 7.0, 2.0)
