@@ -148,6 +148,33 @@ def _iterations(benchmarks: list[dict[str, Any]]) -> list[str]:
     return [text, "", *_table(head, body), ""]
 
 
+def _family(benchmarks: list[dict[str, Any]]) -> list[str]:
+    body = []
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        if info.get("kind") == "family":
+            label = f"{SHAPES.get(info['shape'], info['shape'])} ({_count(info['params'])}), {WORDS[info['base']]}"
+            body.append(
+                [
+                    label,
+                    info["step"],
+                    f"{info['bytes_per_param']}",
+                    f"{1e3 * benchmark['stats']['median']:.2f}",
+                    f"{info['gb_per_s']:.1f} ({info['copy_share']:.0%})",
+                    f"{info['naive_ratio']:.2f}",
+                    f"{info['bare_ratio']:.2f}",
+                ]
+            )
+    if not body:
+        return []
+    head = ["model", "step", "bytes a parameter", "ours, ms", "GB/s (of a copy)", "loop", "over the base step alone"]
+    text = (
+        "Every kind of step, gradients given. Loop: its time relative to ours. The last column: ours relative to one "
+        "launch of the same fused rule, without check, norm or second pass."
+    )
+    return [text, "", *_table(head, body), ""]
+
+
 def _environment(results: dict[str, Any]) -> list[str]:
     env = results["environment"]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in env["versions"].items())
@@ -189,7 +216,7 @@ def render(results: dict[str, Any]) -> str:
         lines += _steps(benchmarks, "step", GPU_STEPS)
         lines += _hosts(benchmarks)
         lines += _steps(benchmarks, "graph", GRAPHS)
-    return "\n".join([*lines, *_iterations(benchmarks), *_environment(results)])
+    return "\n".join([*lines, *_family(benchmarks), *_iterations(benchmarks), *_environment(results)])
 
 
 def markers(results: dict[str, Any]) -> tuple[str, str]:
