@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sharpkern as sk
-from bench import gpu, models, render
+from bench import family, gpu, models, render
 from bench.__main__ import main
 from bench.baselines import BASES, RHO, Algorithm, Base, Foreach, Unavailable
 from bench.contenders import CONTENDERS, GPU_CONTENDERS, Contender
@@ -127,14 +127,29 @@ def test_bytes_of_kernels() -> None:
     def sizes(dtype: torch.dtype) -> dict[str, int]:
         return {op: kernel.bytes_per_param(dtype) for op, kernel in kernels.KERNELS.items()}
 
-    ops = ("norm", "norm_scaled", "ascend", "ascend_scaled", "restore", "sgd", "adam")
-    assert sizes(torch.float32) == dict(zip(ops, (4, 8, 16, 16, 8, 20, 28), strict=True))
-    assert sizes(torch.bfloat16) == dict(zip(ops, (2, 4, 8, 8, 4, 14, 22), strict=True))
-    assert sizes(torch.float64) == dict(zip(ops, (8, 16, 32, 32, 16, 40, 56), strict=True))
+    ops = ("norm", "norm_scaled", "ascend", "ascend_scaled", "restore", "sgd", "adam", "norm_ema", "ascend, in place",
+           "ascend, gradient kept", "dots", "project", "sgd, mixed", "adam, mixed")  # fmt: skip
+    assert sizes(torch.float32) == dict(zip(ops, (4, 8, 16, 16, 8, 20, 28, 4, 12, 20, 8, 12, 24, 32), strict=True))
+    assert sizes(torch.bfloat16) == dict(zip(ops, (2, 4, 8, 8, 4, 14, 22, 2, 6, 10, 4, 8, 18, 26), strict=True))
+    assert sizes(torch.float64) == dict(zip(ops, (8, 16, 32, 32, 16, 40, 56, 8, 24, 40, 16, 24, 48, 64), strict=True))
     # A SAM step is the sum of its ops, the check of the last gradient among them.
     of = sizes(torch.float32)
     for base, rule in (("sgd", "sgd"), ("adamw", "adam")):
         assert 2 * of["norm"] + of["ascend"] + of[rule] == CONTENDERS["ours"].bytes_per_param("sam", base)
+        # So are the other kinds of step.
+        size = {name: kind.bytes_per_param(base) for name, kind in family.KINDS.items()}
+        assert size == {
+            "base step alone": of[rule],
+            "AE-SAM, plain": of["norm_ema"] + of[rule],
+            "AE-SAM, second pass": of["norm_ema"] + of["ascend"] + of["norm"] + of[rule],
+            "LookSAM, refresh": of["norm"] + of["ascend, gradient kept"] + of["dots"] + of["project"] + of[rule],
+            "LookSAM, in between": of["norm"] + of[f"{rule}, mixed"],
+            "SALR, measuring": 9 * of["norm"]
+            + of["ascend"]
+            + 9 * of["ascend, in place"]
+            + 2 * of["restore"]
+            + of[rule],
+        }
 
 
 def _info(contender: str, ratio: float, size: int | None = 44) -> dict[str, Any]:
@@ -230,12 +245,16 @@ def test_quick_run_writes_what_render_reads(tmp_path: Path) -> None:
     assert {(s["algorithm"], s["base"]) for s in steps if s["contender"] == "ours"} == {
         (algorithm, base) for algorithm in RHO for base in BASES
     }
+    kinds = [b["extra_info"] for b in results["benchmarks"] if b["extra_info"]["kind"] == "family"]
+    assert [(k["step"], k["base"]) for k in kinds] == [(kind, base) for base in BASES for kind in family.KINDS]
+    assert all(k["naive_ratio"] > 0 and k["bare_ratio"] > 0 for k in kinds)
     readme = tmp_path / "README.md"
     readme.write_text(f"{render.BEGIN}\n{render.END}\n", encoding="utf-8")
     subprocess.run(
         [sys.executable, "-m", "bench.render", str(out), "--readme", str(readme)], cwd=ROOT, check=True, timeout=60
     )
     assert "| tiny (2k, 7 tensors) | SAM + SGD-m |" in readme.read_text(encoding="utf-8")
+    assert "| tiny (2k), AdamW | LookSAM, in between | 36 |" in readme.read_text(encoding="utf-8")
 
 
 # On a GPU, and what stands in for one.

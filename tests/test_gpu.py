@@ -32,6 +32,13 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adaptive": (sk.SAM, {"adaptive": True}),
     "asam": (sk.ASAM, {}),  # scales what is called a weight
 }
+# Steps of several kinds: a graph repeats one of them.
+FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sssam": (sk.SSSAM, {}),
+    "aesam": (sk.AESAM, {"total_steps": 20}),
+    "looksam": (sk.LookSAM, {"k": 3, "alpha": 0.3}),
+    "aelooksam": (sk.AELookSAM, {"total_steps": 20, "alpha": 0.3}),
+}
 
 
 @pytest.fixture(params=["cpp", "triton"])
@@ -44,12 +51,13 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 every_base = pytest.mark.parametrize("base", BASES)
 every_method = pytest.mark.parametrize("method", METHODS)
+every_member = pytest.mark.parametrize("method", [*METHODS, *FAMILY])
 
 
 def make(method: str, base: str, device: str = "cuda", **more: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(33, 130), nn.Tanh(), nn.Linear(130, 65), nn.Tanh(), nn.Linear(65, 4)).to(device)
-    cls, own = METHODS[method]
+    cls, own = (METHODS | FAMILY)[method]
     rule, options = BASES[base]
     named = list(model.named_parameters())
     groups = [{"params": named[:3]}, {"params": named[3:], "rho": 0.2, "weight_decay": 0.02}]
@@ -82,7 +90,7 @@ def closure_on(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 @pytest.mark.parametrize(
     "file",
     ["test_ops.py", "test_flat.py", "test_trajectory.py", "test_stepping.py", "test_moves.py", "test_checkpoint.py",
-     "test_arguments.py"],
+     "test_arguments.py", "test_policy.py", "test_family.py"],
 )  # fmt: skip
 def test_values_on_cuda(file: str) -> None:
     here = Path(__file__).parent
@@ -100,7 +108,7 @@ def test_values_on_cuda(file: str) -> None:
 
 
 @every_base
-@every_method
+@every_member
 def test_backends_agree(method: str, base: str) -> None:
     ends = []
     for name in sk.available_backends("cuda"):
@@ -115,7 +123,7 @@ def test_backends_agree(method: str, base: str) -> None:
 
 
 @every_base
-@every_method
+@every_member
 def test_the_same_bits_on_every_run(method: str, base: str, kernels: str) -> None:
     ends = []
     for _ in range(3):
@@ -129,25 +137,25 @@ def test_the_same_bits_on_every_run(method: str, base: str, kernels: str) -> Non
 
 @pytest.mark.sanitize
 @every_base
-@every_method
+@every_member
 def test_a_few_steps(method: str, base: str, kernels: str) -> None:
-    """Small enough for compute-sanitizer: tails, unaligned weights, a step that is skipped, a restore."""
+    """Small enough for compute-sanitizer: every kind of step, tails, unaligned weights, one skipped, one restored."""
     memory = torch.randn(20000, device="cuda")
     sizes = [1, 31, 2047, 2048, 2049, 5000]
     params = [nn.Parameter(memory[3 * i + sum(sizes[:i]) :][: sizes[i]]) for i in range(len(sizes))]
-    cls, own = METHODS[method]
+    cls, own = (METHODS | FAMILY)[method]
     rule, options = BASES[base]
     opt = cls([(f"weight{i}", p) for i, p in enumerate(params)], rule, **own, **options)
-    for kind in ("step", "skipped", "restored", "step"):
+    for kind in ("step", "skipped", "restored", "step", "step"):
         for p in params:
             p.grad = torch.randn_like(p)
         if kind == "skipped":
             assert params[3].grad is not None
             params[3].grad[2047] = float("nan")
         before = memory.clone()
-        opt.first_step()
-        for p in params:
-            p.grad = torch.randn_like(p)
+        if opt.first_step():
+            for p in params:
+                p.grad = torch.randn_like(p)
         if kind == "restored":
             opt.restore()
         else:
@@ -193,7 +201,7 @@ def test_launches_of_a_step(method: str, base: str, kernels: str) -> None:
 
 
 @every_base
-@every_method
+@every_member
 def test_nothing_waits_for_the_device(method: str, base: str, kernels: str) -> None:
     model, opt = make(method, base)
     batches = data(6)
@@ -295,6 +303,34 @@ def test_a_captured_step_equals_an_eager_one(method: str, base: str, flatten: bo
         ends.append((weights(model), {k: v.item() for k, v in opt.stats.items()}))
     assert_same_bits(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("method", ["aesam", "aelooksam"])
+def test_a_decision_cannot_be_captured(method: str, kernels: str) -> None:
+    model, opt = make(method, "sgd")
+    x, y = data(1)[0]
+    warmed_up(lambda: opt.step(closure_on(model, x, y)), 2)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        captured(lambda: opt.step(closure_on(model, x, y)))
+    opt.restore()
+
+
+@pytest.mark.parametrize("method", ["aesam", "aelooksam"])
+def test_a_decision_waits_for_nothing_later(method: str, kernels: str) -> None:
+    """It is there as soon as the norm is: a kernel that another stream keeps busy is not waited for."""
+    model, opt = make(method, "sgd")
+    for x, y in data(3):
+        opt.step(closure_on(model, x, y))
+    torch.cuda.synchronize()
+    closure_on(model, *data(1)[0])()
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(1_000_000_000)
+    opt.first_step()
+    assert not other.query()
+    opt.second_step()
+    other.synchronize()
 
 
 def test_a_learning_rate_on_the_device_reaches_a_graph(kernels: str) -> None:

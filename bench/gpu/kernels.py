@@ -28,6 +28,9 @@ from .run import COPY, Run, Timed
 # What a set of buffers has to be larger than, all sets together: so many caches.
 CACHES = 8
 
+# Rows of the norms behind that of the first gradient.
+LAST, DOT, G_V = 1, 2, 3
+
 # The radius of timed calls: with a real one, hundreds of ascents in a row would run away to infinity.
 STILL = 1e-9
 
@@ -49,12 +52,16 @@ class Buffers:
         n = len(self.params)
         self.flat = flat = FlatBuffers(self.params, [f"parameter {i}" for i in range(n)], [0] * n, [True] * n)
         flat.buffer("backup").normal_(0, 0.05, generator=generator)
+        flat.buffer("gradient").normal_(0, 0.01, generator=generator)
+        flat.buffer("g_v").normal_(0, 0.01, generator=generator)
         for name in ("momentum_buffer", "exp_avg_sq"):
             flat.buffer(name).uniform_(1e-5, 1e-4, generator=generator)
         # No op has both.
         flat.buffers["exp_avg"] = flat.buffers["momentum_buffer"]
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
-        self.norms = torch.zeros(2, 1, dtype=torch.float64, device=device)
+        # Of both gradients, of their product, of g_v.
+        self.norms = torch.zeros(4, 1, dtype=torch.float64, device=device)
+        self.ema = torch.tensor([0.0, 1e-10, 0.0, 0.0], dtype=torch.float64, device=device)
         self.radius = torch.tensor([[STILL, ETA]], dtype=torch.float64, device=device)
         self.values = {}
         for base, (cls, options) in BASES.items():
@@ -65,12 +72,13 @@ class Buffers:
         flat.collect(lambda name, grad: RuntimeError(f"the gradient of {name} cannot be used"))
         for row in self.norms:
             _norm(self, row[0])
-        _ascend(self)
+        self.norms[DOT] *= 0.5
+        _ascend(self, "backup")
         flat.ascended()
 
     def changed(self, name: str) -> list[Tensor]:
         """The tensors behind a name in ``Kernel.writes``."""
-        return {"params": self.params, "norms": [self.norms]}.get(name) or [self.flat.buffer(name)]
+        return {"params": self.params, "norms": [self.norms], "ema": [self.ema]}.get(name) or [self.flat.buffer(name)]
 
 
 def _norm(b: Buffers, sq: Tensor) -> None:
@@ -86,12 +94,48 @@ def _norm_scaled(b: Buffers) -> None:
     )
 
 
-def _ascend(b: Buffers, op: Callable[..., None] = ops.ascend.default) -> None:
+def _norm_ema(b: Buffers) -> None:
+    flat = b.flat
+    ops.norm_ema.default(
+        b.norms[0], flat.partials, b.ema, flat.lists[1], flat.rows, flat.blocks,
+        buffer=0, decay=0.9, coefficient=1.0, dtype=flat.dtype,
+    )  # fmt: skip
+
+
+def _dots(b: Buffers) -> None:
+    flat = b.flat
+    ops.dots.default(
+        b.norms[LAST : DOT + 1, 0], flat.partials, flat.buffer("gradient"), flat.lists[1], flat.rows, flat.blocks,
+        dtype=flat.dtype,
+    )  # fmt: skip
+
+
+def _project(b: Buffers) -> None:
+    flat = b.flat
+    ops.project.default(
+        flat.buffer("g_v"), b.norms[G_V, 0], flat.partials, flat.buffer("gradient"), flat.lists[1], flat.rows,
+        flat.blocks, b.norms[:G_V], dtype=flat.dtype,
+    )  # fmt: skip
+
+
+def _ascend(b: Buffers, *kept: str) -> None:
+    """``kept``: the buffers that it fills, of backup and gradient."""
+    flat = b.flat
+    _move(
+        b, ops.ascend.default, *(flat.buffer(name) if name in kept else flat.empty for name in ("backup", "gradient"))
+    )
+
+
+def _ascend_scaled(b: Buffers) -> None:
+    _move(b, ops.ascend_scaled.default, b.flat.buffer("backup"))
+
+
+def _move(b: Buffers, op: Callable[..., None], *kept: Tensor) -> None:
     flat = b.flat
     params, grads = flat.lists
     op(
         params,
-        flat.buffer("backup"),
+        *kept,
         b.counters,
         grads,
         flat.rows,
@@ -109,16 +153,17 @@ def _restore(b: Buffers) -> None:
     ops.restore.default(flat.lists[0], flat.buffer("backup"), flat.rows, flat.blocks, dtype=flat.dtype)
 
 
-def _sgd(b: Buffers) -> None:
-    _descend(b, ops.sgd.default, [b.flat.buffer("momentum_buffer")], b.values["sgd"])
+def _sgd(b: Buffers, mixed: bool = False) -> None:
+    _descend(b, ops.sgd.default, [b.flat.buffer("momentum_buffer")], b.values["sgd"], mixed)
 
 
-def _adam(b: Buffers) -> None:
+def _adam(b: Buffers, mixed: bool = False) -> None:
     flat = b.flat
-    _descend(b, ops.adam.default, [flat.buffer("exp_avg"), flat.buffer("exp_avg_sq"), flat.empty], b.values["adamw"])
+    state = [flat.buffer("exp_avg"), flat.buffer("exp_avg_sq"), flat.empty]
+    _descend(b, ops.adam.default, state, b.values["adamw"], mixed)
 
 
-def _descend(b: Buffers, op: Callable[..., None], state: list[Tensor], values: Tensor) -> None:
+def _descend(b: Buffers, op: Callable[..., None], state: list[Tensor], values: Tensor, mixed: bool) -> None:
     flat = b.flat
     params, grads = flat.lists
     op(
@@ -128,10 +173,13 @@ def _descend(b: Buffers, op: Callable[..., None], state: list[Tensor], values: T
         b.counters,
         grads,
         flat.buffer("backup"),
+        flat.buffer("g_v") if mixed else flat.empty,
         flat.rows,
         flat.blocks,
         values,
-        b.norms,
+        b.norms[:DOT],
+        b.norms[G_V:],
+        alpha=0.2,
         max_norm=math.inf,
         skip_nonfinite=True,
         dtype=flat.dtype,
@@ -164,14 +212,27 @@ KERNELS: dict[str, Kernel] = {
     # w, g
     "norm_scaled": Kernel(_norm_scaled, 2, 0, ("norms",)),
     # w, g -> w, backup
-    "ascend": Kernel(_ascend, 4, 0, ("params", "backup")),
-    "ascend_scaled": Kernel(lambda b: _ascend(b, ops.ascend_scaled.default), 4, 0, ("params", "backup")),
+    "ascend": Kernel(lambda b: _ascend(b, "backup"), 4, 0, ("params", "backup")),
+    "ascend_scaled": Kernel(_ascend_scaled, 4, 0, ("params", "backup")),
     # backup -> w
     "restore": Kernel(_restore, 2, 0, ("params",)),
     # backup, g, m -> w, m
     "sgd": Kernel(_sgd, 3, 2, ("params", "momentum_buffer")),
     # backup, g, m, v -> w, m, v
     "adam": Kernel(_adam, 3, 4, ("params", "exp_avg", "exp_avg_sq")),
+    # g
+    "norm_ema": Kernel(_norm_ema, 1, 0, ("norms", "ema")),
+    # w, g -> w
+    "ascend, in place": Kernel(_ascend, 3, 0, ("params",)),
+    # w, g -> w, backup, gradient
+    "ascend, gradient kept": Kernel(lambda b: _ascend(b, "backup", "gradient"), 5, 0, ("params", "backup", "gradient")),
+    # gradient, g
+    "dots": Kernel(_dots, 2, 0, ("norms",)),
+    # gradient, g -> g_v
+    "project": Kernel(_project, 2, 1, ("norms", "g_v")),
+    # backup, g, g_v, m -> w, m
+    "sgd, mixed": Kernel(lambda b: _sgd(b, True), 3, 3, ("params", "momentum_buffer")),
+    "adam, mixed": Kernel(lambda b: _adam(b, True), 3, 5, ("params", "exp_avg", "exp_avg_sq")),
 }
 
 
