@@ -1,5 +1,7 @@
 """The kinds of step that AE-SAM, LookSAM and SALR take: ours, and as a loop over parameters would do it.
 
+The loop takes the norm of the gradient for its decision and once more for the radius, and that of g_v whenever it
+needs it, as scripts do.
 Bytes are counted as in ``contenders.py``.
 """
 
@@ -91,8 +93,8 @@ class Naive(Loop):
                 ends.append(float(closure()))
             for p, w in old.items():
                 p.copy_(w)
-        for p, g in first.items():
-            p.grad = g
+            for p, g in first.items():
+                p.grad = g
         sharpness = ends[-1] - ends[BRANCH - 1]
         if sharpness > 0:
             self.history.append(sharpness)
@@ -160,14 +162,15 @@ def _naive_ae_sam(lam: float) -> Callable[[Sequence[Tensor], Base], Step]:
 def closure_over(params: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Gives the gradients that the parameters have now, and a loss that rises along them: no model in between."""
     grads = [p.grad for p in params]
-    start = params[0].detach().clone()
-    direction = grads[0]
+    smallest = min(params, key=Tensor.numel)  # so that the loss itself takes no time
+    start = smallest.detach().clone()
+    direction = smallest.grad
 
     def closure() -> Tensor:
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         with torch.no_grad():
-            return ((params[0] - start) * direction).sum()
+            return ((smallest - start) * direction).sum()
 
     return closure
 
@@ -218,6 +221,6 @@ KINDS: dict[str, Kind] = {
     ),
     # The norm 4, g_v 4.
     "LookSAM, in between": Kind(_between, _naive_between, 28),
-    # Ten norms less the shared one 36, the first move 16, the others 12 apiece, two restores 16.
-    "SALR, measuring": Kind(_salr, _naive_salr, 196),
+    # Nine norms 36, a copy of the gradient 8, the first move 16, nine others 12 apiece, two restores 16.
+    "SALR, measuring": Kind(_salr, _naive_salr, 204),
 }

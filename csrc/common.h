@@ -242,16 +242,19 @@ struct Norms {
 };
 
 // LookSAM's projection, from the products g.g, g_s.g_s and g.g_s: a row each, one column a flat buffer.
+template <class A>
 struct Projection {
-  bool go;       // every product is finite, and g is not zero
-  double along;  // <g, g_s> / ||g||^2
+  bool go;  // every product is finite, and g is not zero
+  A along;  // <g, g_s> / ||g||^2
 
   SK_INLINE Projection(const double* products, int64_t buffers) {
     const double first = sum_of_buffers(products, buffers);
     const double second = sum_of_buffers(products + buffers, buffers);
     const double product = sum_of_buffers(products + 2 * buffers, buffers);
-    go = std::isfinite(first) && std::isfinite(second) && std::isfinite(product) && first > 0;
-    along = product / first;
+    along = static_cast<A>(product / first);
+    // A quotient may leave the range of float32: not g_v's fault, which would be infinite for good.
+    go = std::isfinite(first) && std::isfinite(second) && std::isfinite(product) && first > 0 &&
+         std::isfinite(along);
   }
 };
 

@@ -219,7 +219,7 @@ class FlatBuffers:
         # once every row has what its group needs, so that a step need not look at the rows again.
         self.exposed: list[tuple[str, ...]] = [()] * len(self.params)
         self.exposed_groups: list[tuple[str, ...]] | None = None
-        self.own_exposed = False  # the algorithm's own state, of every row
+        self.own_exposed = [False] * len(self.params)  # the algorithm's own state
 
         self.slots: list[int] = []
         size = 0
@@ -423,9 +423,13 @@ class FlatBuffers:
                 self.params[i].copy_(segment)
         params = self.params
         if self._missing:
-            touched = ((self._grad_column != 0) | (self._backup_column != 0)).tolist()
-            params = [p for p, t in zip(params, touched, strict=True) if t]
+            params = [p for p, t in zip(params, self.touched(), strict=True) if t]
         torch.autograd.graph.increment_version(params)
+
+    def touched(self) -> list[bool]:
+        """Whether each parameter had a gradient in this pass, or in the one that perturbed."""
+        touched: list[bool] = ((self._grad_column != 0) | (self._backup_column != 0)).tolist()
+        return touched
 
     def finish(self) -> None:
         """After the last pass of a step: no gradient is held, no backup is in use."""
@@ -466,9 +470,13 @@ class FlatBuffers:
         """Start state afresh, for a rule to take over what the optimizer holds now. What lasts a step stays."""
         self.buffers = {name: buffer for name, buffer in self.buffers.items() if name in _SCRATCH}
         self.step = torch.zeros_like(self.step)
+        self.forget_exposed()
+
+    def forget_exposed(self) -> None:
+        """No row's state stands in the optimizer's state any more."""
         self.exposed = [()] * len(self.params)
         self.exposed_groups = None
-        self.own_exposed = False
+        self.own_exposed = [False] * len(self.params)
 
     def perturbed(self) -> list[bool]:
         """Whether the backup holds the weights, for each parameter. Waits for a device."""

@@ -131,7 +131,8 @@ class Adaptive:
         return (part * self.lambda_end if part > 0 else 0.0) + ((1 - part) * self.lambda_start if part < 1 else 0.0)
 
     def decide(self, statistics: Statistics, t: int, n: float) -> tuple[Statistics, bool]:
-        """What the kernels compute: the statistics with the squared norm n of step t, and whether the step fires.
+        """The statistics with the squared norm n of step t, and whether the step fires. This is the rule as data; in a
+        step the norm's kernel computes it on the device, and the tests hold the one to the other.
 
         An n that is not finite, or whose variance is not, changes nothing and does not fire.
         """

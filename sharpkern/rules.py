@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,13 +169,27 @@ class WrappedRule:
         """The wrapped optimizer looks at its options itself; this one it would take."""
         _refuse_differentiable(group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.optimizer is not None:
+            # Its groups and state are the outer optimizer's, which copies them itself; the rest is its own.
+            inner = object.__new__(type(self.optimizer))
+            inner.__dict__.update(self.optimizer.__dict__, state=defaultdict(dict), param_groups=[])
+            state["optimizer"] = inner
+        return state
+
+    def shares(self, outer: Optimizer) -> bool:
+        """Whether the wrapped optimizer sees ``outer``'s groups and state: the same objects."""
+        inner = self.optimizer
+        return inner is not None and inner.param_groups is outer.param_groups and inner.state is outer.state
+
     def share(self, outer: Optimizer) -> None:
-        """Make the wrapped optimizer see ``outer``'s groups and state: the same objects."""
+        """Make it see them."""
         if self.optimizer is None:
             self.optimizer = self.base(outer.param_groups, **self.kwargs)
             outer.state.update(self.optimizer.state)  # some make their state at once
         shared = {"state": outer.state, "param_groups": outer.param_groups}
-        if self.optimizer.param_groups is not outer.param_groups or self.optimizer.state is not outer.state:
+        if not self.shares(outer):
             self.optimizer.__setstate__(shared)
 
     def step(self) -> None:

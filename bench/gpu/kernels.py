@@ -224,8 +224,6 @@ KERNELS: dict[str, Kernel] = {
     "norm_ema": Kernel(_norm_ema, 1, 0, ("norms", "ema")),
     # w, g -> w
     "ascend, in place": Kernel(_ascend, 3, 0, ("params",)),
-    # w, g -> w, backup, gradient
-    "ascend, gradient kept": Kernel(lambda b: _ascend(b, "backup", "gradient"), 5, 0, ("params", "backup", "gradient")),
     # gradient, g
     "dots": Kernel(_dots, 2, 0, ("norms",)),
     # gradient, g -> g_v
@@ -233,6 +231,8 @@ KERNELS: dict[str, Kernel] = {
     # backup, g, g_v, m -> w, m
     "sgd, mixed": Kernel(lambda b: _sgd(b, True), 3, 3, ("params", "momentum_buffer")),
     "adam, mixed": Kernel(lambda b: _adam(b, True), 3, 5, ("params", "exp_avg", "exp_avg_sq")),
+    # w, g -> w, backup, gradient. The last one: dots and project want another gradient than this pass's.
+    "ascend, gradient kept": Kernel(lambda b: _ascend(b, "backup", "gradient"), 5, 0, ("params", "backup", "gradient")),
 }
 
 

@@ -87,11 +87,13 @@ void run(
       }
       T* to_g = kept_g != nullptr ? kept_g + slot : nullptr;
       const T* g = at<T>(row.grad, offset);
+      const bool stream =
+          around && (to == nullptr || streamable(to)) && (to_g == nullptr || streamable(to_g));
       const A s = static_cast<A>(radius[2 * row.group] / (norms.last + eps));
       if (scaled && row.scaled != 0) {
-        move<T, true, true, false>(w, to, nullptr, g, n, s, radius[2 * row.group + 1], around);
+        move<T, true, true, false>(w, to, nullptr, g, n, s, radius[2 * row.group + 1], stream);
       } else {
-        move_plain(w, to, to_g, g, n, s, 0, around);
+        move_plain(w, to, to_g, g, n, s, 0, stream);
       }
     });
   });

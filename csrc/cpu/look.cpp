@@ -93,18 +93,18 @@ void project(
   const Rows rows(nullptr, &grads, table, dtype);
   double* out = element(sq);
   const Reduction<1> reduction(rows, partials);
-  // In braces arguments are evaluated in order: the check comes first.
-  const Projection projection{matrix(products, 3, "products"), products.size(1)};
+  const double* matrix_of_products = matrix(products, 3, "products");
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
     const T* first = first_gradient<T>(rows, gradient, dtype);
     A* kept = buffer<A>(g_v, state_dtype(dtype), rows.extent(), "g_v");
     STD_TORCH_CHECK(kept != nullptr || rows.extent() == 0, "sharpkern: g_v is empty");
+    const Projection<A> projection(matrix_of_products, products.size(1));
     if (!projection.go) {
       return;
     }
-    const A along = static_cast<A>(projection.along);
+    const A along = projection.along;
     const bool around = stream<A>(rows);
     const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];

@@ -73,9 +73,9 @@ project_kernel(
     double* partials, double* sq) {
   using A = arithmetic_t<T>;
   bool go = false;
-  double along = 0;
+  A along = 0;
   if (threadIdx.x == 0) {
-    const Projection projection(products, buffers);
+    const Projection<A> projection(products, buffers);
     go = projection.go;
     along = projection.along;
   }
@@ -89,7 +89,7 @@ project_kernel(
           work.g_v = stretch.in(g_v);
           if (row.backup != 0) {
             work.g = stretch.in(gradient);
-            work.along = static_cast<A>(along);
+            work.along = along;
           }
           if (row.grad != 0) {
             work.g_s = stretch.at<const T>(row.grad);

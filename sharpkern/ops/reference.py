@@ -165,8 +165,8 @@ def project(
     dtype: torch.dtype,
 ) -> None:
     first, second, product = products.sum(-1)
-    go = first.isfinite() & second.isfinite() & product.isfinite() & (first > 0)
-    along = product / first
+    along = (product / first).to(g_v.dtype)  # may leave the range of float32
+    go = first.isfinite() & second.isfinite() & product.isfinite() & (first > 0) & along.isfinite()
     total = torch.zeros_like(sq)
     for grad, row in zip(grads, _rows(table, grads), strict=True):
         # A row without a gradient is looked at in memory order.
@@ -174,7 +174,7 @@ def project(
         kept = _slot(g_v, like, row)
         direction = _wide(grad) if grad.numel() else torch.zeros_like(kept)
         if row[BACKUP]:
-            direction = direction - along.to(kept.dtype) * _wide(_slot(gradient, like, row))
+            direction = direction - along * _wide(_slot(gradient, like, row))
         _keep(kept, direction, go)
         total += direction.square().sum(dtype=sq.dtype)
     _keep(sq, total, go)

@@ -64,10 +64,8 @@ class AdaptivePolicy(TwoPassOptimizer):
             dtype=home.dtype,
         )
         self._share_norms(FIRST)
-        fired = bool(self._receiver.read(self._ema[3:]))
-        if not fired:
-            self._see_grads()
-        return fired
+        self._measured_first = True
+        return bool(self._receiver.read(self._ema[3:]))
 
     def _take_state(self) -> None:
         super()._take_state()

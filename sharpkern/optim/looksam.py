@@ -56,7 +56,7 @@ class LookSAM(SAM):
     _norm_rows = 4
     _own_state = ("g_v",)
     _kept_tensors = (*SAM._kept_tensors, "_g_v_sq")
-    _kept = (*SAM._kept, "_alpha")
+    _kept = (*SAM._kept, "_alpha", "_g_v_count")
     _statistics_shapes = {**SAM._statistics_shapes, "g_v_squared_norm": ()}
 
     def __init__(
@@ -94,6 +94,7 @@ class LookSAM(SAM):
         _check_number("alpha", alpha)
         self._alpha = float(alpha)
         self._g_v_sq = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._g_v_count = 0  # parameters that have one
 
     def _kept_gradient(self, flat: FlatBuffers) -> Tensor:
         return flat.buffer("gradient")
@@ -126,12 +127,22 @@ class LookSAM(SAM):
                 norms[FIRST : DOT + 1],
                 dtype=flat.dtype,
             )
-            if flat.has_gradients and not flat.own_exposed:
-                for j, p in enumerate(flat.params):
-                    self.state[p]["g_v"] = flat.view("g_v", j)
-                flat.own_exposed = True
         self._share_norms(G_V)
+        self._expose()
         return LAST
+
+    def _expose(self) -> None:
+        """Put g_v into ``opt.state`` as views, where there may be one for the first time."""
+        for flat in self._flat:
+            if not all(flat.own_exposed):
+                for i, touched in enumerate(flat.touched()):
+                    if touched and not flat.own_exposed[i]:
+                        self.state[flat.params[i]]["g_v"] = flat.view("g_v", i)
+                        flat.own_exposed[i] = True
+        for p in self._idle:  # left out of the projection: theirs is gone
+            if "g_v" in self.state.get(p, {}):
+                del self.state[p]["g_v"]
+        self._g_v_count = sum(sum(flat.own_exposed) for flat in self._flat)
 
     def _mixed(self, flat: FlatBuffers) -> tuple[Tensor, Tensor, float]:
         if self._pending != "plain" or "g_v" not in flat.buffers:
@@ -149,24 +160,37 @@ class LookSAM(SAM):
                         f"{label} has shape {tuple(p.size())} now, its state g_v shape {tuple(value.size())}"
                     )
         super()._take_state()
-        found = False
+        taken = []
         for flat in self._flat:
             for i, p in enumerate(flat.params):
                 entry = self.state.get(p, {})
                 if "g_v" in entry:
                     entry["g_v"] = flat.view("g_v", i).copy_(entry["g_v"])
-                    found = True
+                    flat.own_exposed[i] = True
+                    taken.append(entry["g_v"])
+        # The stored norm has the bits of the run that it is of; it is not that of a part of g_v, or of another one.
+        if len(taken) != self._g_v_count:
+            self._g_v_sq = torch.zeros((), dtype=torch.float64, device="cpu")
+            for g_v in taken:
+                self._g_v_sq += g_v.double().square().sum().cpu()
+        self._g_v_count = len(taken)
         for norms in self._norms.values():
-            # In the first layout's place: only their sum is looked at.
-            norms[G_V, 0] = self._g_v_sq if found else 0.0
+            norms[G_V, 0] = self._g_v_sq  # in the first layout's place: only their sum is looked at
 
     def _keep_statistics(self) -> None:
         super()._keep_statistics()
         self._g_v_sq = self._sum_over_layouts(G_V, self._g_v_sq)
 
     def _own_statistics(self) -> dict[str, Any]:
-        return {**super()._own_statistics(), "g_v_squared_norm": self._g_v_sq.clone()}
+        return {
+            **super()._own_statistics(),
+            "g_v_squared_norm": self._g_v_sq.clone(),
+            "g_v_count": self._g_v_count,
+        }
 
     def _load_statistics(self, own: Mapping[str, Any]) -> None:
         super()._load_statistics(own)
-        self._g_v_sq = own.get("g_v_squared_norm", torch.zeros((), dtype=torch.float64, device="cpu")).clone()
+        self._g_v_count = -1  # of none: the norm is taken anew
+        if {"g_v_squared_norm", "g_v_count"} <= own.keys():
+            self._g_v_sq = own["g_v_squared_norm"].clone()
+            self._g_v_count = int(own["g_v_count"])

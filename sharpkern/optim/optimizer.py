@@ -28,6 +28,9 @@ from ..rules import FusedRule, Group, WrappedRule, make_rule
 
 FIRST, LAST = 0, 1  # rows of the norms: the pass that measures, the pass that moves
 
+# State of any algorithm of ours: one that does not know it leaves it out when it loads.
+_FAMILY_STATE = ("g_v",)
+
 _COUNTERS = ("steps", "second_passes", "skipped_steps")
 
 
@@ -91,8 +94,7 @@ class TwoPassOptimizer(Optimizer):
         self._reset()
         super().__init__(params, {**self._rule.defaults, **own})
         _warn_half(self.param_groups)
-        if isinstance(self._rule, WrappedRule):
-            self._rule.share(self)
+        self._share()
         if self._flatten:
             self._lay_out()
 
@@ -107,8 +109,10 @@ class TwoPassOptimizer(Optimizer):
         self._scaled_for: tuple[Any, ...] = ()
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._pending: str | None = None
-        # Gradients whose norm is in the row FIRST, and their versions then: it is theirs still, unless they changed.
-        self._seen_grads: list[tuple[list[Tensor], list[int]]] = []
+        # Whether the row FIRST holds the norm of this step's first gradients, although they do not perturb; and
+        # whether nobody can have changed them since, so that it is that of the last ones, too.
+        self._measured_first = False
+        self._unchanged = False
         self._frozen: ExitStack | None = None
 
     # What an algorithm says.
@@ -315,8 +319,17 @@ class TwoPassOptimizer(Optimizer):
         elif self._pending is None and self._seen_state != self._state_key() and self._owns_state:
             self._keep_statistics()
             self._take_state()
-        if isinstance(self._rule, WrappedRule):
-            self._rule.share(self)
+        elif self._pending is not None and self._seen_state != self._state_key():
+            for flat in self._flat:  # cleared between two passes: the views come back with the step
+                flat.forget_exposed()
+        self._share()
+
+    def _share(self) -> None:
+        """Let a wrapped optimizer have our groups and its state."""
+        if isinstance(self._rule, WrappedRule) and not self._rule.shares(self):
+            with ExitStack() as stack:
+                self._hide_own_state(stack)
+                self._rule.share(self)
 
     # Passes.
 
@@ -358,6 +371,9 @@ class TwoPassOptimizer(Optimizer):
     def first_step(self, zero_grad: bool = False) -> bool:
         """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
 
+        When it returns False the gradients may still be changed (clipped, averaged) before ``second_step``, which
+        measures them once more.
+
         Args:
             zero_grad: reset the gradients afterwards, when a second backward is wanted.
 
@@ -398,17 +414,6 @@ class TwoPassOptimizer(Optimizer):
         for i, flat in enumerate(self._flat):
             self._measure(flat, self._norms[flat.device][FIRST, i])
         self._share_norms(FIRST)
-
-    def _see_grads(self) -> None:
-        """Note the gradients that were just measured."""
-        self._seen_grads = [(flat.grads, [grad._version for grad in flat.grads]) for flat in self._flat]
-
-    def _are_seen(self) -> bool:
-        """Whether the gradients that were just collected are the noted ones, and have not been written to."""
-        return len(self._seen_grads) == len(self._flat) and all(
-            all(map(operator.is_, flat.grads, grads)) and [grad._version for grad in flat.grads] == versions
-            for flat, (grads, versions) in zip(self._flat, self._seen_grads, strict=True)
-        )
 
     def second_step(self, zero_grad: bool = False) -> None:
         """After the second backward: the base update, from the unperturbed weights. Runs through ``step()``.
@@ -453,6 +458,8 @@ class TwoPassOptimizer(Optimizer):
         try:
             if self.first_step(zero_grad=True):
                 evaluate()
+            else:
+                self._unchanged = self._measured_first
             with torch.no_grad():
                 self._last_pass()
         except BaseException:
@@ -474,7 +481,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _measure_last(self) -> int:
         """Measure the gradient that the rule takes, where anybody asks. Returns its row of the norms."""
-        if self._are_seen():
+        if self._unchanged:
             return FIRST
         if self._skip_nonfinite or not math.isinf(self._max_norm) or any(self._mixed(f)[2] for f in self._flat):
             for i, flat in enumerate(self._flat):
@@ -527,7 +534,7 @@ class TwoPassOptimizer(Optimizer):
                 if grads and not math.isinf(self._max_norm):
                     clip = (self._max_norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
                     torch._foreach_mul_(grads, clip.to(flat.dtype))
-            self._borrow_groups(stack)
+            self._lend_groups(stack)
             rule.step()
         self._seen_state = self._state_key()
 
@@ -536,24 +543,28 @@ class TwoPassOptimizer(Optimizer):
         for i, p in enumerate(flat.params):
             grad = p.grad
             if grad is not None:
-                p.grad = (grad + factor.to(flat.state_dtype) * flat.view("g_v", i)).to(grad.dtype)
                 stack.callback(setattr, p, "grad", grad)
+                p.grad = (grad + factor.to(flat.state_dtype) * flat.view("g_v", i)).to(grad.dtype)
 
-    def _borrow_groups(self, stack: ExitStack) -> None:
+    def _lend_groups(self, stack: ExitStack) -> None:
         """Show a wrapped optimizer this step's learning rates, and no state but its own, until the stack closes."""
         for group in self.param_groups:
             lr = self._effective_lr(group) if "lr" in group else None
             if lr is not None and lr is not group["lr"]:
-                stack.callback(group.__setitem__, "lr", group["lr"])
+                stack.callback(_take_back_lr, group, group["lr"], lr)
                 group["lr"] = lr
+        self._hide_own_state(stack)
+
+    def _hide_own_state(self, stack: ExitStack) -> None:
+        # Some make their state when a parameter has none, and look for it when there is any.
         for name in self._own_state:
             for p in [p for p, entry in self.state.items() if name in entry]:
-                # Some make their state when there is none at all.
-                stack.callback(self._give_back, p, name, self.state[p].pop(name))
+                stack.callback(self._show_own_state, p, name, self.state[p][name])
+                del self.state[p][name]
                 if not self.state[p]:
                     del self.state[p]
 
-    def _give_back(self, p: Tensor, name: str, value: Tensor) -> None:
+    def _show_own_state(self, p: Tensor, name: str, value: Tensor) -> None:
         self.state[p][name] = value
 
     def _restore_weights(self) -> None:
@@ -572,7 +583,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _finish(self) -> None:
         self._pending = None
-        self._seen_grads = []
+        self._measured_first = self._unchanged = False
         for flat in self._flat:
             flat.finish()
         self._thaw()
@@ -726,6 +737,8 @@ class TwoPassOptimizer(Optimizer):
                     or any(n not in (None, size) for n, size in zip(shape, value.size(), strict=True))
                 ):
                     raise ValueError(f"loaded state dict has {key} {value!r}, expected a tensor of shape {shape}")
+            if own["counters"].dtype != torch.int64:
+                raise ValueError(f"loaded state dict has counters of {own['counters'].dtype}, expected torch.int64")
         self._loading = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -746,6 +759,12 @@ class TwoPassOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     kept = isinstance(self._rule, FusedRule) or key in ("step", *self._own_state)
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
+        for p in [p for p, entry in state["state"].items() if any(n in entry for n in _FAMILY_STATE)]:
+            for name in _FAMILY_STATE:
+                if name not in self._own_state:
+                    state["state"][p].pop(name, None)
+            if not state["state"][p]:
+                del state["state"][p]
         own = loading.get("sharpkern")
         if own is None:
             self._keep_statistics()
@@ -754,10 +773,9 @@ class TwoPassOptimizer(Optimizer):
             self._measured = own["squared_norm"].clone()
             self._plain_steps = own.get("plain_steps", 0)
             self._t = own.get("t", int(self._counters[0]) + self._plain_steps)
-            self._load_statistics(own)
+        self._load_statistics(own or {})
         super().__setstate__(state)
-        if isinstance(self._rule, WrappedRule):
-            self._rule.share(self)
+        self._share()
         if self._laid_out and all(flat.attached() for flat in self._flat):
             self._take_state()
         else:
@@ -791,6 +809,14 @@ class TwoPassOptimizer(Optimizer):
         state.update({name: getattr(self, name) for name in self._kept})
         state.update({name: getattr(self, name).clone() for name in self._kept_tensors})
         return state
+
+
+def _take_back_lr(group: Group, lr: Any, lent: Any) -> None:
+    """A wrapped optimizer may have changed the lent learning rate: by the same factor, then."""
+    if group["lr"] is lent:
+        group["lr"] = lr
+    elif lent != 0:
+        group["lr"] = group["lr"] * (lr / lent)
 
 
 def _cloned(entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import numbers
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,8 +37,10 @@ class SALR(TwoPassOptimizer):
     A measurement takes ``n_ascent + n_descent`` forward and backward passes more; the gradient at w is shared by both
     branches and by the training step. Models with dropout draw anew in every pass, which S measures along.
 
-    It is stepped by a closure only, which is called in every pass: ``first_step`` and ``second_step`` raise. S is the
-    only number that the host reads, once a measurement.
+    With ``maximize`` in the first group S is that of the loss with its sign turned.
+
+    It is stepped by a closure only, which returns the loss and is called in every pass: ``first_step`` and
+    ``second_step`` raise. S is the only number that the host reads, once a measurement.
 
     SAM as the base is refused. S is measured at w and scales a step along the gradient at w; SAM steps along another
     one, and already seeks out a small S. Nobody has published the combination, so there is no recursion to be true to.
@@ -52,8 +53,9 @@ class SALR(TwoPassOptimizer):
         every: one step in so many measures, the first one included.
         perturb_eps: added to the norm of a branch's gradient, against division by zero.
         model, max_grad_norm, flatten: as in :class:`sharpkern.SAM`.
-        skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing, the history
-            included, and is counted in ``stats["skipped_steps"]``.
+        skip_nonfinite: a step that meets an infinite or NaN gradient in a pass whose gradient is followed (all but
+            the ends of the branches) changes nothing, the history included, and is counted in
+            ``stats["skipped_steps"]``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -139,13 +141,13 @@ class SALR(TwoPassOptimizer):
                 self._ready()
                 self._collect()
                 self._measure_first()
-                self._see_grads()
                 skip, sharpness = False, math.nan
                 if self._t % self._every == 0 and any(flat.has_gradients for flat in self._flat):
                     grads = self._set_aside()
                     sharpness, finite = self._explore(evaluate, grads)
                     skip = self._skip_nonfinite and not finite
                 self._pending = "plain"
+                self._unchanged = True  # the row FIRST is still theirs
                 self._t += 1
                 self._plain_steps += 1
                 if skip:
@@ -232,9 +234,11 @@ class SALR(TwoPassOptimizer):
         torch.clear_autocast_cache()
 
     def _set_aside(self) -> dict[Tensor, Tensor]:
-        """The gradients at w; other passes do not write to them."""
+        """The gradients at w. Copies: a closure may have its gradients written to the same memory in every pass."""
         grads = {p: p.grad for flat in self._flat for p in flat.params if p.grad is not None}
-        return {p: grad.clone() for p, grad in grads.items()} if self._flatten else grads
+        copies = [torch.empty_like(grad) for grad in grads.values()]
+        torch._foreach_copy_(copies, list(grads.values()))
+        return dict(zip(grads, copies, strict=True))
 
     def _bring_back(self, grads: Mapping[Tensor, Tensor]) -> None:
         if not grads:
@@ -250,7 +254,9 @@ class SALR(TwoPassOptimizer):
         if math.isfinite(sharpness) and sharpness > 0:
             bisect.insort(self._history, sharpness)
             self._sharpness = sharpness
-            self._lr_scale = sharpness / statistics.median(self._history)
+            # The mean of the middle two, or twice the middle one.
+            last = len(self._history) - 1
+            self._lr_scale = sharpness / ((self._history[last // 2] + self._history[(last + 1) // 2]) / 2)
 
     def _effective_lr(self, group: Group) -> Any:
         return group["lr"] if self._lr_scale == 1.0 else group["lr"] * self._lr_scale
@@ -262,6 +268,14 @@ class SALR(TwoPassOptimizer):
             "sharpness": torch.tensor(self._sharpness, dtype=torch.float64, device="cpu"),
             "lr_scale": torch.tensor(self._lr_scale, dtype=torch.float64, device="cpu"),
         }
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        super()._check_loaded(state_dict)
+        keys = {"history", "sharpness", "lr_scale"}
+        found = keys & (state_dict.get("sharpkern") or {}).keys()
+        if found and found != keys:
+            self._loading = None
+            raise ValueError(f"loaded state dict has {sorted(found)} of SALR's {sorted(keys)} only")
 
     def _load_statistics(self, own: Mapping[str, Any]) -> None:
         super()._load_statistics(own)
@@ -278,8 +292,8 @@ class SALR(TwoPassOptimizer):
         like = stats["grad_norm"]
         return {
             **stats,
-            "sharpness": torch.tensor(self._sharpness, dtype=like.dtype, device=like.device),
-            "lr_scale": torch.tensor(self._lr_scale, dtype=like.dtype, device=like.device),
+            "sharpness": torch.full((), self._sharpness, dtype=like.dtype, device=like.device),
+            "lr_scale": torch.full((), self._lr_scale, dtype=like.dtype, device=like.device),
         }
 
 

@@ -85,10 +85,11 @@ class SAM(TwoPassOptimizer):
             raise TypeError(f"adaptive should be a bool, but got {group['adaptive']!r}")
 
     def _is_scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
-        return bool(group.get("adaptive", False))
+        # A loaded group may have the key where the class does not have the option.
+        return "adaptive" in self.defaults and bool(group["adaptive"])
 
     def _scaled_key(self) -> tuple[Any, ...]:
-        return tuple(group.get("adaptive", False) for group in self.param_groups)
+        return tuple("adaptive" in self.defaults and group["adaptive"] for group in self.param_groups)
 
     def _eta(self, group: Group) -> float:
         """T_w = abs(w) + eta on scaled tensors."""

@@ -107,8 +107,9 @@ def project_kernel(
     second_sq = sum_buffers(products + n_buffers, n_buffers)
     product = sum_buffers(products + 2 * n_buffers, n_buffers)
     finite = (first_sq < float("inf")) & (second_sq < float("inf")) & (tl.abs(product) < float("inf"))
-    go = finite & (first_sq > 0)
     along = (product / first_sq).to(A)
+    # A quotient may leave the range of float32.
+    go = finite & (first_sq > 0) & (tl.abs(along) < float("inf"))
     sums = tl.zeros((BLOCK,), A)
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
