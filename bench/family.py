@@ -120,7 +120,13 @@ def _make(cls: Any, params: Sequence[Tensor], base: Base, **own: Any) -> Any:
 
 def _ae_sam(lam: float) -> Callable[[Sequence[Tensor], Base], Step]:
     own = {"rho": RHO["sam"], "total_steps": 10**6, "lambda_start": lam, "lambda_end": lam, "decay": DECAY}
-    return lambda params, base: _two_passes(_make(sharpkern.AESAM, params, base, **own))
+
+    def make(params: Sequence[Tensor], base: Base) -> Step:
+        # By a closure: by hand a plain step has to measure the gradient once more.
+        closure, optimizer = closure_over(params), _make(sharpkern.AESAM, params, base, **own)
+        return lambda: optimizer.step(closure)
+
+    return make
 
 
 def _look_sam(params: Sequence[Tensor], base: Base, k: int = 1) -> Any:
