@@ -44,10 +44,19 @@ def test_optimizers(library: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("file", ["test_stepping.py", "test_moves.py", "test_checkpoint.py"])
-def test_steps_as_on_a_device(library: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        *(
+            (file, "not reference and not triton")
+            for file in ("test_stepping.py", "test_moves.py", "test_checkpoint.py")
+        ),
+        ("test_family.py", "cpp"),
+    ],
+)
+def test_steps_as_on_a_device(library: Path, file: str, chosen: str) -> None:
     """Tables go up, and marks come from the kernels."""
-    pytest_through(library, f"tests/{file}", "-k", "not reference and not triton", SHARPKERN_TEST_REMOTE="1")
+    pytest_through(library, f"tests/{file}", "-k", chosen, SHARPKERN_TEST_REMOTE="1")
 
 
 def test_what_is_particular_to_a_device(library: Path) -> None:
