@@ -110,7 +110,7 @@ class TwoPassOptimizer(Optimizer):
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._pending: str | None = None
         # Whether the row FIRST holds the norm of this step's first gradients, although they do not perturb; and
-        # whether nobody can have changed them since, so that it is that of the last ones, too.
+        # whether nobody comes in between, so that the gradients of the first pass are those of the last one.
         self._measured_first = False
         self._unchanged = False
         self._frozen: ExitStack | None = None
@@ -392,7 +392,7 @@ class TwoPassOptimizer(Optimizer):
             self._pending = "plain"
             self._t += 1
             self._plain_steps += 1
-            for flat in self._flat:
+            for flat in self._flat if not self._unchanged else ():
                 flat.grads = []
             return False
         # Before anything moves: an interrupt may come right after a kernel, and restore() must know then.
@@ -456,10 +456,10 @@ class TwoPassOptimizer(Optimizer):
         self.zero_grad()
         loss = evaluate()
         try:
+            self._unchanged = True
             if self.first_step(zero_grad=True):
+                self._unchanged = False
                 evaluate()
-            else:
-                self._unchanged = self._measured_first
             with torch.no_grad():
                 self._last_pass()
         except BaseException:
@@ -469,8 +469,9 @@ class TwoPassOptimizer(Optimizer):
 
     def _last_pass(self) -> None:
         """The base update with the gradients that lie there now, from the backup where there is one."""
-        self._ready()
-        self._collect()
+        if not self._unchanged:
+            self._ready()
+            self._collect()
         row = self._measure_last()
         first = FIRST if self.is_perturbed and self._skip_nonfinite else row
         if isinstance(self._rule, FusedRule):
@@ -481,7 +482,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _measure_last(self) -> int:
         """Measure the gradient that the rule takes, where anybody asks. Returns its row of the norms."""
-        if self._unchanged:
+        if self._unchanged and self._measured_first:
             return FIRST
         if self._skip_nonfinite or not math.isinf(self._max_norm) or any(self._mixed(f)[2] for f in self._flat):
             for i, flat in enumerate(self._flat):

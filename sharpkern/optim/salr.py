@@ -146,8 +146,10 @@ class SALR(TwoPassOptimizer):
                     grads = self._set_aside()
                     sharpness, finite = self._explore(evaluate, grads)
                     skip = self._skip_nonfinite and not finite
+                    self._ready()
+                    self._collect()
                 self._pending = "plain"
-                self._unchanged = True  # the row FIRST is still theirs
+                self._unchanged = self._measured_first = True
                 self._t += 1
                 self._plain_steps += 1
                 if skip:
