@@ -43,12 +43,28 @@ SK_INLINE A orthogonal(A g_s, A g, A along) {
   return g_s - along * g;
 }
 
-// LookSAM between two refreshes: how much of g_v goes into the gradient, alpha ||g|| / ||g_v||. A norm up to
-// this is none; schema.py has its twin.
-constexpr double kGVMin = 1e-12;
+// A direction with a norm up to this is none; schema.py has its twin.
+constexpr double kNormMin = 1e-12;
 
-SK_INLINE double mix_factor(double norm, double g_v_norm, double alpha) {
-  return g_v_norm > kGVMin ? alpha * (norm / g_v_norm) : 0.0;
+// x / y, or sqrt(x) / sqrt(y), of two squared norms or products; 0 where there is nothing to divide by.
+SK_INLINE double quotient(double x, double y, bool root) {
+  const double norm = std::sqrt(y);
+  if (!(norm > kNormMin)) {
+    return 0;
+  }
+  return root ? std::sqrt(x) / norm : x / y;
+}
+
+// constant + slope q. A slope of 0 takes no q: 0 * inf would be NaN.
+SK_INLINE double on_line(double constant, double slope, double q) {
+  return slope == 0 ? constant : constant + slope * q;
+}
+
+// The direction of a base rule before clipping: a g + b v. Written so that with a = 1 a fused multiply-add
+// takes b v, and a g is exact.
+template <class A>
+SK_INLINE A combined(A g, A v, A a, A b) {
+  return b * v + a * g;
 }
 
 // Columns of AE-SAM's statistics; schema.py names them.
