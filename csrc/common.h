@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "math.h"
@@ -78,43 +79,24 @@ inline ScalarType state_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The table's rows, with the addresses of the lists where lists were handed over: only the table's
-// own addresses are right when the lists are empty, only the lists' when a tracer has swapped them.
+// Lists of tensors are for the reference.
+template <class... List>
+void check_no_lists(const List&... lists) {
+  STD_TORCH_CHECK(
+      (lists.empty() && ...),
+      "sharpkern: this backend reads addresses from the table; lists are for the reference");
+}
+
+// The table's rows, where the host can read them.
 class Rows {
  public:
-  Rows(const Tensors* params, const Tensors* grads, const Tensor& table, ScalarType dtype) {
+  explicit Rows(const Tensor& table) {
     STD_TORCH_CHECK(
         table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(1) == kColumns &&
             table.is_contiguous(),
         "sharpkern: table should be a contiguous int64 tensor of ", kColumns, " columns");
     begin_ = static_cast<const Row*>(table.const_data_ptr());
     size_ = table.size(0);
-    const bool has_params = params != nullptr && !params->empty();
-    const bool has_grads = grads != nullptr && !grads->empty();
-    if (!has_params && !has_grads) {
-      return;
-    }
-    copy_.assign(begin_, begin_ + size_);
-    if (has_params) {
-      check_list(*params, dtype, "params");
-      for (int64_t i = 0; i < size_; ++i) {
-        STD_TORCH_CHECK(
-            (*params)[i].numel() == copy_[i].numel, "sharpkern: params[", i, "] has ", (*params)[i].numel(),
-            " elements, its table row ", copy_[i].numel);
-        copy_[i].param = reinterpret_cast<int64_t>((*params)[i].mutable_data_ptr());
-      }
-    }
-    if (has_grads) {
-      check_list(*grads, dtype, "grads");
-      for (int64_t i = 0; i < size_; ++i) {
-        const int64_t numel = (*grads)[i].numel();
-        STD_TORCH_CHECK(
-            numel == copy_[i].numel || numel == 0, "sharpkern: grads[", i, "] has ", numel,
-            " elements, its table row ", copy_[i].numel);
-        copy_[i].grad = numel == 0 ? 0 : reinterpret_cast<int64_t>((*grads)[i].const_data_ptr());
-      }
-    }
-    begin_ = copy_.data();
   }
 
   const Row* begin() const { return begin_; }
@@ -126,20 +108,8 @@ class Rows {
   int64_t extent() const { return size_ == 0 ? 0 : begin_[size_ - 1].slot + begin_[size_ - 1].numel; }
 
  private:
-  void check_list(const Tensors& list, ScalarType dtype, const char* name) const {
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(list.size()) == size_, "sharpkern: ", name, " has ", list.size(),
-        " tensors, the table ", size_, " rows");
-    for (const Tensor& t : list) {
-      STD_TORCH_CHECK(
-          t.scalar_type() == dtype, "sharpkern: ", name, " should be ", torch::headeronly::toString(dtype),
-          ", found ", torch::headeronly::toString(t.scalar_type()));
-    }
-  }
-
-  std::vector<Row> copy_;
-  const Row* begin_ = nullptr;
-  int64_t size_ = 0;
+  const Row* begin_;
+  int64_t size_;
 };
 
 // A flat buffer's first element, after a check of its dtype and length. Empty buffers are for
@@ -183,6 +153,14 @@ inline const double* matrix(const Tensor& t, int64_t rows, const char* name) {
   return static_cast<const double*>(t.const_data_ptr());
 }
 
+// A float64 vector, one element a flat buffer.
+inline double* vector(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Double && t.dim() == 1 && t.is_contiguous(), "sharpkern: ", name,
+      " should be a contiguous float64 vector");
+  return static_cast<double*>(t.mutable_data_ptr());
+}
+
 // Where one sum goes.
 inline double* element(const Tensor& sq) {
   STD_TORCH_CHECK(
@@ -199,28 +177,94 @@ SK_INLINE double sum_of_buffers(const double* x, int64_t buffers) {
   return sum;
 }
 
-// norm_ema's: the squared norms of all buffers, and AE-SAM's statistics of their sum.
-struct EmaArguments {
-  double* sq;
-  double* ema;
+// Where a norm goes: its element of the squared norms of all flat buffers, and AE-SAM's statistics of their
+// sum.
+struct NormOutput {
+  double* sq;  // [buffers]
   int64_t buffers;
+  int64_t index;  // of the buffer that is measured
+  double* ema;    // null: no statistics are kept
+  double decay;
+  double coefficient;
 
-  EmaArguments(const Tensor& squares, const Tensor& statistics, int64_t index) {
+  NormOutput(const Tensor& squares, const Tensor& statistics, int64_t index, double decay, double coefficient)
+      : sq(vector(squares, "sq")),
+        buffers(squares.numel()),
+        index(index),
+        ema(nullptr),
+        decay(decay),
+        coefficient(coefficient) {
     STD_TORCH_CHECK(
-        squares.scalar_type() == ScalarType::Double && squares.dim() == 1 && squares.is_contiguous(),
-        "sharpkern: sq should be a contiguous float64 vector");
-    STD_TORCH_CHECK(
-        0 <= index && index < squares.numel(), "sharpkern: buffer should be an index of sq, which has ",
-        squares.numel(), " elements, found ", index);
+        0 <= index && index < buffers, "sharpkern: buffer should be an index of sq, which has ", buffers,
+        " elements, found ", index);
+    if (statistics.numel() == 0) {
+      return;
+    }
     STD_TORCH_CHECK(
         statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
             statistics.numel() == kEmaValues,
         "sharpkern: ema should be ", int64_t{kEmaValues}, " contiguous float64 elements");
-    sq = static_cast<double*>(squares.mutable_data_ptr());
     ema = static_cast<double*>(statistics.mutable_data_ptr());
-    buffers = squares.numel();
+  }
+
+  // By one thread, once a call.
+  SK_INLINE void write(double squared) const {
+    sq[index] = squared;
+    if (ema != nullptr) {
+      update_ema(ema, sum_of_buffers(sq, buffers), decay, coefficient);
+    }
   }
 };
+
+// mix's arguments: the line that each coefficient lies on, over a quotient of two sums.
+struct Mixture {
+  double* coefficients;  // [2]
+  const double* numerator;
+  int64_t numerators;  // elements: flat buffers
+  const double* denominator;
+  int64_t denominators;
+  double constant[2];
+  double slope[2];
+  bool root;
+
+  Mixture(
+      const Tensor& to, const Tensor& x, const Tensor& y, const std::vector<double>& constants,
+      const std::vector<double>& slopes, bool root)
+      : coefficients(vector(to, "coefficients")),
+        numerator(vector(x, "numerator")),
+        numerators(x.numel()),
+        denominator(vector(y, "denominator")),
+        denominators(y.numel()),
+        root(root) {
+    STD_TORCH_CHECK(to.numel() == 2, "sharpkern: coefficients should be 2 elements, found ", to.numel());
+    STD_TORCH_CHECK(
+        constants.size() == 2 && slopes.size() == 2,
+        "sharpkern: constant and slope should be two numbers each");
+    std::copy(constants.begin(), constants.end(), constant);
+    std::copy(slopes.begin(), slopes.end(), slope);
+  }
+
+  SK_INLINE void write() const {
+    const double q =
+        quotient(sum_of_buffers(numerator, numerators), sum_of_buffers(denominator, denominators), root);
+    for (int i = 0; i < 2; ++i) {
+      coefficients[i] = on_line(constant[i], slope[i], q);
+    }
+  }
+};
+
+// The coefficients of a rule's gradient on their way to it: [a, b], or null for 1 and 0.
+inline const double* direction_coefficients(const Tensor& coefficients, const Tensor& direction) {
+  if (coefficients.numel() == 0) {
+    STD_TORCH_CHECK(direction.numel() == 0, "sharpkern: coefficients should be there for a direction");
+    return nullptr;
+  }
+  STD_TORCH_CHECK(
+      coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous() &&
+          coefficients.numel() == 2,
+      "sharpkern: coefficients should be two contiguous float64 elements");
+  return static_cast<const double*>(coefficients.const_data_ptr());
+}
 
 // The squared norms of the passes of a step: one row a pass, one column a flat buffer.
 struct Norms {

@@ -43,12 +43,28 @@ SK_INLINE A orthogonal(A g_s, A g, A along) {
   return g_s - along * g;
 }
 
-// LookSAM between two refreshes: how much of g_v goes into the gradient, alpha ||g|| / ||g_v||. A norm up to
-// this is none; schema.py has its twin.
-constexpr double kGVMin = 1e-12;
+// A direction with a norm up to this is none; schema.py has its twin.
+constexpr double kNormMin = 1e-12;
 
-SK_INLINE double mix_factor(double norm, double g_v_norm, double alpha) {
-  return g_v_norm > kGVMin ? alpha * (norm / g_v_norm) : 0.0;
+// x / y, or sqrt(x) / sqrt(y), of two squared norms or products; 0 where there is nothing to divide by.
+SK_INLINE double quotient(double x, double y, bool root) {
+  const double norm = std::sqrt(y);
+  if (!(norm > kNormMin)) {
+    return 0;
+  }
+  return root ? std::sqrt(x) / norm : x / y;
+}
+
+// constant + slope q. A slope of 0 takes no q: 0 * inf would be NaN.
+SK_INLINE double on_line(double constant, double slope, double q) {
+  return slope == 0 ? constant : constant + slope * q;
+}
+
+// The direction of a base rule before clipping: a g + b v. Written so that with a = 1 a fused multiply-add
+// takes b v, and a g is exact.
+template <class A>
+SK_INLINE A combined(A g, A v, A a, A b) {
+  return b * v + a * g;
 }
 
 // Columns of AE-SAM's statistics; schema.py names them.
@@ -77,7 +93,7 @@ template <class A>
 struct SgdCoefficients {
   A lr;
   A weight_decay;
-  A gradient;       // +clip, or -clip when maximizing
+  A gradient;       // +scale, or -scale when maximizing
   A momentum;       // 0 on the first step: the buffer becomes the raw gradient
   A intake;         // 1 - dampening, 1 on the first step
   A from_gradient;  // nesterov: 1 and momentum; else 0 and 1
@@ -95,14 +111,15 @@ enum SgdValue : int64_t {
   kSgdValues
 };
 
-// From a group's values, whether the row steps for the first time, and the clip factor.
+// From a group's values, whether the row steps for the first time, and the factor of its gradient: clip, or
+// clip a.
 template <class A>
-SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, double clip) {
+SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, double scale) {
   const bool nesterov = v[kSgdNesterov] != 0;
   SgdCoefficients<A> c;
   c.lr = v[kSgdLr];
   c.weight_decay = v[kSgdWeightDecay];
-  c.gradient = v[kSgdMaximize] != 0 ? -clip : clip;
+  c.gradient = v[kSgdMaximize] != 0 ? -scale : scale;
   c.momentum = first ? 0 : v[kSgdMomentum];
   c.intake = first ? 1 : 1 - v[kSgdDampening];
   c.from_gradient = nesterov ? 1 : 0;
@@ -126,7 +143,7 @@ SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
 
 template <class A>
 struct AdamCoefficients {
-  A gradient;      // +clip, or -clip when maximizing
+  A gradient;      // +scale, or -scale when maximizing
   A shrink;        // AdamW: 1 - lr weight_decay; Adam: 1
   A weight_decay;  // Adam: added to the gradient; AdamW: 0
   A one_minus_beta1;
@@ -149,12 +166,12 @@ enum AdamValue : int64_t {
   kAdamValues
 };
 
-// From a group's values, the row's steps with this one, and the clip factor.
+// From a group's values, the row's steps with this one, and the factor of its gradient: clip, or clip a.
 template <class A>
-SK_INLINE AdamCoefficients<A> adam_coefficients(const double* v, double t, double clip) {
+SK_INLINE AdamCoefficients<A> adam_coefficients(const double* v, double t, double scale) {
   const bool decoupled = v[kAdamDecoupled] != 0;
   AdamCoefficients<A> c;
-  c.gradient = v[kAdamMaximize] != 0 ? -clip : clip;
+  c.gradient = v[kAdamMaximize] != 0 ? -scale : scale;
   c.shrink = decoupled ? 1 - v[kAdamLr] * v[kAdamWeightDecay] : 1;
   c.weight_decay = decoupled ? 0 : v[kAdamWeightDecay];
   c.one_minus_beta1 = 1 - v[kAdamBeta1];

@@ -1,8 +1,8 @@
 // Adam and AdamW from the backup or in place (the decay's form is a value of the group):
-// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
+// d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
-// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more,
-// g_v mixed into g 4 more.
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more, a direction 4
+// more.
 #include "descend.h"
 
 namespace sharpkern::cpu {
@@ -32,11 +32,13 @@ SK_CLONES void update(
 
 void adam_step(
     Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
-    Tensors grads, Tensor backup, Tensor g_v, Tensor table, Tensor, Tensor group_values, Tensor sq,
-    Tensor g_v_sq, double alpha, double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  const Rows rows(&params, &grads, table, dtype);
+    Tensors grads, Tensor backup, Tensor direction, Tensor table, Tensor, Tensor group_values, Tensor sq,
+    Tensor coefficients, double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  check_no_lists(params, grads);
+  const Rows rows(table);
   const double* groups = values(group_values, rows, kAdamValues, "values");
-  const Descent descent(rows, step, counters, backup, g_v, sq, g_v_sq, alpha, max_norm, skip_nonfinite);
+  const Descent descent(
+      rows, step, counters, backup, direction, coefficients, Norms(sq), max_norm, skip_nonfinite);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
@@ -54,7 +56,7 @@ void adam_step(
         dtype,
         [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* x = groups + rows[i].group * kAdamValues;
-          const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.clip);
+          const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.scale);
           if (x[kAdamAmsgrad] != 0) {
             update<true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
           } else {

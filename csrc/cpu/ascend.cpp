@@ -24,20 +24,20 @@ SK_CLONES void move(
     bool stream) {
   int64_t i = 0;
   if (stream) {
-    for (; i + kBlock <= n; i += kBlock) {
-      alignas(64) T kept[kBlock];
-      alignas(64) T kept_g[kBlock];
+    for (; i + kBurst <= n; i += kBurst) {
+      alignas(64) T kept[kBurst];
+      alignas(64) T kept_g[kBurst];
 #pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t j = 0; j < kBurst; ++j) {
         kept[j] = w[i + j];
         kept_g[j] = g[i + j];
         w[i + j] = perturbed<T, kScaled>(kept[j], kept_g[j], s, eta);
       }
       if constexpr (kBackup) {
-        stream_block(backup + i, kept);
+        stream_burst(backup + i, kept);
       }
       if constexpr (kGradient) {
-        stream_block(gradient + i, kept_g);
+        stream_burst(gradient + i, kept_g);
       }
     }
     stream_end();
@@ -114,7 +114,8 @@ void run(
 void ascend(
     Tensors params, Tensor backup, Tensor gradient, Tensor counters, Tensors grads, Tensor table, Tensor,
     Tensor radius, Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
-  const Rows rows(&params, &grads, table, dtype);
+  check_no_lists(params, grads);
+  const Rows rows(table);
   run(rows, backup, &gradient, counters, table, values(radius, rows, 2, "radius"), sq, false, eps,
       skip_nonfinite, dtype);
 }
@@ -122,7 +123,8 @@ void ascend(
 void ascend_scaled(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
     Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
-  const Rows rows(&params, &grads, table, dtype);
+  check_no_lists(params, grads);
+  const Rows rows(table);
   run(rows, backup, nullptr, counters, table, values(radius, rows, 2, "radius"), sq, true, eps,
       skip_nonfinite, dtype);
 }

@@ -6,21 +6,23 @@
 
 namespace sharpkern::cpu {
 
-// The gradient that a rule steps along.
+// g, the gradient of the pass.
 template <class T>
 struct Plain {
   const T* g;
   SK_INLINE arithmetic_t<T> operator[](int64_t i) const { return static_cast<arithmetic_t<T>>(g[i]); }
 };
 
-// g + factor g_v: 4 bytes a parameter more.
-template <class T>
+// a g + b v, with v of the parameters' or of the state's dtype: as many bytes more.
+template <class T, class V>
 struct Mixed {
+  using A = arithmetic_t<T>;
   const T* g;
-  const arithmetic_t<T>* g_v;
-  arithmetic_t<T> factor;
-  SK_INLINE arithmetic_t<T> operator[](int64_t i) const {
-    return static_cast<arithmetic_t<T>>(g[i]) + factor * g_v[i];
+  const V* v;
+  A a;
+  A b;
+  SK_INLINE A operator[](int64_t i) const {
+    return combined(static_cast<A>(g[i]), static_cast<A>(v[i]), a, b);
   }
 };
 
@@ -29,30 +31,26 @@ struct Descent {
   const Rows& rows;
   const Tensor& counters;
   const Tensor& backup;
-  const Tensor& g_v;
+  const Tensor& direction;
   const Tensor& step;
-  const Norms norms;
-  const double mix;
-  const double clip;
+  const double* coefficients;  // [a, b]; null: 1 and 0
   const bool skip;
+  const double scale;  // of the gradient that update() gets: clip, or clip a without a direction
 
   Descent(
-      const Rows& rows, const Tensor& step, const Tensor& counters, const Tensor& backup, const Tensor& g_v,
-      const Tensor& sq, const Tensor& g_v_sq, double alpha, double max_norm, bool skip_nonfinite)
+      const Rows& rows, const Tensor& step, const Tensor& counters, const Tensor& backup,
+      const Tensor& direction, const Tensor& coefficients, const Norms& norms, double max_norm,
+      bool skip_nonfinite)
       : rows(rows),
         counters(counters),
         backup(backup),
-        g_v(g_v),
+        direction(direction),
         step(step),
-        norms(sq),
-        mix(g_v.numel() == 0 ? 0 : mix_factor(norms.last, norm_of(g_v_sq), alpha)),
-        clip(clip_factor(norms.last, max_norm)),
-        skip(skip_nonfinite && !norms.finite) {}
-
-  static double norm_of(const Tensor& g_v_sq) {
-    const double* sq = matrix(g_v_sq, 1, "g_v_sq");
-    return std::sqrt(sum_of_buffers(sq, g_v_sq.size(1)));
-  }
+        coefficients(direction_coefficients(coefficients, direction)),
+        skip(skip_nonfinite && !norms.finite),
+        scale(
+            clip_factor(norms.last, max_norm) *
+            (this->coefficients != nullptr && direction.numel() == 0 ? this->coefficients[0] : 1)) {}
 
   // update(row index, weights, from, gradient, slot, length, stream) for each piece that has a
   // gradient, which is Plain or Mixed; the backup goes back where there is none, or where the step is
@@ -60,12 +58,33 @@ struct Descent {
   template <class T, class Update, class Counts>
   void run(ScalarType dtype, Update&& update, Counts&& counts) const {
     using A = arithmetic_t<T>;
+    if (direction.numel() == 0) {
+      run_along<T>(dtype, [](const T* g, int64_t) { return Plain<T>{g}; }, update, counts);
+    } else if (direction.scalar_type() == dtype) {
+      run_along<T>(dtype, mixed_with<T, T>(dtype), update, counts);
+    } else if constexpr (!std::is_same_v<T, A>) {
+      run_along<T>(dtype, mixed_with<T, A>(state_dtype(dtype)), update, counts);
+    } else {
+      mixed_with<T, T>(dtype);  // says what the dtype should be
+    }
+  }
+
+ private:
+  // (g, slot) -> Mixed.
+  template <class T, class V>
+  auto mixed_with(ScalarType dtype) const {
+    using A = arithmetic_t<T>;
+    const V* v = buffer<V>(direction, dtype, rows.extent(), "direction");
+    return [v, a = static_cast<A>(coefficients[0]), b = static_cast<A>(coefficients[1])](
+               const T* g, int64_t slot) { return Mixed<T, V>{g, v + slot, a, b}; };
+  }
+
+  template <class T, class Along, class Update, class Counts>
+  void run_along(ScalarType dtype, Along&& along, Update&& update, Counts&& counts) const {
     float* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
     STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
     auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
     T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
-    const A* direction = buffer<A>(g_v, state_dtype(dtype), rows.extent(), "g_v");
-    const A factor = static_cast<A>(mix);
     for (const Row& row : rows) {
       STD_TORCH_CHECK(row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
     }
@@ -77,12 +96,7 @@ struct Descent {
       if (row.grad != 0 && !skip) {
         // Weights that are read where they are written come through the cache anyway.
         const bool stream = around && from != w && streamable(w);
-        const T* g = at<T>(row.grad, offset);
-        if (direction != nullptr) {
-          update(i, w, from, Mixed<T>{g, direction + slot, factor}, slot, n, stream);
-        } else {
-          update(i, w, from, Plain<T>{g}, slot, n, stream);
-        }
+        update(i, w, from, along(at<T>(row.grad, offset), slot), slot, n, stream);
       } else if (from != w) {
         std::copy(from, from + n, w);
       }
@@ -107,13 +121,13 @@ SK_INLINE void update_elements(T* w, const T* from, Gradient g, int64_t n, bool 
   using A = arithmetic_t<T>;
   int64_t i = 0;
   if (stream) {
-    for (; i + kBlock <= n; i += kBlock) {
-      alignas(64) T next[kBlock];
+    for (; i + kBurst <= n; i += kBurst) {
+      alignas(64) T next[kBurst];
 #pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t j = 0; j < kBurst; ++j) {
         next[j] = static_cast<T>(f(i + j, static_cast<A>(from[i + j]), g[i + j]));
       }
-      stream_block(w + i, next);
+      stream_burst(w + i, next);
     }
     stream_end();
   }

@@ -1,5 +1,5 @@
-// Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm, norm_ema) or |w| + eta (norm_scaled);
-// norm_ema then brings AE-SAM's statistics of all buffers' squared norms up to date.
+// Squared norm of the gradient of one flat buffer:  sq[buffer] = sum_i (T_i g_i)^2,  T = 1 (norm) or
+// |w| + eta (norm_scaled); then AE-SAM's statistics of sum(sq), where they are kept.
 // Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a chunk.
 #include "reduce.h"
 
@@ -45,28 +45,23 @@ double squared_norm(const Rows& rows, const Tensor& partials, const double* radi
   return total;
 }
 
-void norm(Tensor sq, Tensor partials, Tensors grads, Tensor table, Tensor, ScalarType dtype) {
-  const Rows rows(nullptr, &grads, table, dtype);
-  double* out = element(sq);
-  *out = squared_norm(rows, partials, nullptr, dtype);
+void norm(
+    Tensor sq, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor, int64_t index, double decay,
+    double coefficient, ScalarType dtype) {
+  check_no_lists(grads);
+  const Rows rows(table);
+  const NormOutput output(sq, ema, index, decay, coefficient);
+  output.write(squared_norm(rows, partials, nullptr, dtype));
 }
 
 void norm_scaled(
-    Tensor sq, Tensor partials, Tensors params, Tensors grads, Tensor table, Tensor, Tensor radius,
-    ScalarType dtype) {
-  const Rows rows(&params, &grads, table, dtype);
+    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensors grads, Tensor table, Tensor,
+    Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
+  check_no_lists(params, grads);
+  const Rows rows(table);
   const double* groups = values(radius, rows, 2, "radius");
-  double* out = element(sq);
-  *out = squared_norm(rows, partials, groups, dtype);
-}
-
-void norm_ema(
-    Tensor sq, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor, int64_t index, double decay,
-    double coefficient, ScalarType dtype) {
-  const Rows rows(nullptr, &grads, table, dtype);
-  const EmaArguments arguments(sq, ema, index);
-  arguments.sq[index] = squared_norm(rows, partials, nullptr, dtype);
-  update_ema(arguments.ema, sum_of_buffers(arguments.sq, arguments.buffers), decay, coefficient);
+  const NormOutput output(sq, ema, index, decay, coefficient);
+  output.write(squared_norm(rows, partials, groups, dtype));
 }
 
 }  // namespace
@@ -75,5 +70,4 @@ void norm_ema(
 STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
   m.impl("norm", TORCH_BOX(&sharpkern::cpu::norm));
   m.impl("norm_scaled", TORCH_BOX(&sharpkern::cpu::norm_scaled));
-  m.impl("norm_ema", TORCH_BOX(&sharpkern::cpu::norm_ema));
 }

@@ -11,16 +11,16 @@ namespace sharpkern::cpu {
 // 64 independent sums a chunk, in the arithmetic type: enough for two full vectors in flight on any
 // machine, short enough (256 terms each) to lose nothing, and independent of alignment.
 template <class T>
-using Sums = arithmetic_t<T>[kBlock];
+using Sums = arithmetic_t<T>[kBurst];
 
 // f(element, which of the independent sums it belongs to) for every element of [begin, n) of a piece; begin
-// is a multiple of kBlock.
+// is a multiple of kBurst.
 template <class F>
 SK_INLINE void for_sums(int64_t begin, int64_t n, F&& f) {
   int64_t i = begin;
-  for (; i + kBlock <= n; i += kBlock) {
+  for (; i + kBurst <= n; i += kBurst) {
 #pragma omp simd
-    for (int64_t j = 0; j < kBlock; ++j) {
+    for (int64_t j = 0; j < kBurst; ++j) {
       f(i + j, j);
     }
   }

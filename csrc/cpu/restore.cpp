@@ -6,7 +6,8 @@ namespace sharpkern::cpu {
 namespace {
 
 void restore(Tensors params, Tensor backup, Tensor table, Tensor, ScalarType dtype) {
-  const Rows rows(&params, nullptr, table, dtype);
+  check_no_lists(params);
+  const Rows rows(table);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");

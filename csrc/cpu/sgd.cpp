@@ -1,7 +1,7 @@
-// SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
-// w -= lr (nesterov ? d + momentum buf : buf).
-// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12;
-// with g_v mixed into g 4 more.
+// SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;
+// buf = momentum buf + (1 - dampening) d;  w -= lr (nesterov ? d + momentum buf : buf).
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with a direction v
+// 4 more.
 #include "descend.h"
 
 namespace sharpkern::cpu {
@@ -26,11 +26,13 @@ SK_CLONES void update(
 
 void sgd(
     Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
-    Tensor g_v, Tensor table, Tensor, Tensor group_values, Tensor sq, Tensor g_v_sq, double alpha,
+    Tensor direction, Tensor table, Tensor, Tensor group_values, Tensor sq, Tensor coefficients,
     double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  const Rows rows(&params, &grads, table, dtype);
+  check_no_lists(params, grads);
+  const Rows rows(table);
   const double* groups = values(group_values, rows, kSgdValues, "values");
-  const Descent descent(rows, step, counters, backup, g_v, sq, g_v_sq, alpha, max_norm, skip_nonfinite);
+  const Descent descent(
+      rows, step, counters, backup, direction, coefficients, Norms(sq), max_norm, skip_nonfinite);
   const auto momentum = [&](int64_t i) { return groups[rows[i].group * kSgdValues + kSgdMomentum]; };
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -45,7 +47,7 @@ void sgd(
         dtype,
         [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* v = groups + rows[i].group * kSgdValues;
-          const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.clip);
+          const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.scale);
           if (v[kSgdMomentum] != 0) {
             update<true>(w, from, g, buf + slot, n, stream, c);
           } else {

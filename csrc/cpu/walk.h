@@ -20,7 +20,7 @@
 namespace sharpkern::cpu {
 
 // Elements a kernel computes between two bursts of streaming stores.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBurst = 64;
 
 // From this many bytes a buffer on, what is only written goes around the cache: the line would
 // otherwise be read before it is written (+4 bytes an fp32 element) and be gone before its next use.
@@ -40,17 +40,17 @@ bool stream(const Rows& rows) {
 #endif
 }
 
-// dst[0, kBlock) = block, around the cache. Both are 16-byte aligned.
+// dst[0, kBurst) = burst, around the cache. Both are 16-byte aligned.
 template <class T>
-SK_INLINE void stream_block(T* dst, const T* block) {
+SK_INLINE void stream_burst(T* dst, const T* burst) {
 #if defined(SK_X86)
   auto* to = reinterpret_cast<__m128i*>(dst);
-  const auto* from = reinterpret_cast<const __m128i*>(block);
-  for (int64_t i = 0; i < kBlock * static_cast<int64_t>(sizeof(T)) / 16; ++i) {
+  const auto* from = reinterpret_cast<const __m128i*>(burst);
+  for (int64_t i = 0; i < kBurst * static_cast<int64_t>(sizeof(T)) / 16; ++i) {
     _mm_stream_si128(to + i, _mm_load_si128(from + i));
   }
 #else
-  std::copy(block, block + kBlock, dst);
+  std::copy(burst, burst + kBurst, dst);
 #endif
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADAM, BACKUP, G_V_MIN, GRAD, GROUP, MISMATCH, NUMEL, SCALED, SGD, SLOT, library
+from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, NORM_MIN, NUMEL, SCALED, SGD, SLOT, library
 
 Row = list[int]
 
@@ -77,37 +77,6 @@ def gather_negative(
 
 
 def norm(
-    sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, *, dtype: torch.dtype
-) -> None:
-    total = torch.zeros_like(sq)
-    for grad in grads:
-        if grad.numel():
-            total += _wide(grad).square().sum(dtype=sq.dtype)
-    sq.copy_(total)
-
-
-def norm_scaled(
-    sq: Tensor,
-    partials: Tensor,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    table: Tensor,
-    blocks: Tensor,
-    radius: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    total = torch.zeros_like(sq)
-    for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
-        if _has_grad(param, grad):
-            a = _wide(grad)
-            if row[SCALED]:
-                a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
-            total += a.square().sum(dtype=sq.dtype)
-    sq.copy_(total)
-
-
-def norm_ema(
     sq: Tensor,
     partials: Tensor,
     ema: Tensor,
@@ -120,7 +89,43 @@ def norm_ema(
     coefficient: float,
     dtype: torch.dtype,
 ) -> None:
-    norm(sq[buffer], partials, grads, table, blocks, dtype=dtype)
+    total = sq.new_zeros(())
+    for grad in grads:
+        if grad.numel():
+            total += _wide(grad).square().sum(dtype=sq.dtype)
+    sq[buffer] = total
+    _update_ema(ema, sq, decay, coefficient)
+
+
+def norm_scaled(
+    sq: Tensor,
+    partials: Tensor,
+    ema: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    radius: Tensor,
+    *,
+    buffer: int,
+    decay: float,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> None:
+    total = sq.new_zeros(())
+    for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
+        if _has_grad(param, grad):
+            a = _wide(grad)
+            if row[SCALED]:
+                a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
+            total += a.square().sum(dtype=sq.dtype)
+    sq[buffer] = total
+    _update_ema(ema, sq, decay, coefficient)
+
+
+def _update_ema(ema: Tensor, sq: Tensor, decay: float, coefficient: float) -> None:
+    if not ema.numel():
+        return
     n = sq.sum()
     mean = decay * ema[0] + (1 - decay) * n
     var = decay * ema[1] + (1 - decay) * (n - mean) ** 2
@@ -263,6 +268,22 @@ def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Ten
             param.copy_(_slot(backup, param, row))
 
 
+def mix(
+    coefficients: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    *,
+    constant: Sequence[float],
+    slope: Sequence[float],
+    root: bool,
+) -> None:
+    x, y = numerator.sum(), denominator.sum()
+    norm = y.sqrt()
+    q = torch.where(norm > NORM_MIN, x.sqrt() / norm if root else x / y, 0.0)
+    for i in (0, 1):
+        coefficients[i] = constant[i] + slope[i] * q if slope[i] else constant[i]
+
+
 def _clip(sq: Tensor, max_norm: float) -> Tensor | float:
     if math.isinf(max_norm):
         return 1.0
@@ -271,37 +292,36 @@ def _clip(sq: Tensor, max_norm: float) -> Tensor | float:
 
 def _descents(
     params: Sequence[Tensor],
-    step: Tensor,
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
-    g_v: Tensor,
-    mix: Tensor,
+    direction: Tensor,
     table: Tensor,
+    sq: Tensor,
+    coefficients: Tensor,
+    max_norm: float,
     go: Tensor,
 ) -> Iterator[tuple[int, Row, Tensor, Tensor, Tensor]]:
-    """(index, row, parameter, weights to step from, gradient) of every parameter that steps.
+    """(index, row, parameter, weights to step from, clip (a g + b v)) of every parameter that steps.
 
     The others get their backup back. Counts the skipped step.
     """
+    if direction.numel() and not coefficients.numel():
+        raise RuntimeError("sharpkern: a direction needs its coefficients")
+    scale = _clip(sq, max_norm)
+    if coefficients.numel() and not direction.numel():
+        scale = scale * coefficients[0]
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
         if row[BACKUP]:
             param.copy_(_slot(backup, param, row))
         if _has_grad(param, grad):
             g = _wide(grad)
-            if g_v.numel():
-                g = g + mix.to(g.dtype) * _slot(g_v, param, row)
-            yield i, row, param, _wide(param), g
+            if direction.numel():
+                a, b = coefficients.to(g.dtype).unbind()
+                g = b * _wide(_slot(direction, param, row)) + a * g
+            yield i, row, param, _wide(param), g * scale
     if counters.numel():
         counters[2] += (~go).to(counters.dtype)
-
-
-def _mix(sq: Tensor, g_v: Tensor, g_v_sq: Tensor, alpha: float) -> Tensor:
-    """How much of g_v goes into the gradient: alpha ||g|| / ||g_v||."""
-    if not g_v.numel():
-        return sq.new_zeros(())
-    norm = g_v_sq.sum().sqrt()
-    return torch.where(norm > G_V_MIN, alpha * (sq.sum(-1)[-1].sqrt() / norm), 0.0)
 
 
 def _go(sq: Tensor, skip_nonfinite: bool, like: Tensor) -> Tensor:
@@ -321,26 +341,23 @@ def sgd(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
-    g_v: Tensor,
+    direction: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
-    g_v_sq: Tensor,
+    coefficients: Tensor,
     *,
-    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     go = _go(sq, skip_nonfinite, step)
-    clip = _clip(sq, max_norm)
-    mix = _mix(sq, g_v, g_v_sq, alpha)
     groups = values.tolist()
-    for i, row, param, w, g in _descents(params, step, counters, grads, backup, g_v, mix, table, go):
+    descents = _descents(params, counters, grads, backup, direction, table, sq, coefficients, max_norm, go)
+    for i, row, param, w, g in descents:
         v = dict(zip(SGD, groups[row[GROUP]], strict=True))
-        d = g * clip
-        d = (-d if v["maximize"] else d) + v["weight_decay"] * w
+        d = (-g if v["maximize"] else g) + v["weight_decay"] * w
         if v["momentum"]:
             buffer = _slot(momentum_buffer, param, row)
             following = v["momentum"] * buffer + (1 - v["dampening"]) * d
@@ -365,27 +382,24 @@ def adam(
     counters: Tensor,
     grads: Sequence[Tensor],
     backup: Tensor,
-    g_v: Tensor,
+    direction: Tensor,
     table: Tensor,
     blocks: Tensor,
     values: Tensor,
     sq: Tensor,
-    g_v_sq: Tensor,
+    coefficients: Tensor,
     *,
-    alpha: float,
     max_norm: float,
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> None:
     go = _go(sq, skip_nonfinite, step)
-    clip = _clip(sq, max_norm)
-    mix = _mix(sq, g_v, g_v_sq, alpha)
     groups = values.tolist()
-    for i, row, param, w, g in _descents(params, step, counters, grads, backup, g_v, mix, table, go):
+    descents = _descents(params, counters, grads, backup, direction, table, sq, coefficients, max_norm, go)
+    for i, row, param, w, g in descents:
         v = dict(zip(ADAM, groups[row[GROUP]], strict=True))
         m, s = _slot(exp_avg, param, row), _slot(exp_avg_sq, param, row)
-        d = g * clip
-        d = -d if v["maximize"] else d
+        d = -g if v["maximize"] else g
         shrink = 1.0
         if v["decoupled_weight_decay"]:
             shrink -= v["lr"] * v["weight_decay"]
@@ -412,12 +426,12 @@ IMPLEMENTATIONS = {
     "gather": gather,
     "norm": norm,
     "norm_scaled": norm_scaled,
-    "norm_ema": norm_ema,
     "dots": dots,
     "project": project,
     "ascend": ascend,
     "ascend_scaled": ascend_scaled,
     "restore": restore,
+    "mix": mix,
     "sgd": sgd,
     "adam": adam,
 }

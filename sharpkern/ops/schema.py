@@ -3,11 +3,11 @@
 All ops live in ``torch.ops.sharpkern`` and return nothing; what they change is declared. Arguments come in
 one order: mutated tensors, read tensors, device scalars, then keyword-only numbers.
 
-Segments. Parameters and gradients are lists of tensors, and rows of a ``table`` with their addresses.
-The reference walks the lists. The compiled backends may be handed empty lists: they then read and write
-through the table's addresses, which the caller keeps alive. (That form writes through memory the schema
-cannot name; it is for this package's flat layer, and nobody is promised that it can be traced.)
-``grads[i]`` with no elements means that parameter i has no gradient in this pass.
+Segments. Parameters and gradients are lists of tensors for the reference, and rows of a ``table`` with their
+addresses for the compiled backends. The reference walks the lists; ``grads[i]`` with no elements means that
+parameter i has no gradient in this pass. The compiled backends take empty lists only (others are an error) and read
+and write through the table's addresses, which the caller keeps alive. (That writes through memory the schema cannot
+name: it is for this package's flat layer, and nobody is promised that it can be traced.)
 
 ==================  ===================================================================================
 argument            holds
@@ -18,8 +18,10 @@ argument            holds
 ``backup``          flat, dtype of the parameters: the weights before the perturbation
 ``gradient``        flat, dtype of the parameters: the gradient of the first pass, where ``table[:, BACKUP]`` says
                     that there was one
-``g_v``             flat, dtype of the state: LookSAM's direction; empty: nothing is mixed into the gradient
-``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision
+``g_v``             flat, dtype of the state: LookSAM's direction
+``direction``       flat, dtype of the parameters or of the state: v, which a rule adds to the gradient; empty: none
+``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0
+``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision; empty: none are kept
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
 ``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
@@ -27,9 +29,10 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
                     before the first call, zero again after each
 ``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
 ``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
-``sq``              float64: a squared norm; as input ``[passes, buffers]``, summed over buffers
-``g_v_sq``          float64 ``[1, buffers]``: the squared norm of ``g_v``
+``sq``              float64: squared norms, one element a flat buffer: norm and norm_scaled write one of a contiguous
+                    ``[buffers]``, the rules and ascents read ``[passes, buffers]``, summed over buffers
 ``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
+``numerator``, ``denominator``  float64 ``[buffers]``, contiguous: summed over buffers
 ==================  ===================================================================================
 
 On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
@@ -62,17 +65,18 @@ BLOCK = 2048
 # whether it was at least that.
 EMA = ("mean", "var", "threshold", "fired")
 
-# A g_v with a norm up to this is none.
-G_V_MIN = 1e-12
+# A direction with a norm up to this is none; csrc/math.h has its twin.
+NORM_MIN = 1e-12
 
 # Columns of the group values.
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
 _PASS = "Tensor[] grads, Tensor table, Tensor blocks"
+_NORM = "*, int buffer, float decay, float coefficient, ScalarType dtype"
 _RULE = (
-    "Tensor[] grads, Tensor backup, Tensor g_v, Tensor table, Tensor blocks, Tensor values, Tensor sq, "
-    "Tensor g_v_sq, *, float alpha, float max_norm, bool skip_nonfinite, ScalarType dtype"
+    "Tensor[] grads, Tensor backup, Tensor direction, Tensor table, Tensor blocks, Tensor values, Tensor sq, "
+    "Tensor coefficients, *, float max_norm, bool skip_nonfinite, ScalarType dtype"
 )
 _ASCENT = (
     "Tensor[] grads, Tensor(d!) table, Tensor blocks, Tensor radius, Tensor sq, *, "
@@ -85,19 +89,14 @@ SCHEMAS: dict[str, str] = {
     "gather": (
         "(Tensor(a!) table, Tensor(b!) status, Tensor[] grads, Tensor layout, Tensor like, *, ScalarType dtype) -> ()"
     ),
-    # sq = ||g||^2
-    "norm": f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, *, ScalarType dtype) -> ()",
-    # sq = ||T_w g||^2
-    "norm_scaled": (
-        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor[] params, {_PASS}, Tensor radius, *, ScalarType dtype) -> ()"
-    ),
-    # sq[buffer] = ||g||^2, and then AE-SAM's statistics of n = sum(sq):
+    # sq[buffer] = ||g||^2. Unless `ema` is empty, then AE-SAM's statistics of n = sum(sq):
     # mean = decay mean + (1 - decay) n;  var = decay var + (1 - decay) (n - mean)^2;
     # threshold = mean + coefficient sqrt(var);  fired = n >= threshold.  An n that is not finite, or whose variance
     # is not, changes nothing and does not fire
-    "norm_ema": (
-        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, *, "
-        "int buffer, float decay, float coefficient, ScalarType dtype) -> ()"
+    "norm": f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, {_NORM}) -> ()",
+    # sq[buffer] = ||T_w g||^2, and the statistics of that
+    "norm_scaled": (
+        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, Tensor[] params, {_PASS}, Tensor radius, {_NORM}) -> ()"
     ),
     # sq = [||g_s||^2, <g, g_s>], two elements of any stride; g is `gradient`, g_s are `grads`
     "dots": f"(Tensor(a!) sq, Tensor(b!) partials, Tensor gradient, {_PASS}, *, ScalarType dtype) -> ()",
@@ -115,8 +114,13 @@ SCHEMAS: dict[str, str] = {
     "ascend_scaled": f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, {_ASCENT}) -> ()",
     # w = backup
     "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, Tensor blocks, *, ScalarType dtype) -> ()",
-    # torch.optim.SGD's step from the backup, or in place. With `g_v` the gradient is
-    # g + alpha (||g|| / ||g_v||) g_v, clipped as g would be; g alone where ||g_v|| <= G_V_MIN
+    # coefficients = constant + slope q, with q = x / y of the sums x, y of numerator and denominator, or
+    # sqrt(x) / sqrt(y) with `root`; q = 0 unless sqrt(y) > NORM_MIN. A slope of 0 takes no q, whatever it is
+    "mix": (
+        "(Tensor(a!) coefficients, Tensor numerator, Tensor denominator, *, "
+        "float[2] constant, float[2] slope, bool root) -> ()"
+    ),
+    # torch.optim.SGD's step from the backup, or in place, along clip (a g + b v): clipped as g would be
     "sgd": f"(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, {_RULE}) -> ()",
     # torch.optim.Adam's and AdamW's
     "adam": (

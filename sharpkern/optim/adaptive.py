@@ -49,9 +49,9 @@ class AdaptivePolicy(TwoPassOptimizer):
         # The last launch needs the other norms, and is that of the layout that the statistics lie with.
         home, *others = self._flat
         for i, flat in enumerate(others, 1):
-            self._measure(flat, self._norms[flat.device][FIRST, i])
+            self._measure(flat, self._norms[flat.device][FIRST], i)
         self._share_norms(FIRST)
-        torch.ops.sharpkern.norm_ema.default(
+        torch.ops.sharpkern.norm.default(
             self._norms[home.device][FIRST],
             home.partials,
             self._ema,

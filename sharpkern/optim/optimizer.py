@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch_stats import frozen_batch_stats
 from ..flat import SUPPORTED_DTYPES, FlatBuffers, GroupTable, is_capturing, is_dense, overlaps
-from ..ops.schema import G_V_MIN, scalar_dtype
+from ..ops.schema import NORM_MIN, scalar_dtype
 from ..policy import Always, Policy
 from ..rules import FusedRule, Group, WrappedRule, make_rule
 
@@ -132,9 +132,23 @@ class TwoPassOptimizer(Optimizer):
         self._measure_first()
         return True
 
-    def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
-        """Write the squared norm that sets the radius."""
-        raise NotImplementedError
+    def _measure(self, flat: FlatBuffers, sq: Tensor, buffer: int) -> None:
+        """Write the squared norm that sets the radius, of one layout, into its element of a row of the norms."""
+        self._measure_plain(flat, sq, buffer)
+
+    def _measure_plain(self, flat: FlatBuffers, sq: Tensor, buffer: int) -> None:
+        torch.ops.sharpkern.norm.default(
+            sq,
+            flat.partials,
+            flat.empty,
+            flat.lists[1],
+            flat.rows,
+            flat.blocks,
+            buffer=buffer,
+            decay=0.0,
+            coefficient=0.0,
+            dtype=flat.dtype,
+        )
 
     def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
         """Keep the weights in the backup and move them to where the second gradient is taken."""
@@ -412,7 +426,7 @@ class TwoPassOptimizer(Optimizer):
 
     def _measure_first(self) -> None:
         for i, flat in enumerate(self._flat):
-            self._measure(flat, self._norms[flat.device][FIRST, i])
+            self._measure(flat, self._norms[flat.device][FIRST], i)
         self._share_norms(FIRST)
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -486,10 +500,7 @@ class TwoPassOptimizer(Optimizer):
             return FIRST
         if self._skip_nonfinite or not math.isinf(self._max_norm) or any(self._mixed(f)[2] for f in self._flat):
             for i, flat in enumerate(self._flat):
-                _, grads = flat.lists
-                torch.ops.sharpkern.norm.default(
-                    self._norms[flat.device][LAST, i], flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype
-                )
+                self._measure_plain(flat, self._norms[flat.device][LAST], i)
             self._share_norms(LAST)
         return LAST
 
@@ -497,18 +508,24 @@ class TwoPassOptimizer(Optimizer):
         rows = [rule.values({**group, "lr": self._effective_lr(group)}) for group in self.param_groups]
         for flat in self._flat:
             rule.expose(flat, self.state, self.param_groups)
-            g_v, g_v_sq, alpha = self._mixed(flat)
+            direction, g_v_sq, alpha = self._mixed(flat)
+            norms = self._norms[flat.device][passes]
+            coefficients = norms[0, :0]
+            if direction.numel():
+                coefficients = norms.new_empty(2)
+                torch.ops.sharpkern.mix.default(
+                    coefficients, norms[-1], g_v_sq[0], constant=(1.0, 0.0), slope=(0.0, alpha), root=True
+                )
             rule.step(
                 flat,
                 self._counters_for(flat),
                 flat.buffer("backup") if self._pending == "perturbed" else flat.empty,
-                g_v,
+                direction,
                 flat.rows,
                 flat.blocks,
                 self._group_table("values", rows, flat.device),
-                self._norms[flat.device][passes],
-                g_v_sq,
-                alpha=alpha,
+                norms,
+                coefficients,
                 max_norm=self._max_norm,
                 skip_nonfinite=self._skip_nonfinite,
                 dtype=flat.dtype,
@@ -529,7 +546,7 @@ class TwoPassOptimizer(Optimizer):
                 squared = self._norms[flat.device][passes].sum(-1)[-1]
                 if alpha:
                     norm = g_v_sq.sum().sqrt()
-                    factor = torch.where(norm > G_V_MIN, alpha * (squared.sqrt() / norm), 0.0)
+                    factor = torch.where(norm > NORM_MIN, alpha * (squared.sqrt() / norm), 0.0)
                     self._add_g_v(stack, flat, factor)
                 grads = [p.grad for p in flat.params if p.grad is not None]
                 if grads and not math.isinf(self._max_norm):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flat import FlatBuffers, Receiver
+from ..flat import Receiver
 from ..policy import check_count
 from ..rules import FusedRule, Group
 from .optimizer import FIRST, TwoPassOptimizer, _check_number
@@ -185,7 +185,7 @@ class SALR(TwoPassOptimizer):
                     self._collect()
                     row, used = used, used + 1
                     for j, flat in enumerate(self._flat):
-                        self._measure(flat, self._norms[flat.device][row, j])
+                        self._measure(flat, self._norms[flat.device][row], j)
                     self._share_norms(row)
                 self._move(direction, row, keep=not ends and i == 0)
             self.zero_grad()
@@ -198,9 +198,6 @@ class SALR(TwoPassOptimizer):
         lowest, highest, seen = self._receiver.read(torch.stack(values)).tolist()
         rise = highest - lowest
         return (-rise if self.param_groups[0].get("maximize") else rise), bool(seen)
-
-    def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
-        torch.ops.sharpkern.norm.default(sq, flat.partials, flat.lists[1], flat.rows, flat.blocks, dtype=flat.dtype)
 
     def _move(self, direction: int, row: int, keep: bool) -> None:
         """One step of a branch, along the gradients whose squared norm is in a row; ``keep`` the weights before."""

@@ -101,14 +101,25 @@ class SAM(TwoPassOptimizer):
         ]
         return self._group_table("radius", rows, device)
 
-    def _measure(self, flat: FlatBuffers, sq: Tensor) -> None:
-        params, grads = flat.lists
+    def _measure(self, flat: FlatBuffers, sq: Tensor, buffer: int) -> None:
         if not flat.any_scaled:
-            torch.ops.sharpkern.norm.default(sq, flat.partials, grads, flat.rows, flat.blocks, dtype=flat.dtype)
-        else:
-            torch.ops.sharpkern.norm_scaled.default(
-                sq, flat.partials, params, grads, flat.rows, flat.blocks, self._radius(flat.device), dtype=flat.dtype
-            )
+            super()._measure(flat, sq, buffer)
+            return
+        params, grads = flat.lists
+        torch.ops.sharpkern.norm_scaled.default(
+            sq,
+            flat.partials,
+            flat.empty,
+            params,
+            grads,
+            flat.rows,
+            flat.blocks,
+            self._radius(flat.device),
+            buffer=buffer,
+            decay=0.0,
+            coefficient=0.0,
+            dtype=flat.dtype,
+        )
 
     def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
         params, grads = flat.lists

@@ -30,14 +30,14 @@ SK_CLONES void write_orthogonal(
   };
   int64_t i = 0;
   if (stream) {
-    for (; i + kBlock <= n; i += kBlock) {
-      alignas(64) A block[kBlock];
+    for (; i + kBurst <= n; i += kBurst) {
+      alignas(64) A burst[kBurst];
 #pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) {
-        block[j] = direction(i + j);
-        sums[j] += block[j] * block[j];
+      for (int64_t j = 0; j < kBurst; ++j) {
+        burst[j] = direction(i + j);
+        sums[j] += burst[j] * burst[j];
       }
-      stream_block(g_v + i, block);
+      stream_burst(g_v + i, burst);
     }
     stream_end();
   }
@@ -60,7 +60,8 @@ const T* first_gradient(const Rows& rows, const Tensor& gradient, ScalarType dty
 
 void dots(
     Tensor sq, Tensor partials, Tensor gradient, Tensors grads, Tensor table, Tensor, ScalarType dtype) {
-  const Rows rows(nullptr, &grads, table, dtype);
+  check_no_lists(grads);
+  const Rows rows(table);
   STD_TORCH_CHECK(
       sq.scalar_type() == ScalarType::Double && sq.dim() == 1 && sq.numel() == 2,
       "sharpkern: sq should be two float64 elements");
@@ -90,7 +91,8 @@ void dots(
 void project(
     Tensor g_v, Tensor sq, Tensor partials, Tensor gradient, Tensors grads, Tensor table, Tensor,
     Tensor products, ScalarType dtype) {
-  const Rows rows(nullptr, &grads, table, dtype);
+  check_no_lists(grads);
+  const Rows rows(table);
   double* out = element(sq);
   const Reduction<1> reduction(rows, partials);
   const double* matrix_of_products = matrix(products, 3, "products");
