@@ -16,25 +16,20 @@ from torch import Tensor
 
 from .. import schema
 from .descend import advance, clip_factor, count_skipped, descent, mix_factor
-from .restore import copy_blocks
+from .restore import copy
 from .walk import (
-    BACKUP,
-    BLOCK,
-    STEP,
     address,
     addressed,
     bits,
-    cell,
     check,
     check_values,
-    elements,
-    in_row,
-    last_element,
     launch,
+    load,
     norms,
     share,
+    store,
     stretch,
-    whole,
+    walk,
 )
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, DECOUPLED, VALUES = map(
@@ -68,51 +63,27 @@ def power(x, t):
 
 
 @triton.jit
-def step_block(
-    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, left, mix, gradient, shrink,
-    weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    mask = in_row(left, FULL)
-    w = tl.load(elements(source, offset, T, FULL), mask).to(A)
-    g = tl.load(elements(grad, offset, T, FULL), mask).to(A)
-    if MIX:
-        g += mix * tl.load(elements(direction, offset, A, FULL), mask)
-    d = gradient * g + weight_decay * w
-    pointers = elements(exp_avg, offset, A, FULL)
-    m = tl.load(pointers, mask)
-    m = m + one_minus_beta1 * (d - m)
-    tl.store(pointers, m, mask)
-    pointers = elements(exp_avg_sq, offset, A, FULL)
-    v = beta2 * tl.load(pointers, mask) + (one_minus_beta2 * d) * d
-    tl.store(pointers, v, mask)
-    if MAX:
-        pointers = elements(max_exp_avg_sq, offset, A, FULL)
-        largest = tl.load(pointers, mask)
-        v = tl.where(largest > v, largest, v)
-        tl.store(pointers, v, mask)
-    if not FULL:
-        v = tl.where(mask, v, 0.0)  # no root of whatever lies behind the row
-    update = step_size * divide(m, divide(root(v, A), correction, A) + eps, A)
-    tl.store(elements(param, offset, T, FULL), (shrink * w - update).to(T), mask)
-
-
-@triton.jit
-def step_blocks(
-    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, at, mix, gradient, shrink, weight_decay,
+def update(
+    piece, param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, mix, gradient, shrink, weight_decay,
     one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
     T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    end_whole = whole(param | source | grad | direction | exp_avg | exp_avg_sq | max_exp_avg_sq, at)
-    for i in range(at.k, end_whole):
-        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, i * BLOCK, BLOCK, mix,
-                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, MIX, True)  # fmt: skip
-    last = last_element(at)
-    for offset in range(end_whole * BLOCK, last, STEP):
-        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, last - offset, mix,
-                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, MIX, False)  # fmt: skip
+    w = load(source, piece, T).to(A)
+    g = load(grad, piece, T).to(A)
+    if MIX:
+        g += mix * load(direction, piece, A)
+    d = gradient * g + weight_decay * w
+    m = load(exp_avg, piece, A)
+    m = m + one_minus_beta1 * (d - m)
+    store(exp_avg, m, piece, A)
+    v = beta2 * load(exp_avg_sq, piece, A) + (one_minus_beta2 * d) * d
+    store(exp_avg_sq, v, piece, A)
+    if MAX:
+        largest = load(max_exp_avg_sq, piece, A)
+        v = tl.where(largest > v, largest, v)
+        store(max_exp_avg_sq, v, piece, A)
+    change = step_size * divide(m, divide(root(v, A), correction, A) + eps, A)
+    store(param, shrink * w - change, piece, T)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "max_norm", "alpha"])
@@ -132,8 +103,7 @@ def adam_kernel(
         grad = at.grad
         source = param
         if BACKED:
-            marked = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
-            source = tl.where(marked, address(backup, at.slot, T), param)
+            source = tl.where(at.backup != 0, address(backup, at.slot, T), param)
         if go & (grad != 0):
             direction = param
             if MIX:
@@ -156,21 +126,24 @@ def adam_kernel(
             eps = tl.load(x + EPS).to(A)
             m = address(exp_avg, at.slot, A)
             v = address(exp_avg_sq, at.slot, A)
+            addresses = param | source | grad | direction | m | v
             amsgrad = tl.full((), 0, tl.int1)
             if MAX:
                 amsgrad = tl.load(x + AMSGRAD) != 0
             if amsgrad:
                 largest = address(max_exp_avg_sq, at.slot, A)
-                step_blocks(param, source, grad, direction, m, v, largest, at, mix, gradient, shrink, weight_decay,
-                            one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, True, MIX)  # fmt: skip
+                walk(update, addresses | largest, at,
+                     (param, source, grad, direction, m, v, largest, mix, gradient, shrink, weight_decay,
+                      one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
+                      T, A, True, MIX))  # fmt: skip
             else:
-                step_blocks(param, source, grad, direction, m, v, v, at, mix, gradient, shrink, weight_decay,
-                            one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, False, MIX)  # fmt: skip
-            advance(table, stride_row, stride_column, step, before, at)
+                walk(update, addresses, at,
+                     (param, source, grad, direction, m, v, None, mix, gradient, shrink, weight_decay,
+                      one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
+                      T, A, False, MIX))  # fmt: skip
+            advance(step, before, at)
         elif source != param:
-            copy_blocks(param, source, at, T)
+            walk(copy, param | source, at, (param, source, T))
         b += at.n
     count_skipped(counters, go, COUNT)
 

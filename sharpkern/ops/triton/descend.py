@@ -41,12 +41,12 @@ def count_skipped(counters, go, COUNT: tl.constexpr):
 
 
 @triton.jit
-def advance(table, stride_row, stride_column, step, before, at):
+def advance(step, before, at):
     """After a stretch of a row: whoever completes the row advances its counter.
 
     Every program must have read the counter before anyone writes it, hence the ticket.
     """
-    ticket = table + at.row * stride_row + TICKET * stride_column
+    ticket = at.cells + TICKET * at.stride
     tl.debug_barrier()
     if tl.atomic_add(ticket, at.n, sem="acq_rel") + at.n == at.blocks:
         tl.store(ticket, 0)

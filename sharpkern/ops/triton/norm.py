@@ -17,37 +17,28 @@ from .. import schema
 from .reduce import check_sums, is_last, leave, total
 from .walk import (
     BLOCK,
-    SCALED,
     STEP,
     addressed,
     bits,
-    cell,
     check,
     check_values,
-    elements,
     float64,
-    in_row,
-    last_element,
     launch,
+    load,
     share,
     stretch,
-    whole,
+    walk_sums,
 )
 
 MEAN, VAR, THRESHOLD, FIRED = map(tl.constexpr, range(len(schema.EMA)))
 
 
 @triton.jit
-def squares(param, grad, offset, left, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
-            FULL: tl.constexpr):  # fmt: skip
-    mask = in_row(left, FULL)
-    a = tl.load(elements(grad, offset, T, FULL), mask).to(A)
+def add_squares(piece, sums, param, grad, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr):
+    a = load(grad, piece, T).to(A)
     if WEIGHTS:
-        w = tl.load(elements(param, offset, T, FULL), mask).to(A)
-        a = tl.where(scaled, a * (tl.abs(w) + eta), a)
-    if not FULL:
-        a = tl.where(mask, a, 0.0)
-    return a * a
+        a = tl.where(scaled, a * (tl.abs(load(param, piece, T).to(A)) + eta), a)
+    return sums + a * a
 
 
 @triton.jit
@@ -61,22 +52,14 @@ def reduce_squares(
     b, end = share(n_blocks)
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
-        param = at.param
-        grad = at.grad
-        scaled = tl.full((), 0, tl.int1)
+        addresses = at.grad
         eta = tl.full((), 0, A)
-        addresses = grad
         if WEIGHTS:
-            scaled = cell(table, at.row, SCALED, stride_row, stride_column) != 0
+            addresses |= at.param
             eta = tl.load(radius + 2 * at.group + 1).to(A)
-            addresses = grad | param
-        if grad != 0:
-            end_whole = whole(addresses, at)
-            for i in range(at.k, end_whole):
-                sums += squares(param, grad, i * BLOCK, BLOCK, scaled, eta, T, A, WEIGHTS, True)
-            last = last_element(at)
-            for offset in range(end_whole * BLOCK, last, STEP):
-                rest += squares(param, grad, offset, last - offset, scaled, eta, T, A, WEIGHTS, False)
+        if at.grad != 0:
+            sums, rest = walk_sums(add_squares, addresses, at, sums, rest,
+                                    (at.param, at.grad, at.scaled, eta, T, A, WEIGHTS))  # fmt: skip
         b += at.n
     leave(partials, sums, rest, 0, 1)
     return is_last(partials)

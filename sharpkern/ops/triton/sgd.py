@@ -15,63 +15,40 @@ from torch import Tensor
 
 from .. import schema
 from .descend import advance, clip_factor, count_skipped, descent, mix_factor
-from .restore import copy_blocks
+from .restore import copy
 from .walk import (
-    BACKUP,
-    BLOCK,
-    STEP,
     address,
     addressed,
     bits,
-    cell,
     check,
     check_values,
-    elements,
-    in_row,
-    last_element,
     launch,
+    load,
     norms,
     share,
+    store,
     stretch,
-    whole,
+    walk,
 )
 
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.constexpr, range(len(schema.SGD) + 1))
 
 
 @triton.jit
-def step_block(
-    param, source, grad, direction, buffer, offset, left, mix, lr, weight_decay, gradient, momentum, intake,
-    from_gradient, from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, MIX: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    mask = in_row(left, FULL)
-    w = tl.load(elements(source, offset, T, FULL), mask).to(A)
-    g = tl.load(elements(grad, offset, T, FULL), mask).to(A)
-    if MIX:
-        g += mix * tl.load(elements(direction, offset, A, FULL), mask)
-    d = gradient * g + weight_decay * w
-    if BUFFER:
-        pointers = elements(buffer, offset, A, FULL)
-        b = momentum * tl.load(pointers, mask) + intake * d
-        tl.store(pointers, b, mask)
-        d = from_gradient * d + from_buffer * b
-    tl.store(elements(param, offset, T, FULL), (w - lr * d).to(T), mask)
-
-
-@triton.jit
-def step_blocks(
-    param, source, grad, direction, buffer, at, mix, lr, weight_decay, gradient, momentum, intake, from_gradient,
+def update(
+    piece, param, source, grad, direction, buffer, mix, lr, weight_decay, gradient, momentum, intake, from_gradient,
     from_buffer, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    end_whole = whole(param | source | grad | direction | buffer, at)
-    for i in range(at.k, end_whole):
-        step_block(param, source, grad, direction, buffer, i * BLOCK, BLOCK, mix, lr, weight_decay, gradient, momentum,
-                   intake, from_gradient, from_buffer, T, A, BUFFER, MIX, True)  # fmt: skip
-    last = last_element(at)
-    for offset in range(end_whole * BLOCK, last, STEP):
-        step_block(param, source, grad, direction, buffer, offset, last - offset, mix, lr, weight_decay, gradient,
-                   momentum, intake, from_gradient, from_buffer, T, A, BUFFER, MIX, False)  # fmt: skip
+    w = load(source, piece, T).to(A)
+    g = load(grad, piece, T).to(A)
+    if MIX:
+        g += mix * load(direction, piece, A)
+    d = gradient * g + weight_decay * w
+    if BUFFER:
+        b = momentum * load(buffer, piece, A) + intake * d
+        store(buffer, b, piece, A)
+        d = from_gradient * d + from_buffer * b
+    store(param, w - lr * d, piece, T)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "max_norm", "alpha"])
@@ -93,12 +70,12 @@ def sgd_kernel(
         grad = at.grad
         source = param
         if BACKED:
-            marked = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
-            source = tl.where(marked, address(backup, at.slot, T), param)
+            source = tl.where(at.backup != 0, address(backup, at.slot, T), param)
         if go & (grad != 0):
             direction = param
             if MIX:
                 direction = address(g_v, at.slot, A)
+            addresses = param | source | grad | direction
             v = values + VALUES * at.group
             lr = tl.load(v + LR).to(A)
             weight_decay = tl.load(v + WEIGHT_DECAY).to(A)
@@ -117,15 +94,16 @@ def sgd_kernel(
                 from_gradient = tl.where(nesterov, 1.0, 0.0).to(A)
                 from_buffer = tl.where(nesterov, momentum, 1.0).to(A)
                 buffer = address(momentum_buffer, at.slot, A)
-                step_blocks(param, source, grad, direction, buffer, at, mix, lr, weight_decay, gradient, decay, intake,
-                            from_gradient, from_buffer, T, A, True, MIX)  # fmt: skip
-                advance(table, stride_row, stride_column, step, before, at)
+                walk(update, addresses | buffer, at,
+                     (param, source, grad, direction, buffer, mix, lr, weight_decay, gradient, decay, intake,
+                      from_gradient, from_buffer, T, A, True, MIX))  # fmt: skip
+                advance(step, before, at)
             else:
-                none = tl.full((), 0, A)
-                step_blocks(param, source, grad, direction, param, at, mix, lr, weight_decay, gradient, none, none,
-                            none, none, T, A, False, MIX)  # fmt: skip
+                walk(update, addresses, at,
+                     (param, source, grad, direction, None, mix, lr, weight_decay, gradient, None, None,
+                      None, None, T, A, False, MIX))  # fmt: skip
         elif source != param:
-            copy_blocks(param, source, at, T)
+            walk(copy, param | source, at, (param, source, T))
         b += at.n
 
 

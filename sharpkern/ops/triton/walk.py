@@ -59,11 +59,15 @@ class Stretch(NamedTuple):
     k: tl.tensor  # the first of the blocks
     n: tl.tensor  # how many they are
     blocks: tl.tensor  # how many the row has
-    numel: tl.tensor
+    cells: tl.tensor  # the address of the row in the table, and the way from one column to the next
+    stride: tl.tensor
     param: tl.tensor
     grad: tl.tensor
+    backup: tl.tensor
     slot: tl.tensor
+    numel: tl.tensor
     group: tl.tensor
+    scaled: tl.tensor
 
 
 @triton.jit
@@ -71,25 +75,24 @@ def stretch(table, stride_row, stride_column, blocks, b, end):
     """Of the blocks [b, end) those of the first one's row. What a kernel does not use of it is not read."""
     row = tl.load(blocks + 2 * b).to(tl.int64)
     k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-    numel = cell(table, row, NUMEL, stride_row, stride_column)
+    cells = table + row * stride_row
+    numel = tl.load(cells + NUMEL * stride_column)
     count = tl.cdiv(numel, BLOCK)
     return Stretch(
         row,
         k,
         tl.minimum(end - b, count - k),
         count,
+        cells,
+        stride_column,
+        tl.load(cells + PARAM * stride_column),
+        tl.load(cells + GRAD * stride_column),
+        tl.load(cells + BACKUP * stride_column),
+        tl.load(cells + SLOT * stride_column),
         numel,
-        cell(table, row, PARAM, stride_row, stride_column),
-        cell(table, row, GRAD, stride_row, stride_column),
-        cell(table, row, SLOT, stride_row, stride_column),
-        cell(table, row, GROUP, stride_row, stride_column),
+        tl.load(cells + GROUP * stride_column),
+        tl.load(cells + SCALED * stride_column) != 0,
     )
-
-
-@triton.jit
-def cell(table, row, column: tl.constexpr, stride_row, stride_column):
-    """table[row, column]"""
-    return tl.load(table + row * stride_row + column * stride_column)
 
 
 @triton.jit
@@ -97,6 +100,40 @@ def address(buffer, slot, T: tl.constexpr):
     """The address of a slot of a flat buffer. In integers: the compiler would fold a pointer's way there and
     back, and with it the hint in ``elements``."""
     return tl.cast(buffer, tl.int64) + slot * (T.primitive_bitwidth // 8)
+
+
+class Piece(NamedTuple):
+    """Elements of a row that are handled at once."""
+
+    offset: tl.tensor  # of the first one in its row, int64
+    mask: tl.tensor | None  # which of STEP elements the row has; None: a whole block, aligned to 16 bytes
+
+
+@triton.jit
+def elements(address, piece, T: tl.constexpr):
+    """Pointers to a piece of the row at an address."""
+    base = tl.cast(address, tl.pointer_type(T))
+    if piece.mask is None:
+        pointers = tl.multiple_of(base, 16) + piece.offset + tl.arange(0, BLOCK)
+    else:
+        pointers = base + piece.offset + tl.arange(0, STEP)
+    return pointers
+
+
+@triton.jit
+def load(address, piece, T: tl.constexpr):
+    """A piece of the row at an address, 0 beyond the row's end."""
+    if piece.mask is None:
+        values = tl.load(elements(address, piece, T))
+    else:
+        values = tl.load(elements(address, piece, T), piece.mask, 0.0)
+    return values
+
+
+@triton.jit
+def store(address, values, piece, T: tl.constexpr):
+    """Rounded to the row's type."""
+    tl.store(elements(address, piece, T), values.to(T), piece.mask)
 
 
 @triton.jit
@@ -113,23 +150,33 @@ def last_element(at):
 
 
 @triton.jit
-def elements(address, offset, T: tl.constexpr, FULL: tl.constexpr):
-    """Pointers to the elements from ``offset`` (int64) on: a whole block, or a step of the masked path."""
-    base = tl.cast(address, tl.pointer_type(T))
-    if FULL:
-        pointers = tl.multiple_of(base, 16) + offset + tl.arange(0, BLOCK)
-    else:
-        pointers = base + offset + tl.arange(0, STEP)
-    return pointers
+def before(last, offset):
+    """Which of STEP elements from ``offset`` on lie before the last one."""
+    return tl.arange(0, STEP) < tl.minimum(last - offset, STEP).to(tl.int32)
 
 
 @triton.jit
-def in_row(left, FULL: tl.constexpr):
-    """The mask of a step with ``left`` elements of its row to go; none for a whole block."""
-    mask = None
-    if not FULL:
-        mask = tl.arange(0, STEP) < tl.minimum(left, STEP).to(tl.int32)
-    return mask
+def walk(body: tl.constexpr, addresses, at, args):
+    """``body(piece, *args)`` for every piece of a stretch; ``addresses``: where the body goes, or-ed together."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        body(Piece(i * BLOCK, None), *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        body(Piece(offset, before(last, offset)), *args)
+
+
+@triton.jit
+def walk_sums(body: tl.constexpr, addresses, at, sums, rest, args):
+    """The same for a body that adds up, ``sums = body(piece, sums, *args)``: the sums of whole blocks, BLOCK wide, and
+    those of the rest, STEP wide."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        sums = body(Piece(i * BLOCK, None), sums, *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        rest = body(Piece(offset, before(last, offset)), rest, *args)
+    return sums, rest
 
 
 @triton.jit
