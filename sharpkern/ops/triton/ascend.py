@@ -16,11 +16,11 @@ from torch import Tensor
 from .walk import (
     BACKUP,
     address,
-    addressed,
     bits,
     check,
     check_counters,
     check_norms,
+    check_segments,
     check_values,
     float64,
     launch,
@@ -103,7 +103,7 @@ def _run(
     dtype: torch.dtype,
     weights: bool,
 ) -> None:
-    addressed(table, params, grads, dtype, blocks)
+    check_segments(params, grads, table, blocks, dtype)
     check_norms(sq, table)
     check_values(radius, table, 2, "radius")
     check_counters(counters, table)

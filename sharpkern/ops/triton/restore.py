@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .walk import address, addressed, check, launch, load, share, store, stretch, walk
+from .walk import address, check, check_segments, launch, load, share, store, stretch, walk
 
 
 @triton.jit
@@ -34,6 +34,6 @@ def restore_kernel(
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
-    table = addressed(table, params, [], dtype, blocks)
+    check_segments(params, [], table, blocks, dtype)
     check(backup, table, dtype, "backup", 1 if blocks.numel() else 0)
     launch(restore_kernel, table, blocks, backup, dtype=dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -243,6 +243,14 @@ def _options(device_type: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any
     return options(triton.runtime.driver.active.get_current_target().backend, dtype, mixed)
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the one that kernels are launched on."""
+    guard: AbstractContextManager[Any] = (
+        nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device.index)
+    )
+    return guard
+
+
 def launch(
     kernel: Any,
     table: Tensor,
@@ -256,8 +264,7 @@ def launch(
     device = table.device
     n = blocks.size(0)
     grid = (max(1, min(n, _programs(device))),)
-    guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device.index)
-    with guard:
+    with current(device):
         kernel[grid](
             table,
             *table.stride(),
@@ -271,15 +278,16 @@ def launch(
         )
 
 
-def addressed(
-    table: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype, blocks: Tensor
-) -> Tensor:
-    """The table with the addresses of the lists, where lists were handed over; checks what can be checked
-    without waiting for a device.
+def check_segments(
+    params: Sequence[Tensor], grads: Sequence[Tensor], table: Tensor, blocks: Tensor, dtype: torch.dtype
+) -> None:
+    """The segments that a kernel walks, as far as they can be checked without waiting for a device.
 
     Raises:
-        RuntimeError: for arguments that do not fit together.
+        RuntimeError: for lists of tensors, and for arguments that do not fit together.
     """
+    if params or grads:
+        raise RuntimeError("sharpkern: this backend reads addresses from the table; lists are for the reference")
     if dtype not in ELEMENT:
         raise RuntimeError(f"sharpkern: unsupported dtype {dtype}")
     if table.dtype != torch.int64 or table.dim() != 2 or table.size(1) != schema.COLUMNS:
@@ -288,19 +296,6 @@ def addressed(
         raise RuntimeError("sharpkern: blocks should be a contiguous int32 tensor of 2 columns")
     if blocks.device != table.device:
         raise RuntimeError(f"sharpkern: blocks are on {blocks.device}, the table on {table.device}")
-    if not params and not grads:
-        return table
-    table = table.clone()
-    for name, column, tensors in (("params", schema.PARAM, params), ("grads", schema.GRAD, grads)):
-        if tensors:
-            if len(tensors) != table.size(0):
-                raise RuntimeError(f"sharpkern: {name} has {len(tensors)} tensors, the table {table.size(0)} rows")
-            for t in tensors:
-                if t.dtype != dtype:
-                    raise RuntimeError(f"sharpkern: {name} should be {dtype}, found {t.dtype}")
-            addresses = [t.data_ptr() if t.numel() else 0 for t in tensors]
-            table[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(table.device)
-    return table
 
 
 def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 0) -> None:
@@ -326,6 +321,17 @@ def check_norms(sq: Tensor, table: Tensor) -> None:
     if sq.dim() != 2 or not 1 <= sq.size(0) <= 2 or sq.size(1) == 0:
         raise RuntimeError("sharpkern: sq should be a contiguous float64 matrix")
     check(sq, table, torch.float64, "sq", sq.numel())
+
+
+def check_vector(t: Tensor, table: Tensor, name: str) -> None:
+    """A float64 element for each flat buffer.
+
+    Raises:
+        RuntimeError: when it is something else.
+    """
+    if t.dim() != 1 or t.numel() == 0:
+        raise RuntimeError(f"sharpkern: {name} should be a contiguous float64 vector")
+    check(t, table, torch.float64, name, 1)
 
 
 def check_values(t: Tensor, table: Tensor, columns: int, name: str) -> None:

@@ -19,8 +19,8 @@ from .walk import (
     BLOCK,
     STEP,
     address,
-    addressed,
     check,
+    check_segments,
     launch,
     load,
     share,
@@ -114,7 +114,7 @@ def dots(
     *,
     dtype: torch.dtype,
 ) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
+    check_segments([], grads, table, blocks, dtype)
     check_sums(sq, partials, table, blocks, 2)
     check(gradient, table, dtype, "gradient", 1 if blocks.numel() else 0)
     launch(dots_kernel, table, blocks, sq, sq.stride(0), partials, gradient, dtype=dtype)
@@ -132,7 +132,7 @@ def project(
     *,
     dtype: torch.dtype,
 ) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
+    check_segments([], grads, table, blocks, dtype)
     check_sums(sq, partials, table, blocks)
     some = 1 if blocks.numel() else 0
     check(g_v, table, schema.state_dtype(dtype), "g_v", some)
