@@ -93,7 +93,7 @@ template <class A>
 struct SgdCoefficients {
   A lr;
   A weight_decay;
-  A gradient;       // +clip, or -clip when maximizing
+  A gradient;       // +scale, or -scale when maximizing
   A momentum;       // 0 on the first step: the buffer becomes the raw gradient
   A intake;         // 1 - dampening, 1 on the first step
   A from_gradient;  // nesterov: 1 and momentum; else 0 and 1
@@ -111,14 +111,15 @@ enum SgdValue : int64_t {
   kSgdValues
 };
 
-// From a group's values, whether the row steps for the first time, and the clip factor.
+// From a group's values, whether the row steps for the first time, and the factor of its gradient: clip, or
+// clip a.
 template <class A>
-SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, double clip) {
+SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, double scale) {
   const bool nesterov = v[kSgdNesterov] != 0;
   SgdCoefficients<A> c;
   c.lr = v[kSgdLr];
   c.weight_decay = v[kSgdWeightDecay];
-  c.gradient = v[kSgdMaximize] != 0 ? -clip : clip;
+  c.gradient = v[kSgdMaximize] != 0 ? -scale : scale;
   c.momentum = first ? 0 : v[kSgdMomentum];
   c.intake = first ? 1 : 1 - v[kSgdDampening];
   c.from_gradient = nesterov ? 1 : 0;
@@ -142,7 +143,7 @@ SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
 
 template <class A>
 struct AdamCoefficients {
-  A gradient;      // +clip, or -clip when maximizing
+  A gradient;      // +scale, or -scale when maximizing
   A shrink;        // AdamW: 1 - lr weight_decay; Adam: 1
   A weight_decay;  // Adam: added to the gradient; AdamW: 0
   A one_minus_beta1;
@@ -165,12 +166,12 @@ enum AdamValue : int64_t {
   kAdamValues
 };
 
-// From a group's values, the row's steps with this one, and the clip factor.
+// From a group's values, the row's steps with this one, and the factor of its gradient: clip, or clip a.
 template <class A>
-SK_INLINE AdamCoefficients<A> adam_coefficients(const double* v, double t, double clip) {
+SK_INLINE AdamCoefficients<A> adam_coefficients(const double* v, double t, double scale) {
   const bool decoupled = v[kAdamDecoupled] != 0;
   AdamCoefficients<A> c;
-  c.gradient = v[kAdamMaximize] != 0 ? -clip : clip;
+  c.gradient = v[kAdamMaximize] != 0 ? -scale : scale;
   c.shrink = decoupled ? 1 - v[kAdamLr] * v[kAdamWeightDecay] : 1;
   c.weight_decay = decoupled ? 0 : v[kAdamWeightDecay];
   c.one_minus_beta1 = 1 - v[kAdamBeta1];

@@ -1,5 +1,5 @@
 // Adam and AdamW from the backup or in place (the decay's form is a value of the group):
-// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2,  with d = +-clip (a g + b v) + weight_decay w;
+// d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 // Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more, a direction 4
 // more.

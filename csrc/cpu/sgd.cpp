@@ -1,6 +1,7 @@
-// SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;  buf = momentum buf + (1 -
-// dampening) d; w -= lr (nesterov ? d + momentum buf : buf). Bytes a parameter, fp32: reads w 4, g 4, buf 4,
-// writes w 4, buf 4; without momentum 12; with a direction v 4 more.
+// SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;
+// buf = momentum buf + (1 - dampening) d;  w -= lr (nesterov ? d + momentum buf : buf).
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with a direction v
+// 4 more.
 #include "descend.h"
 
 namespace sharpkern::cpu {

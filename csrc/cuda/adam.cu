@@ -1,7 +1,7 @@
 // Adam and AdamW from the backup or in place (the decay's form is a value of the group):
-// m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
+// d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
-// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8, g_v 4 more.
+// Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8, a direction 4 more.
 #include "descend.cuh"
 
 namespace sharpkern::cuda {
@@ -24,13 +24,13 @@ struct Adam {
   bool amsgrad;
 };
 
-template <bool kAmsgrad, bool kMixed, class T, class A>
+template <bool kAmsgrad, class V, class T, class A>
 __device__ __forceinline__ void update(
-    const Rule<T>& rule, const Descent<T, Adam<A>>& work, const State<A>& state, int64_t n) {
+    const Rule<T>& rule, const Descending<T, Adam<A>>& work, const State<A>& state, int64_t n) {
   elements<T, 1>(n, work.aligned, [&](auto tile, int64_t i) {
     const int64_t slot = work.slot + i;
     auto w = tile.load(work.from, i);
-    const auto g = gradient<kMixed>(tile, rule, work, i);
+    const auto g = gradient<V>(tile, rule, work, i);
     auto first = tile.load(state.m, slot);
     auto second = tile.load(state.v, slot);
     auto largest = second;
@@ -51,35 +51,36 @@ __device__ __forceinline__ void update(
   });
 }
 
-template <class T, bool kMixed>
+template <class T, class V>
 SK_KERNEL(kAdamResident<T>)
 adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
   using A = arithmetic_t<T>;
-  descend<Adam<A>, kAdamValues, kMixed>(
+  descend<Adam<A>, kAdamValues, V>(
       rule,
-      [&](const double* x, float before, double clip) {
+      [&](const double* x, float before, double scale) {
         const bool amsgrad = state.vmax != nullptr && x[kAdamAmsgrad] != 0;
-        return Adam<A>{adam_coefficients<A>(x, static_cast<double>(before) + 1, clip), amsgrad};
+        return Adam<A>{adam_coefficients<A>(x, static_cast<double>(before) + 1, scale), amsgrad};
       },
       [](const double*) { return true; },
       [&](int64_t slot) {
         return are_aligned(state.m + slot, state.v + slot) &&
                (state.vmax == nullptr || are_aligned(state.vmax + slot));
       },
-      [&](const Descent<T, Adam<A>>& work, int64_t n) {
+      [&](const Descending<T, Adam<A>>& work, int64_t n) {
         if (work.c.amsgrad) {
-          update<true, kMixed>(rule, work, state, n);
+          update<true, V>(rule, work, state, n);
         } else {
-          update<false, kMixed>(rule, work, state, n);
+          update<false, V>(rule, work, state, n);
         }
       });
 }
 
 void adam_step(
     Tensors params, Tensor exp_avg, Tensor exp_avg_sq, Tensor max_exp_avg_sq, Tensor step, Tensor counters,
-    Tensors grads, Tensor backup, Tensor g_v, Tensor table, Tensor blocks, Tensor group_values, Tensor sq,
-    Tensor g_v_sq, double alpha, double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  Call call(&params, &grads, table, blocks, dtype);
+    Tensors grads, Tensor backup, Tensor direction, Tensor table, Tensor blocks, Tensor group_values,
+    Tensor sq, Tensor coefficients, double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  check_no_lists(params, grads);
+  const Call call(table, blocks);
   call.same_device(
       {{&exp_avg, "exp_avg"},
        {&exp_avg_sq, "exp_avg_sq"},
@@ -96,10 +97,10 @@ void adam_step(
     STD_TORCH_CHECK(
         (state.m != nullptr && state.v != nullptr) || !call.has_blocks(), "sharpkern: exp_avg is empty");
     const auto rule = make_rule<T>(
-        call, step, counters, backup, g_v, groups, sq, g_v_sq, alpha, max_norm, skip_nonfinite, dtype);
-    call.launch<kAdamResident<T>>(
-        "adam", rule.mixture.g_v != nullptr ? adam_kernel<T, true> : adam_kernel<T, false>, kAnyGrid, rule,
-        state);
+        call, step, counters, backup, direction, groups, sq, coefficients, max_norm, skip_nonfinite, dtype);
+    const auto kernel = for_direction<T>(
+        direction, dtype, [](auto v) { return &adam_kernel<T, typename decltype(v)::type>; });
+    call.launch<kAdamResident<T>>("adam", kernel, kAnyGrid, rule, state);
   });
 }
 

@@ -103,10 +103,8 @@ ascend_kernel(
 
 template <bool kScaled>
 void run(
-    const char* name, const Tensors& params, const Tensor& backup, const Tensor* gradient,
-    const Tensor& counters, const Tensors& grads, const Tensor& table, const Tensor& blocks,
+    const char* name, const Call& call, const Tensor& backup, const Tensor* gradient, const Tensor& counters,
     const Tensor& radius, const Tensor& sq, double eps, bool skip_nonfinite, ScalarType dtype) {
-  Call call(&params, &grads, table, blocks, dtype);
   call.same_device({{&backup, "backup"}, {&counters, "counters"}, {&radius, "radius"}, {&sq, "sq"}});
   if (gradient != nullptr) {
     call.same_device({{gradient, "gradient"}});
@@ -131,25 +129,22 @@ void run(
     call.launch(
         name, kernel, kAnyGrid, call.segments(), kept, kept_g, count, groups, squares, eps, skip_nonfinite);
   });
-  if (backup.numel() > 0) {
-    call.copy_column(table, kBackup);
-  }
 }
 
 void ascend(
     Tensors params, Tensor backup, Tensor gradient, Tensor counters, Tensors grads, Tensor table,
     Tensor blocks, Tensor radius, Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
-  run<false>(
-      "ascend", params, backup, &gradient, counters, grads, table, blocks, radius, sq, eps, skip_nonfinite,
-      dtype);
+  check_no_lists(params, grads);
+  const Call call(table, blocks);
+  run<false>("ascend", call, backup, &gradient, counters, radius, sq, eps, skip_nonfinite, dtype);
 }
 
 void ascend_scaled(
     Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor blocks, Tensor radius,
     Tensor sq, double eps, bool skip_nonfinite, ScalarType dtype) {
-  run<true>(
-      "ascend_scaled", params, backup, nullptr, counters, grads, table, blocks, radius, sq, eps,
-      skip_nonfinite, dtype);
+  check_no_lists(params, grads);
+  const Call call(table, blocks);
+  run<true>("ascend_scaled", call, backup, nullptr, counters, radius, sq, eps, skip_nonfinite, dtype);
 }
 
 }  // namespace

@@ -1,18 +1,10 @@
-// What every base rule shares: from where it steps, whether it steps at all, and who counts.
+// What every base rule shares: from where it steps, along which gradient, whether it steps at all, and who
+// counts.
 #pragma once
 
 #include "launch.h"
 
 namespace sharpkern::cuda {
-
-// What LookSAM adds to the gradient.
-template <class A>
-struct Mixture {
-  const A* g_v = nullptr;  // null: nothing
-  const double* sq = nullptr;
-  int64_t buffers = 0;
-  double alpha = 0;
-};
 
 // The arguments that every rule takes after its own state, as its kernel gets them.
 template <class T>
@@ -25,35 +17,38 @@ struct Rule {
   Squares squares;
   double max_norm;
   bool skip_nonfinite;
-  Mixture<arithmetic_t<T>> mixture;
+  const double* coefficients;  // [a, b] of a g + b v; null: 1 and 0
+  const void* direction;       // v, of a dtype that the kernel's template names; null: none
 };
 
 // A stretch and the coefficients of its rule. Without a gradient, or in a skipped step, g is null; from == w
 // then means that there is nothing to do.
 template <class T, class C>
-struct Descent {
+struct Descending {
   T* w;
   const T* from;
   const T* g;
   int64_t slot;  // of its first element
   C c;
-  arithmetic_t<T> mix;
+  arithmetic_t<T> a;  // of a g + b v, where there is a v
+  arithmetic_t<T> b;
   bool aligned;
 };
 
-// (u, v) -> the gradient that a tile's elements step with, in the arithmetic type.
-template <bool kMixed, class Tile, class T, class C>
+// (u, v) -> the gradient that a tile's elements step along, in the arithmetic type. V: the dtype of the
+// direction, void where there is none.
+template <class V, class Tile, class T, class C>
 __device__ __forceinline__ auto gradient(
-    Tile tile, const Rule<T>& rule, const Descent<T, C>& work, int64_t i) {
+    Tile tile, const Rule<T>& rule, const Descending<T, C>& work, int64_t i) {
   using A = arithmetic_t<T>;
   const auto g = tile.load(work.g, i);
-  if constexpr (kMixed) {
-    const auto g_v = tile.load(rule.mixture.g_v + work.slot, i);
-    return [g, g_v, mix = work.mix](int u, int v) {
-      return static_cast<A>(g.pack[u].x[v]) + mix * g_v.pack[u].x[v];
-    };
-  } else {
+  if constexpr (std::is_void_v<V>) {
     return [g](int u, int v) { return static_cast<A>(g.pack[u].x[v]); };
+  } else {
+    const auto direction = tile.load(static_cast<const V*>(rule.direction) + work.slot, i);
+    return [g, direction, a = work.a, b = work.b](int u, int v) {
+      return combined(static_cast<A>(g.pack[u].x[v]), static_cast<A>(direction.pack[u].x[v]), a, b);
+    };
   }
 }
 
@@ -81,35 +76,38 @@ __device__ __forceinline__ void count_step(const Rule<T>& rule, const Count& cou
   rule.step[count.row] = count.before + 1;
 }
 
-// coefficients(group's values, step count before, clip factor), counts(group's values): by one thread.
-// aligned(slot): whether the rule's own buffers are. update(work, elements): by all of them.
+// coefficients(group's values, step count before, factor of the gradient), counts(group's values): by one
+// thread. aligned(slot): whether the rule's own buffers are. update(work, elements): by all of them.
 template <
-    class C, int64_t kValues, bool kMixed, class T, class Coefficients, class Counts, class Aligned,
-    class Update>
+    class C, int64_t kValues, class V, class T, class Coefficients, class Counts, class Aligned, class Update>
 __device__ __forceinline__ void descend(
     const Rule<T>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned, Update&& update) {
-  double clip = 1;
-  double mix = 0;
+  using A = arithmetic_t<T>;
+  double scale = 1;
+  A a = 1;
+  A b = 0;
   bool skip = false;
   Count count = {};  // thread 0's: counted when the others have their work already
   if (threadIdx.x == 0) {
     const Norms norms = rule.squares.norms();
-    clip = clip_factor(norms.last, rule.max_norm);
-    if constexpr (kMixed) {
-      const double g_v_sq = sum_of_buffers(rule.mixture.sq, rule.mixture.buffers);
-      mix = mix_factor(norms.last, std::sqrt(g_v_sq), rule.mixture.alpha);
+    scale = clip_factor(norms.last, rule.max_norm);
+    if constexpr (!std::is_void_v<V>) {
+      a = static_cast<A>(rule.coefficients[0]);
+      b = static_cast<A>(rule.coefficients[1]);
+    } else if (rule.coefficients != nullptr) {
+      scale *= rule.coefficients[0];
     }
     skip = rule.skip_nonfinite && !norms.finite;
     if (skip && blockIdx.x == 0 && rule.counters != nullptr) {
       rule.counters[2] += 1;
     }
   }
-  walk<Descent<T, C>>(
+  walk<Descending<T, C>>(
       rule.segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
         const bool backed = rule.backup != nullptr && row.backup != 0;
-        Descent<T, C> work = {};
+        Descending<T, C> work = {};
         work.w = stretch.at<T>(row.param);
         work.from = backed ? stretch.in(rule.backup) : work.w;
         work.slot = row.slot + stretch.begin;
@@ -117,19 +115,20 @@ __device__ __forceinline__ void descend(
           work.g = stretch.at<const T>(row.grad);
           const double* group = rule.groups + row.group * kValues;
           const float before = __ldcg(rule.step + stretch.index);
-          work.c = coefficients(group, before, clip);
+          work.c = coefficients(group, before, scale);
           if (counts(group)) {
             count = {stretch.index, stretch.blocks, (row.numel + kBlock - 1) / kBlock, before};
           }
         }
         work.aligned = are_aligned(work.w, work.from, work.g) && aligned(work.slot);
-        if constexpr (kMixed) {
-          work.mix = static_cast<arithmetic_t<T>>(mix);
-          work.aligned = work.aligned && are_aligned(rule.mixture.g_v + work.slot);
+        if constexpr (!std::is_void_v<V>) {
+          work.a = a;
+          work.b = b;
+          work.aligned = work.aligned && are_aligned(static_cast<const V*>(rule.direction) + work.slot);
         }
         return work;
       },
-      [&](const Descent<T, C>& work, int64_t n) {
+      [&](const Descending<T, C>& work, int64_t n) {
         if (count.blocks != 0) {
           count_step(rule, count);
           count = {};
@@ -145,25 +144,42 @@ __device__ __forceinline__ void descend(
 // Checks the arguments of a rule; its own state aside.
 template <class T>
 Rule<T> make_rule(
-    Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup, const Tensor& g_v,
-    const double* groups, const Tensor& sq, const Tensor& g_v_sq, double alpha, double max_norm,
-    bool skip_nonfinite, ScalarType dtype) {
+    const Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup,
+    const Tensor& direction, const double* groups, const Tensor& sq, const Tensor& coefficients,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
   call.same_device(
-      {{&step, "step"}, {&counters, "counters"}, {&backup, "backup"}, {&g_v, "g_v"}, {&sq, "sq"}});
+      {{&step, "step"},
+       {&counters, "counters"},
+       {&backup, "backup"},
+       {&direction, "direction"},
+       {&sq, "sq"},
+       {&coefficients, "coefficients"}});
   float* steps = buffer<float>(step, ScalarType::Float, call.rows(), "step");
   STD_TORCH_CHECK(steps != nullptr || call.rows() == 0, "sharpkern: step is empty");
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
   const T* kept = buffer<T>(backup, dtype, 0, "backup");
-  const Squares squares(sq);
-  Mixture<arithmetic_t<T>> mixture;
-  mixture.g_v = buffer<arithmetic_t<T>>(g_v, state_dtype(dtype), 0, "g_v");
-  if (mixture.g_v != nullptr) {
-    call.same_device({{&g_v_sq, "g_v_sq"}});
-    mixture.sq = matrix(g_v_sq, 1, "g_v_sq");
-    mixture.buffers = g_v_sq.size(1);
-    mixture.alpha = alpha;
+  const bool narrow = direction.scalar_type() == dtype;
+  const void* v = buffer<void>(direction, narrow ? dtype : state_dtype(dtype), 0, "direction");
+  return {
+      call.segments(),
+      kept,
+      steps,
+      count,
+      groups,
+      Squares(sq),
+      max_norm,
+      skip_nonfinite,
+      direction_coefficients(coefficients, direction),
+      v};
+}
+
+// choose(Tag<V>) for the dtype of the direction: void where there is none.
+template <class T, class Choose>
+auto for_direction(const Tensor& direction, ScalarType dtype, Choose&& choose) {
+  if (direction.numel() == 0) {
+    return choose(Tag<void>{});
   }
-  return {call.segments(), kept, steps, count, groups, squares, max_norm, skip_nonfinite, mixture};
+  return direction.scalar_type() == dtype ? choose(Tag<T>{}) : choose(Tag<arithmetic_t<T>>{});
 }
 
 }  // namespace sharpkern::cuda

@@ -1,5 +1,5 @@
-// Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm, norm_ema) or |w| + eta (norm_scaled);
-// norm_ema then updates AE-SAM's statistics of its sum over the flat buffers.
+// Squared norm of the gradient of one flat buffer:  sq[buffer] = sum_i (T_i g_i)^2,  T = 1 (norm) or
+// |w| + eta (norm_scaled); then AE-SAM's statistics of sum(sq), where they are kept.
 // Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a CTA.
 #include "reduce.cuh"
 
@@ -15,18 +15,9 @@ struct Squaring {
   bool aligned;
 };
 
-// AE-SAM's statistics, and what they are made of.
-struct Statistics {
-  double* ema = nullptr;       // null: none are kept
-  const double* sq = nullptr;  // of every flat buffer, this one's among them
-  int64_t buffers = 0;
-  double decay = 0;
-  double coefficient = 0;
-};
-
 template <class T, bool kScaled>
 SK_KERNEL(kResident)
-norm_kernel(Segments segments, const double* radius, double* partials, double* sq, Statistics statistics) {
+norm_kernel(Segments segments, const double* radius, double* partials, NormOutput output) {
   using A = arithmetic_t<T>;
   double sums[1] = {};
   double& sum = sums[0];
@@ -65,50 +56,39 @@ norm_kernel(Segments segments, const double* radius, double* partials, double* s
           add_squares(sum, work.g, n, work.aligned);
         }
       });
-  reduce(sums, partials, [&](const double (&totals)[1]) {
-    *sq = totals[0];
-    if (statistics.ema != nullptr) {
-      const double n = sum_of_buffers(statistics.sq, statistics.buffers);
-      update_ema(statistics.ema, n, statistics.decay, statistics.coefficient);
-    }
-  });
+  reduce(sums, partials, [&](const double (&totals)[1]) { output.write(totals[0]); });
 }
 
 void run(
-    const char* name, Call& call, double* sq, const Tensor& partials, const double* radius,
-    const Statistics& statistics, ScalarType dtype) {
+    const char* name, const Call& call, const NormOutput& output, const Tensor& partials,
+    const double* radius, ScalarType dtype) {
   call.same_device({{&partials, "partials"}});
   const Partials<1> partial(partials);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     call.launch(
         name, radius != nullptr ? norm_kernel<T, true> : norm_kernel<T, false>, partial.ctas, call.segments(),
-        radius, partial.data, sq, statistics);
+        radius, partial.data, output);
   });
 }
 
-void norm(Tensor sq, Tensor partials, Tensors grads, Tensor table, Tensor blocks, ScalarType dtype) {
-  Call call(nullptr, &grads, table, blocks, dtype);
-  call.same_device({{&sq, "sq"}});
-  run("norm", call, element(sq), partials, nullptr, {}, dtype);
+void norm(
+    Tensor sq, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor blocks, int64_t index,
+    double decay, double coefficient, ScalarType dtype) {
+  check_no_lists(grads);
+  const Call call(table, blocks);
+  call.same_device({{&sq, "sq"}, {&ema, "ema"}});
+  run("norm", call, NormOutput(sq, ema, index, decay, coefficient), partials, nullptr, dtype);
 }
 
 void norm_scaled(
-    Tensor sq, Tensor partials, Tensors params, Tensors grads, Tensor table, Tensor blocks, Tensor radius,
-    ScalarType dtype) {
-  Call call(&params, &grads, table, blocks, dtype);
-  call.same_device({{&sq, "sq"}, {&radius, "radius"}});
-  run("norm_scaled", call, element(sq), partials, values(radius, call, 2, "radius"), {}, dtype);
-}
-
-void norm_ema(
-    Tensor sq, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor blocks, int64_t index,
-    double decay, double coefficient, ScalarType dtype) {
-  Call call(nullptr, &grads, table, blocks, dtype);
-  call.same_device({{&sq, "sq"}, {&ema, "ema"}});
-  const EmaArguments arguments(sq, ema, index);
-  const Statistics statistics{arguments.ema, arguments.sq, arguments.buffers, decay, coefficient};
-  run("norm_ema", call, arguments.sq + index, partials, nullptr, statistics, dtype);
+    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensors grads, Tensor table, Tensor blocks,
+    Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
+  check_no_lists(params, grads);
+  const Call call(table, blocks);
+  call.same_device({{&sq, "sq"}, {&ema, "ema"}, {&radius, "radius"}});
+  const double* groups = values(radius, call, 2, "radius");
+  run("norm_scaled", call, NormOutput(sq, ema, index, decay, coefficient), partials, groups, dtype);
 }
 
 }  // namespace
@@ -117,5 +97,4 @@ void norm_ema(
 STABLE_TORCH_LIBRARY_IMPL(sharpkern, CUDA, m) {
   m.impl("norm", TORCH_BOX(&sharpkern::cuda::norm));
   m.impl("norm_scaled", TORCH_BOX(&sharpkern::cuda::norm_scaled));
-  m.impl("norm_ema", TORCH_BOX(&sharpkern::cuda::norm_ema));
 }

@@ -141,7 +141,8 @@ const T* first_gradient(const Call& call, const Tensor& gradient, ScalarType dty
 void dots(
     Tensor sq, Tensor partials, Tensor gradient, Tensors grads, Tensor table, Tensor blocks,
     ScalarType dtype) {
-  Call call(nullptr, &grads, table, blocks, dtype);
+  check_no_lists(grads);
+  const Call call(table, blocks);
   call.same_device({{&sq, "sq"}, {&partials, "partials"}, {&gradient, "gradient"}});
   STD_TORCH_CHECK(
       sq.scalar_type() == ScalarType::Double && sq.dim() == 1 && sq.size(0) == 2,
@@ -159,7 +160,8 @@ void dots(
 void project(
     Tensor g_v, Tensor sq, Tensor partials, Tensor gradient, Tensors grads, Tensor table, Tensor blocks,
     Tensor products, ScalarType dtype) {
-  Call call(nullptr, &grads, table, blocks, dtype);
+  check_no_lists(grads);
+  const Call call(table, blocks);
   call.same_device(
       {{&g_v, "g_v"},
        {&sq, "sq"},

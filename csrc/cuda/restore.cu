@@ -34,7 +34,8 @@ restore_kernel(Segments segments, const T* backup) {
 }
 
 void restore(Tensors params, Tensor backup, Tensor table, Tensor blocks, ScalarType dtype) {
-  Call call(&params, nullptr, table, blocks, dtype);
+  check_no_lists(params);
+  const Call call(table, blocks);
   call.same_device({{&backup, "backup"}});
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -1,6 +1,7 @@
-// SGD from the backup or in place:  d = +-clip g + weight_decay w;  buf = momentum buf + (1 - dampening) d;
-// w -= lr (nesterov ? d + momentum buf : buf).
-// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with g_v 4 more.
+// SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;
+// buf = momentum buf + (1 - dampening) d;  w -= lr (nesterov ? d + momentum buf : buf).
+// Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with a direction v
+// 4 more.
 #include "descend.cuh"
 
 namespace sharpkern::cuda {
@@ -12,14 +13,15 @@ struct Sgd {
   bool momentum;
 };
 
-template <bool kMixed, class T, class A>
+template <class V, class T, class A>
 __device__ __forceinline__ void update_momentum(
-    const Rule<T>& rule, const Descent<T, Sgd<A>>& work, A* momentum, int64_t n) {
+    const Rule<T>& rule, const Descending<T, Sgd<A>>& work, A* momentum, int64_t n) {
   A* buf = momentum + work.slot;
-  // Two tiles at a time make six loads; the wide state of half types, or g_v, makes four of one.
-  elements<T, sizeof(A) == sizeof(T) && !kMixed ? 2 : 1>(n, work.aligned, [&](auto tile, int64_t i) {
+  // Two tiles at a time make six loads; the wide state of half types, or a direction, makes four of one.
+  constexpr int kUnroll = sizeof(A) == sizeof(T) && std::is_void_v<V> ? 2 : 1;
+  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
-    const auto g = gradient<kMixed>(tile, rule, work, i);
+    const auto g = gradient<V>(tile, rule, work, i);
     auto b = tile.load(buf, i);
     tile.each([&](int u, int v) {
       w.pack[u].x[v] = static_cast<T>(
@@ -30,11 +32,12 @@ __device__ __forceinline__ void update_momentum(
   });
 }
 
-template <bool kMixed, class T, class A>
-__device__ __forceinline__ void update_plain(const Rule<T>& rule, const Descent<T, Sgd<A>>& work, int64_t n) {
+template <class V, class T, class A>
+__device__ __forceinline__ void update_plain(
+    const Rule<T>& rule, const Descending<T, Sgd<A>>& work, int64_t n) {
   elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
-    const auto g = gradient<kMixed>(tile, rule, work, i);
+    const auto g = gradient<V>(tile, rule, work, i);
     tile.each([&](int u, int v) {
       w.pack[u].x[v] =
           static_cast<T>(sgd_plain(static_cast<A>(w.pack[u].x[v]), g(u, v), work.c.coefficients));
@@ -44,31 +47,32 @@ __device__ __forceinline__ void update_plain(const Rule<T>& rule, const Descent<
 }
 
 // momentum is null where no group uses it.
-template <class T, bool kMixed>
+template <class T, class V>
 SK_KERNEL(kResident)
 sgd_kernel(Rule<T> rule, arithmetic_t<T>* momentum) {
   using A = arithmetic_t<T>;
   const auto has_momentum = [&](const double* v) { return momentum != nullptr && v[kSgdMomentum] != 0; };
-  descend<Sgd<A>, kSgdValues, kMixed>(
+  descend<Sgd<A>, kSgdValues, V>(
       rule,
-      [&](const double* v, float before, double clip) {
-        return Sgd<A>{sgd_coefficients<A>(v, before == 0, clip), has_momentum(v)};
+      [&](const double* v, float before, double scale) {
+        return Sgd<A>{sgd_coefficients<A>(v, before == 0, scale), has_momentum(v)};
       },
       has_momentum, [&](int64_t slot) { return momentum == nullptr || are_aligned(momentum + slot); },
-      [&](const Descent<T, Sgd<A>>& work, int64_t n) {
+      [&](const Descending<T, Sgd<A>>& work, int64_t n) {
         if (work.c.momentum) {
-          update_momentum<kMixed>(rule, work, momentum, n);
+          update_momentum<V>(rule, work, momentum, n);
         } else {
-          update_plain<kMixed>(rule, work, n);
+          update_plain<V>(rule, work, n);
         }
       });
 }
 
 void sgd(
     Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor backup,
-    Tensor g_v, Tensor table, Tensor blocks, Tensor group_values, Tensor sq, Tensor g_v_sq, double alpha,
+    Tensor direction, Tensor table, Tensor blocks, Tensor group_values, Tensor sq, Tensor coefficients,
     double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  Call call(&params, &grads, table, blocks, dtype);
+  check_no_lists(params, grads);
+  const Call call(table, blocks);
   call.same_device({{&momentum_buffer, "momentum_buffer"}, {&group_values, "values"}});
   const double* groups = values(group_values, call, kSgdValues, "values");
   visit(dtype, [&](auto tag) {
@@ -76,10 +80,10 @@ void sgd(
     using A = arithmetic_t<T>;
     A* momentum = buffer<A>(momentum_buffer, state_dtype(dtype), 0, "momentum_buffer");
     const auto rule = make_rule<T>(
-        call, step, counters, backup, g_v, groups, sq, g_v_sq, alpha, max_norm, skip_nonfinite, dtype);
-    call.launch(
-        "sgd", rule.mixture.g_v != nullptr ? sgd_kernel<T, true> : sgd_kernel<T, false>, kAnyGrid, rule,
-        momentum);
+        call, step, counters, backup, direction, groups, sq, coefficients, max_norm, skip_nonfinite, dtype);
+    const auto kernel =
+        for_direction<T>(direction, dtype, [](auto v) { return &sgd_kernel<T, typename decltype(v)::type>; });
+    call.launch("sgd", kernel, kAnyGrid, rule, momentum);
   });
 }
 
