@@ -1,5 +1,6 @@
 """sharpkern: fused sharpness-aware optimizers for PyTorch."""
 
+from . import policy
 from .batch_stats import frozen_batch_stats
 from .ops import available_backends, build_info, use_backend
 from .optim import AESAM, ASAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
@@ -18,5 +19,6 @@ __all__ = [
     "available_backends",
     "build_info",
     "frozen_batch_stats",
+    "policy",
     "use_backend",
 ]

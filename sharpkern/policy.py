@@ -1,27 +1,66 @@
-"""When to take the second pass. A policy is plain data: what it decides depends on the step's number alone, so
-that it is resumed by that number, and the same on every process. Adaptive takes statistics, too, and returns them."""
+"""When to take the second pass.
+
+A policy is plain data. What most of them decide depends on the step's number alone, so that they are resumed by that
+number, and the same on every process; Adaptive's statistics lie with the numbers of the step, and are saved with them.
+Every two-pass optimizer takes one as ``policy=``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .checks import check_count, check_probability, check_real, warn
+
+
+class Step(Protocol):
+    """What a policy may ask of a step whose gradients are there: the step's verbs in ``optim/step.py``."""
+
+    @property
+    def t(self) -> int: ...
+
+    @property
+    def has_gradients(self) -> bool: ...
+
+    def norm(self, *, ema: tuple[float, float] | None = None) -> None: ...
+
+    def fired(self) -> bool: ...
 
 
 class Policy(ABC):
     """Decides for each step."""
 
+    @property
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Numbers that it keeps on the device, by name, with their values at the start."""
+        return {}
+
+    @abstractmethod
+    def decide(self, step: Step) -> bool:
+        """Whether this step does."""
+
+
+class Scheduled(Policy):
+    """A policy that knows beforehand."""
+
     @abstractmethod
     def second_pass(self, t: int) -> bool:
         """Whether step t (from 0) looks at the gradient twice."""
 
+    def decide(self, step: Step) -> bool:
+        """Whether this step does."""
+        return self.second_pass(step.t)
+
 
 @dataclass(frozen=True)
-class Always(Policy):
+class Always(Scheduled):
     """Every step does."""
 
     def second_pass(self, t: int) -> bool:
@@ -29,7 +68,7 @@ class Always(Policy):
 
 
 @dataclass(frozen=True)
-class Every(Policy):
+class Every(Scheduled):
     """One step in k does, the first one included.
 
     Raises:
@@ -46,7 +85,7 @@ class Every(Policy):
 
 
 @dataclass(frozen=True)
-class Bernoulli(Policy):
+class Bernoulli(Scheduled):
     """A step does with probability p: when a number u(seed, t), uniform in [0, 1), is below it.
 
     Args:
@@ -58,19 +97,19 @@ class Bernoulli(Policy):
     """
 
     p: float | Callable[[int], float]
-    seed: int
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed should be an integer, but got {self.seed!r}")
         if not callable(self.p):
-            _check_probability(self.p, "p")
+            check_probability(self.p, "p")
 
     def second_pass(self, t: int) -> bool:
         p = self.p
         if callable(p):
             p = p(t)
-            _check_probability(p, f"p({t})")
+            check_probability(p, f"p({t})")
         # A hash, not a generator: nothing but the seed and the step has to be saved, or shared between processes.
         digest = hashlib.blake2b(f"{self.seed}:{t}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53 < p
@@ -85,7 +124,7 @@ class Statistics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Policy):
     r"""AE-SAM's rule: a step does when its squared gradient norm n is large for the time.
 
     .. math::
@@ -107,20 +146,20 @@ class Adaptive:
     """
 
     total_steps: int
-    lambda_start: float
-    lambda_end: float
-    decay: float
+    lambda_start: float = 1.0
+    lambda_end: float = -1.0
+    decay: float = 0.9
 
     def __post_init__(self) -> None:
         check_count(self.total_steps, "total_steps")
         for name in ("lambda_start", "lambda_end"):
             value = getattr(self, name)
-            _check_real(value, name)
+            check_real(value, name)
             if math.isnan(value):
                 raise ValueError(f"Invalid {name}: {value}")
         if math.isinf(self.lambda_start) and self.lambda_end == -self.lambda_start:
             raise ValueError(f"Invalid lambda_end: {self.lambda_end} after a lambda_start of {self.lambda_start}")
-        _check_real(self.decay, "decay")
+        check_real(self.decay, "decay")
         if not 0 <= self.decay < 1:
             raise ValueError(f"Invalid decay: {self.decay}")
 
@@ -130,7 +169,25 @@ class Adaptive:
         # Not 0 * inf.
         return (part * self.lambda_end if part > 0 else 0.0) + ((1 - part) * self.lambda_start if part < 1 else 0.0)
 
-    def decide(self, statistics: Statistics, t: int, n: float) -> tuple[Statistics, bool]:
+    @property
+    def scalars(self) -> Mapping[str, Tensor]:
+        """``ema``: the columns of ``ops.schema.EMA``."""
+        return {"ema": torch.tensor([*Statistics(), 0.0], dtype=torch.float64, device="cpu")}
+
+    def decide(self, step: Step) -> bool:
+        """Whether this step does. The launch that finishes the norm updates the statistics on the device; the answer
+        is all that the host reads."""
+        if not step.has_gradients:
+            return False
+        if step.t == self.total_steps:
+            warn(
+                f"the policy was told of total_steps={self.total_steps} and the training takes more: the threshold "
+                "stays where it was to end"
+            )
+        step.norm(ema=(self.decay, self.coefficient(step.t)))
+        return step.fired()
+
+    def update(self, statistics: Statistics, t: int, n: float) -> tuple[Statistics, bool]:
         """The statistics with the squared norm n of step t, and whether the step fires. This is the rule as data; in a
         step the norm's kernel computes it on the device, and the tests hold the one to the other.
 
@@ -145,20 +202,17 @@ class Adaptive:
         return Statistics(mean, var, threshold), n >= threshold
 
 
-def check_count(value: Any, name: str) -> None:
-    """An integer from 1 up, or torch's kind of error."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} should be an integer, but got {value!r}")
-    if value < 1:
-        raise ValueError(f"Invalid {name}: {value}")
+def choose(policy: Policy | None, make: Callable[[], Policy], **given: Any) -> Policy:
+    """``policy``, or where there is none the one that an optimizer's own arguments make.
 
-
-def _check_real(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} should be a number, but got {value!r}")
-
-
-def _check_probability(p: Any, name: str) -> None:
-    _check_real(p, name)
-    if not 0 <= p <= 1:
-        raise ValueError(f"Invalid {name}: {p}")
+    Raises:
+        TypeError: when ``policy`` is none, or one of those arguments is given, too.
+    """
+    if policy is None:
+        return make()
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy should be a sharpkern.policy.Policy, but got {policy!r}")
+    for name, value in given.items():
+        if value is not None:
+            raise TypeError(f"policy= and {name}= both say which steps take the second pass: give one of them")
+    return policy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sharpkern as sk
-from sharpkern.flat import blocks_of
+from sharpkern.memory.shapes import blocks_of
 from sharpkern.ops import schema
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

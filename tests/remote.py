@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern import flat
-from sharpkern.flat import Sender
+from sharpkern.memory import transfer
+from sharpkern.memory.transfer import Sender
 
 
 def pretend(patch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
         assert not pin_memory or kwargs["device"] == "cpu"
         return empty(*args, **kwargs)
 
-    patch.setattr(flat, "is_remote", lambda device: True)
+    patch.setattr(transfer, "is_remote", lambda device: True)
     patch.setattr(torch, "empty", empty_or_pinned)
     patch.setattr(Tensor, "pin_memory", lambda self: self.clone())
 
@@ -30,12 +30,11 @@ class Graphs:
     """CUDA graphs of Triton kernels in the interpreter: a capture notes copies and launches, and runs nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from sharpkern.ops.triton import adam, ascend, look, norm, restore, sgd
+        from sharpkern.ops.triton import ascend, descend, mix, norm, project, restore
 
         self._tape: list[Callable[[], object]] | None = None
         self.sent: list[tuple[int, ...]] = []
-        patch.setattr(flat, "is_capturing", lambda device: self._tape is not None)
-        patch.setattr("sharpkern.optim.optimizer.is_capturing", lambda device: self._tape is not None)
+        patch.setattr(transfer, "is_capturing", lambda device: self._tape is not None)
         send = Sender.send
 
         def noted_send(sender: Sender, values: Tensor) -> None:
@@ -52,7 +51,7 @@ class Graphs:
             self._tape.append(lambda: target[:count].copy_(pinned[:count]))
 
         patch.setattr(Sender, "send", noted_send)
-        for module in (adam, ascend, look, norm, restore, sgd):
+        for module in (ascend, descend, mix, norm, project, restore):
             patch.setattr(module, "launch", self._noted(module.launch))
 
     def _noted(self, launch: Callable[..., None]) -> Callable[..., None]:

@@ -226,9 +226,9 @@ def test_repr_and_defaults() -> None:
 
 
 def test_half_precision_is_warned_of_once_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharpkern.optim import optimizer
+    from sharpkern import checks
 
-    monkeypatch.setattr(optimizer, "_warned_half", False)
+    monkeypatch.setattr(checks, "_warned_half", False)
     half = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
     with pytest.warns(UserWarning, match="half-precision parameters") as caught:
         sk.SAM(half, SGD, lr=0.1)

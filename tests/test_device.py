@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharpkern as sk
-from sharpkern.flat import FlatBuffers, GroupTable, Receiver, Sender, blocks_of
+from sharpkern.memory.layout import Layout
+from sharpkern.memory.shapes import blocks_of
+from sharpkern.memory.table import Table
+from sharpkern.memory.transfer import GroupTable, Receiver, Sender
 from sharpkern.ops import schema
 
 SGD, AdamW, RMSprop = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
@@ -38,10 +42,10 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, remote: None) -> list[str]:
     """Names of the kernels that would have been launched. None is: 400 tensors take the interpreter seconds."""
-    from sharpkern.ops.triton import adam, ascend, look, norm, restore, sgd
+    from sharpkern.ops.triton import ascend, descend, mix, norm, project, restore
 
     names: list[str] = []
-    for module in (adam, ascend, look, norm, restore, sgd):
+    for module in (ascend, descend, mix, norm, project, restore):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: names.append(kernel.__name__))
     return names
 
@@ -120,14 +124,14 @@ def test_launches_of_every_kind_of_step(
     for by_hand in (False, True, False):
         assert launches_of(look, by_hand) == refresh
         for _ in range(2):
-            assert launches_of(look, by_hand) == ["norm_kernel", "sgd_kernel"]
+            assert launches_of(look, by_hand) == ["norm_kernel", "mix_kernel", "sgd_kernel"]
         for fired in (1.0, 0.0):
             monkeypatch.setattr(Receiver, "read", lambda self, values, fired=fired: torch.tensor([fired]))
             # By hand the gradient may have changed in between.
-            plain = ["norm_ema_kernel", *["norm_kernel"] * by_hand, "sgd_kernel"]
-            sam = ["norm_ema_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
+            plain = ["norm_kernel", *["norm_kernel"] * by_hand, "sgd_kernel"]
+            sam = ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
             assert launches_of(ae, by_hand) == (sam if fired else plain)
-            assert launches_of(ae_look, by_hand) == (["norm_ema_kernel", *refresh[1:]] if fired else plain)
+            assert launches_of(ae_look, by_hand) == (refresh if fired else [*plain[:-1], "mix_kernel", plain[-1]])
 
 
 def test_launches_of_salr(launched: list[str]) -> None:
@@ -212,16 +216,17 @@ def test_only_what_changed_is_sent(launched: list[str], monkeypatch: pytest.Monk
 
 def test_the_table_on_a_device(remote: None) -> None:
     params = [nn.Parameter(torch.randn(n)) for n in (5, 0, 3000)]
-    flat = FlatBuffers(params, ["a", "b", "c"], [0, 1, 1], [True, False, True])
+    flat = Layout(params, ["a", "b", "c"], [0, 1, 1], [True, False, True])
     for p in params:
         p.grad = torch.randn_like(p)
     flat.collect(lambda name, grad: ValueError(name))
-    assert flat.rows is not flat.table
-    assert torch.equal(flat.rows, flat.table)
-    assert flat.rows.stride() == (1, 3)  # a column goes up in one piece
+    rows = flat.walk[2]
+    assert rows is not flat.table.host
+    assert torch.equal(rows, flat.table.host)
+    assert rows.stride() == (1, 3)  # a column goes up in one piece
     assert flat.blocks.tolist() == [[0, 0], [2, 0], [2, 1]]
     with sk.use_backend("reference"):
-        assert flat.rows is flat.table
+        assert flat.walk[2] is flat.table.host
 
 
 def test_blocks_cover_every_element_once() -> None:
@@ -313,35 +318,32 @@ def test_another_backend_for_the_second_pass(first: str, remote: None) -> None:
             close(ours, theirs)
 
 
-@pytest.mark.parametrize("end", ["second_step", "restore"])
-def test_an_interrupt_before_the_launch_restores_nothing_old(
-    end: str, remote: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step is pending already, but no kernel ran: what the backup holds is the step before's."""
+@contextmanager
+def interrupted_ascent() -> Iterator[None]:
+    """An interrupt where the weights are away already, and no kernel ran: the backup holds those of another step."""
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Table, "before_ascent", interrupted)
+        yield
+
+
+def test_an_interrupt_before_the_launch_restores_nothing_old(remote: None) -> None:
     ours, opt, _, _ = twins()
     data = batches(3, torch.float32)
     train(ours, opt, data[:2])
     before = weights(ours)
     opt.zero_grad()
     make_closure(ours, data[2])()
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(opt, "_perturb", interrupted)
+    with interrupted_ascent():
         opt.first_step()
-    assert opt.is_perturbed
-    if end == "restore":
-        opt.restore()
-        assert_same_bits(weights(ours), before)
-    else:
-        for p in ours.parameters():
-            p.grad = torch.zeros_like(p)
-        for group in opt.param_groups:
-            group["lr"] = 0.0
-        opt.second_step()
-        assert_same_bits(weights(ours), before)
+    assert not opt.is_perturbed
+    assert_same_bits(weights(ours), before)
+    opt.first_step()
+    opt.restore()
+    assert_same_bits(weights(ours), before)
 
 
 def test_unflatten_between_passes_then_restore(remote: None) -> None:
@@ -402,11 +404,11 @@ def test_an_interrupt_while_parameters_are_followed(monkeypatch: pytest.MonkeyPa
     p.data = torch.zeros(5)
     kept = old.clone()
 
-    def interrupted(flat: FlatBuffers) -> None:
+    def interrupted(table: Table) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FlatBuffers, "_point", interrupted)
+        patch.setattr(Table, "_point", interrupted)
         opt.step()
     opt.step()
     assert p.tolist() == [-1.0] * 5
@@ -454,14 +456,8 @@ def test_an_interrupt_after_a_replay_restores_nothing_of_it(remote: None, monkey
     replay()
     with torch.no_grad():
         p.fill_(7.0)
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(opt, "_perturb", interrupted)
+    with interrupted_ascent():
         opt.first_step()
-    opt.restore()
     assert p.tolist() == [7.0] * 5
 
 
@@ -513,8 +509,9 @@ class NothingButKernels(TorchDispatchMode):
 
 
 def host_tensors(opt: Any) -> list[Tensor]:
-    names = ("table", "_layout", "_status", "_param_layout", "_found", "_found_status", "_addresses", "_sent")
-    return [getattr(flat, name) for flat in opt._flat for name in names]
+    """What is the host's of an optimizer's tables."""
+    names = ("host", "_grad_strides", "_status", "_param_strides", "_found", "_found_status", "_addresses", "_sent")
+    return [getattr(layout.table, name) for layout in opt._step.layouts for name in names]
 
 
 def step_by_hand(opt: Any) -> None:
@@ -567,7 +564,7 @@ def test_a_decision_is_all_that_is_read(method: str, remote: None, monkeypatch: 
     opt.load_state_dict(opt.state_dict())
     step_by_hand(opt)
     read: list[int] = []
-    norms: list[str] = []
+    moved: list[bool] = []
     with NothingButKernels(host_tensors(opt)) as mode:
         send, receive = Sender.send, Receiver.read
 
@@ -579,7 +576,7 @@ def test_a_decision_is_all_that_is_read(method: str, remote: None, monkeypatch: 
         def reading(receiver: Receiver, values: Tensor) -> Tensor:
             mode.sending = True
             read.append(values.numel())
-            norms.append(opt._pending or "nothing moved")
+            moved.append(opt.is_perturbed)
             got = receive(receiver, values).clone()
             mode.sending = False
             mode.host.add(got.untyped_storage().data_ptr())
@@ -593,7 +590,7 @@ def test_a_decision_is_all_that_is_read(method: str, remote: None, monkeypatch: 
             opt.first_step()
             opt.second_step()
     assert read == ([1] * 4 if method.startswith("ae") else [])
-    assert set(norms) <= {"nothing moved"}
+    assert not any(moved)
 
 
 @pytest.mark.parametrize(
@@ -612,13 +609,13 @@ def test_whoever_watches_a_step_sees_what_should_not_be_there(
 ) -> None:
     opt = sk.SAM(parameters(3), SGD, lr=0.1)
     step_by_hand(opt)
-    measure = opt._measure
+    step = opt._step
 
-    def measure_and_read(flat: FlatBuffers, sq: Tensor) -> None:
-        measure(flat, sq)
-        reading(flat.params[0].detach())
+    def measure_and_read() -> None:
+        type(step).norm(step)
+        reading(step.layouts[0].params[0].detach())
 
-    monkeypatch.setattr(opt, "_measure", measure_and_read)
+    monkeypatch.setattr(step, "norm", measure_and_read)
     with pytest.raises(AssertionError, match="aten::"), NothingButKernels(host_tensors(opt)):
         opt.first_step()
 
@@ -661,10 +658,10 @@ def test_elements_beyond_2_to_the_31(remote: None) -> None:
     counters = torch.zeros(3, dtype=torch.int64)
     radius = torch.tensor([[0.5, 0.0]], dtype=torch.float64)
     ops = torch.ops.sharpkern
-    ops.norm(sq[0, 0], partials, [], table, blocks, dtype=dtype)
+    none = torch.empty(0)
+    ops.norm(sq[0], partials, none, [], table, blocks, buffer=0, decay=0.0, coefficient=0.0, dtype=dtype)
     expected = grad[end].double().square().sum()
     assert sq.item() == pytest.approx(expected.item(), rel=1e-6)
-    none = torch.empty(0)
     ops.ascend([], backup, none, counters, [], table, blocks, radius, sq, eps=1e-12, skip_nonfinite=True, dtype=dtype)
     held = backup[slot + 2**31 : slot + numel]
     assert torch.equal(held, before)
@@ -676,7 +673,7 @@ def test_elements_beyond_2_to_the_31(remote: None) -> None:
     step = torch.zeros(1)
     ops.sgd(
         [], momentum, step, counters, [], backup, none, table, blocks, values, sq, none,
-        alpha=0.0, max_norm=float("inf"), skip_nonfinite=True, dtype=dtype,
+        max_norm=float("inf"), skip_nonfinite=True, dtype=dtype,
     )  # fmt: skip
     assert torch.equal(momentum[slot + 2**31 : slot + numel], grad[end].float())
     torch.testing.assert_close(param[end].float(), before.float() - 0.1 * grad[end].float(), rtol=2**-7, atol=0)

@@ -21,13 +21,16 @@ PACKAGE = Path(sk.__file__).parent
 LAYERS = {
     "ops": 1,
     "_C": 1,
-    "flat": 2,
-    "rules": 2,
-    "policy": 2,
     "batch_stats": 2,
-    "optim": 3,
-    "__init__": 4,
-    "__main__": 5,
+    "flatten": 2,
+    "memory": 3,
+    "checks": 4,
+    "policy": 5,
+    "direction": 5,
+    "rules": 5,
+    "optim": 6,
+    "__init__": 7,
+    "__main__": 8,
 }
 
 
@@ -66,7 +69,7 @@ def test_imports_point_downwards() -> None:
 def test_public_names() -> None:
     assert set(sk.__all__) == {
         "AELookSAM", "AESAM", "ASAM", "LookSAM", "SALR", "SAM", "SSSAM", "__version__", "available_backends",
-        "build_info", "frozen_batch_stats", "use_backend",
+        "build_info", "frozen_batch_stats", "policy", "use_backend",
     }  # fmt: skip
     for name in sk.__all__:
         assert hasattr(sk, name)
@@ -141,7 +144,7 @@ def test_no_host_read_in_a_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
         opt.second_step()
     read: list[torch.Tensor] = []
     # The layout check's own counters are host memory, whatever the device.
-    host = [flat._status for flat in opt._flat]
+    host = [layout.table._status for layout in opt._step.layouts]
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or tolist(self))
     for name in ("__bool__", "__float__", "__int__", "item", "cpu", "numpy"):

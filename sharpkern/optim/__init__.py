@@ -1,11 +1,8 @@
-"""Layer 3: one short file an algorithm."""
+"""Layer 4: the algorithms, one short file each."""
 
-from .aelooksam import AELookSAM
-from .aesam import AESAM
-from .asam import ASAM
+from .adaptive import AESAM, AELookSAM
 from .looksam import LookSAM
 from .salr import SALR
-from .sam import SAM
-from .sssam import SSSAM
+from .sam import ASAM, SAM, SSSAM
 
 __all__ = ["AESAM", "ASAM", "SALR", "SAM", "SSSAM", "AELookSAM", "LookSAM"]

@@ -1,89 +1,113 @@
-"""AE-SAM's trigger, for the optimizers that have it."""
+"""AE-SAM and AE-LookSAM: the second pass in the steps whose gradient is large."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..flat import Receiver
-from ..ops.schema import EMA
-from ..policy import Adaptive, Statistics
-from .optimizer import FIRST, TwoPassOptimizer
+from ..direction import Direction
+from ..policy import Adaptive, Policy, choose
+from .looksam import LookSAM
+from .sam import SharpnessAwareStep
 
 
-class AdaptivePolicy(TwoPassOptimizer):
-    """Takes the second pass when the squared gradient norm is large: :class:`sharpkern.policy.Adaptive`.
+class AESAM(SharpnessAwareStep):
+    r"""SAM with an adaptive policy: a SAM step where the squared gradient norm is large, a plain one elsewhere.
 
-    The launch that finishes the norm updates the statistics on the device; the decision is all that the host reads.
+    .. math::
+        n &= \|g\|_2^2, \qquad g = \nabla L_B(w) \\
+        \mu &\leftarrow \delta \mu + (1 - \delta)\, n, \qquad
+        \sigma^2 \leftarrow \delta \sigma^2 + (1 - \delta)(n - \mu)^2 \\
+        c_t &= \tfrac{t}{T} \lambda_\text{end} + (1 - \tfrac{t}{T}) \lambda_\text{start} \\
+        w &\leftarrow \begin{cases}
+            \text{base}\bigl(w,\ \nabla L_B(w + \rho\, g / (\|g\|_2 + \epsilon))\bigr) & n \ge \mu + c_t \sigma \\
+            \text{base}(w,\ g) & \text{else}
+        \end{cases}
+
+    With the defaults about half of the steps are SAM steps, few at the start and most at the end. A lambda of
+    ``-math.inf`` at both ends makes this :class:`sharpkern.SAM`, ``math.inf`` the base optimizer.
+
+    A plain step takes one forward and backward pass and two launches; ``first_step`` returns False for it. The
+    decision is the only number that the host reads of a step, so a step cannot be captured in a CUDA graph.
+
+    Args:
+        params: iterable of tensors, of dicts, or of (name, tensor) pairs.
+        base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
+        rho: radius of the ball; a group may have its own.
+        total_steps: T, the number of steps of the whole training. After it the threshold stays as it is, and a
+            warning says so once.
+        lambda_start, lambda_end: how many standard deviations above the mean the threshold lies, at the start and
+            at the end.
+        decay: :math:`\delta` of the averages, in [0, 1).
+        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A gradient that is
+            not finite leaves the statistics alone, and ``first_step`` returns False for it.
+        **base_kwargs: options of the base optimizer.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range, before anything changed.
+
+    Source: Jiang et al. 2023, `An Adaptive Policy to Employ Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2304.14647>`_.
     """
 
-    _kept_tensors = (*TwoPassOptimizer._kept_tensors, "_ema")
-    _kept = (*TwoPassOptimizer._kept, "_adaptive", "_warned")
-    _statistics_shapes = {**TwoPassOptimizer._statistics_shapes, "ema": (len(EMA),)}
+    direction = Direction()
 
-    def _adapt(self, total_steps: int, lambda_start: float, lambda_end: float, decay: float) -> None:
-        """To be called before ``__init__``: arguments are checked before anything changed."""
-        self._adaptive = Adaptive(total_steps, lambda_start, lambda_end, decay)
-        self._ema = torch.tensor([*Statistics(), 0.0], dtype=torch.float64, device="cpu")
-        self._warned = False
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        rho: float = 0.05,
+        *,
+        total_steps: int,
+        lambda_start: float = 1.0,
+        lambda_end: float = -1.0,
+        decay: float = 0.9,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        policy = choose(policy, lambda: Adaptive(total_steps, lambda_start, lambda_end, decay), total_steps=total_steps)
+        super().__init__(params, base_optimizer, {"rho": rho}, policy=policy, **kwargs)
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._receiver = Receiver()
 
-    def _decide(self) -> bool:
-        if not any(flat.has_gradients for flat in self._flat):
-            return False
-        if self._t >= self._adaptive.total_steps and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__} was told of total_steps={self._adaptive.total_steps} and takes more: the "
-                "threshold stays where it was to end",
-                UserWarning,
-                stacklevel=2,
-            )
-        # The last launch needs the other norms, and is that of the layout that the statistics lie with.
-        home, *others = self._flat
-        for i, flat in enumerate(others, 1):
-            self._measure(flat, self._norms[flat.device][FIRST], i)
-        self._share_norms(FIRST)
-        torch.ops.sharpkern.norm.default(
-            self._norms[home.device][FIRST],
-            home.partials,
-            self._ema,
-            home.lists[1],
-            home.rows,
-            home.blocks,
-            buffer=0,
-            decay=self._adaptive.decay,
-            coefficient=self._adaptive.coefficient(self._t),
-            dtype=home.dtype,
-        )
-        self._share_norms(FIRST)
-        self._measured_first = True
-        return bool(self._receiver.read(self._ema[3:]))
+class AELookSAM(LookSAM):
+    r""":class:`sharpkern.LookSAM` with the trigger of :class:`sharpkern.AESAM` in place of every k-th step.
 
-    def _take_state(self) -> None:
-        super()._take_state()
-        if self._flat:
-            home = self._flat[0].device
-            self._ema = self._ema.to(home, self._norms[home].dtype)
+    .. math::
+        n = \|g\|_2^2 \ge \mu + c_t \sigma:&\quad
+        w \leftarrow \text{base}(w,\ g_s), \qquad g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|_2^2}\, g \\
+        \text{else:}&\quad w \leftarrow \text{base}\Bigl(w,\ g + \alpha \frac{\|g\|_2}{\|g_v\|_2}\, g_v\Bigr)
 
-    def _own_statistics(self) -> dict[str, Any]:
-        return {**super()._own_statistics(), "ema": self._ema.clone()}
+    with :math:`\mu, \sigma, c_t` of :class:`sharpkern.AESAM`. Before the first :math:`g_v` a step that is not triggered
+    is a plain one. With the defaults about one step in five is a SAM step.
 
-    def _load_statistics(self, own: Mapping[str, Any]) -> None:
-        super()._load_statistics(own)
-        if "ema" in own:
-            self._ema = own["ema"].clone()
+    Args:
+        params: iterable of tensors, of dicts, or of (name, tensor) pairs.
+        base_optimizer, rho, alpha: as in :class:`sharpkern.LookSAM`.
+        total_steps, lambda_start, lambda_end, decay: as in :class:`sharpkern.AESAM`.
+        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.LookSAM`.
+        **base_kwargs: options of the base optimizer.
 
-    @property
-    def stats(self) -> dict[str, Tensor]:
-        """As in :class:`sharpkern.SAM`, and of the squared gradient norm: ``ema_mean``, ``ema_var`` and ``threshold``,
-        what it was compared with last (NaN before)."""
-        mean, var, threshold, _ = self._ema.clone().unbind()
-        return {**super().stats, "ema_mean": mean, "ema_var": var, "threshold": threshold}
+    Raises:
+        ValueError, TypeError: for arguments out of range, before anything changed.
+
+    Source: Jiang et al. 2023, `An Adaptive Policy to Employ Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2304.14647>`_.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        rho: float = 0.05,
+        *,
+        total_steps: int,
+        alpha: float = 0.7,
+        lambda_start: float = 2.0,
+        lambda_end: float = 0.0,
+        decay: float = 0.9,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        policy = choose(policy, lambda: Adaptive(total_steps, lambda_start, lambda_end, decay), total_steps=total_steps)
+        super().__init__(params, base_optimizer, rho, alpha=alpha, policy=policy, **kwargs)

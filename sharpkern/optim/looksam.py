@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..flat import FlatBuffers
-from ..policy import Every
-from .optimizer import FIRST, LAST, TwoPassOptimizer, _check_number
-from .sam import SAM
-
-# Rows of the norms' matrix behind FIRST and LAST: <g, g_s>, and ||g_v||^2.
-DOT, G_V = 2, 3
+from ..checks import check_number
+from ..memory.scalars import Sum
+from ..policy import Every, Policy, choose
+from .optimizer import SharpnessAwareOptimizer
+from .step import AGAIN, AS_IS, Passes, Step
 
 
-class LookSAM(SAM):
+class LookSAM(SharpnessAwareOptimizer):
     r"""SAM every k steps; in between the part of its gradient that pointed elsewhere is added to the plain gradient.
 
     .. math::
@@ -53,11 +49,7 @@ class LookSAM(SAM):
     <https://arxiv.org/abs/2203.02714>`_.
     """
 
-    _norm_rows = 4
-    _own_state = ("g_v",)
-    _kept_tensors = (*SAM._kept_tensors, "_g_v_sq")
-    _kept = (*SAM._kept, "_alpha", "_g_v_count")
-    _statistics_shapes = {**SAM._statistics_shapes, "g_v_squared_norm": ()}
+    state_names = ("g_v",)
 
     def __init__(
         self,
@@ -65,132 +57,31 @@ class LookSAM(SAM):
         base_optimizer: Any = torch.optim.SGD,
         rho: float = 0.05,
         *,
-        k: int = 5,
+        k: int | None = None,
         alpha: float = 0.7,
-        perturb_eps: float = 1e-12,
-        model: nn.Module | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = True,
-        flatten: bool = False,
-        **base_kwargs: Any,
+        policy: Policy | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._reuse(alpha)
-        TwoPassOptimizer.__init__(
-            self,
-            params,
-            base_optimizer,
-            {"rho": rho},
-            policy=Every(k),
-            perturb_eps=perturb_eps,
-            model=model,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            flatten=flatten,
-            base_kwargs=base_kwargs,
-        )
+        check_number(alpha, "alpha")
+        self.alpha = float(alpha)
+        policy = choose(policy, lambda: Every(5 if k is None else k), k=k)
+        # <g, g_s>, ||g_v||^2 and how many parameters have a g_v.
+        scalars = {"dot": Sum(), "g_v": Sum("g_v_squared_norm"), "g_v_count": 0}
+        super().__init__(params, base_optimizer, {"rho": rho}, scalars, policy=policy, **kwargs)
 
-    def _reuse(self, alpha: float) -> None:
-        """To be called before ``__init__``: arguments are checked before anything changed."""
-        _check_number("alpha", alpha)
-        self._alpha = float(alpha)
-        self._g_v_sq = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._g_v_count = 0  # parameters that have one
-
-    def _kept_gradient(self, flat: FlatBuffers) -> Tensor:
-        return flat.buffer("gradient")
-
-    def _measure_last(self) -> int:
-        if not self.is_perturbed:
-            return super()._measure_last()
-        for i, flat in enumerate(self._flat):
-            torch.ops.sharpkern.dots.default(
-                self._norms[flat.device][LAST : DOT + 1, i],
-                flat.partials,
-                flat.buffer("gradient"),
-                flat.lists[1],
-                flat.rows,
-                flat.blocks,
-                dtype=flat.dtype,
-            )
-        for row in (LAST, DOT):
-            self._share_norms(row)
-        for i, flat in enumerate(self._flat):
-            norms = self._norms[flat.device]
-            torch.ops.sharpkern.project.default(
-                flat.buffer("g_v"),
-                norms[G_V, i],
-                flat.partials,
-                flat.buffer("gradient"),
-                flat.lists[1],
-                flat.rows,
-                flat.blocks,
-                norms[FIRST : DOT + 1],
-                dtype=flat.dtype,
-            )
-        self._share_norms(G_V)
-        self._expose()
-        return LAST
-
-    def _expose(self) -> None:
-        """Put g_v into ``opt.state`` as views, where there may be one for the first time."""
-        for flat in self._flat:
-            if not all(flat.own_exposed):
-                for i, touched in enumerate(flat.touched()):
-                    if touched and not flat.own_exposed[i]:
-                        self.state[flat.params[i]]["g_v"] = flat.view("g_v", i)
-                        flat.own_exposed[i] = True
-        for p in self._idle:  # left out of the projection: theirs is gone
-            if "g_v" in self.state.get(p, {}):
-                del self.state[p]["g_v"]
-        self._g_v_count = sum(sum(flat.own_exposed) for flat in self._flat)
-
-    def _mixed(self, flat: FlatBuffers) -> tuple[Tensor, Tensor, float]:
-        if self._pending != "plain" or "g_v" not in flat.buffers:
-            return super()._mixed(flat)
-        return flat.buffers["g_v"], self._norms[flat.device][G_V : G_V + 1], self._alpha
-
-    # State.
-
-    def _take_state(self) -> None:
-        for flat in self._flat:
-            for p, label in zip(flat.params, flat.names, strict=True):
-                value = self.state.get(p, {}).get("g_v")
-                if value is not None and value.size() != p.size():
-                    raise RuntimeError(
-                        f"{label} has shape {tuple(p.size())} now, its state g_v shape {tuple(value.size())}"
-                    )
-        super()._take_state()
-        taken = []
-        for flat in self._flat:
-            for i, p in enumerate(flat.params):
-                entry = self.state.get(p, {})
-                if "g_v" in entry:
-                    entry["g_v"] = flat.view("g_v", i).copy_(entry["g_v"])
-                    flat.own_exposed[i] = True
-                    taken.append(entry["g_v"])
-        # The stored norm has the bits of the run that it is of; it is not that of a part of g_v, or of another one.
-        if len(taken) != self._g_v_count:
-            self._g_v_sq = torch.zeros((), dtype=torch.float64, device="cpu")
-            for g_v in taken:
-                self._g_v_sq += g_v.double().square().sum().cpu()
-        self._g_v_count = len(taken)
-        for norms in self._norms.values():
-            norms[G_V, 0] = self._g_v_sq  # in the first layout's place: only their sum is looked at
-
-    def _keep_statistics(self) -> None:
-        super()._keep_statistics()
-        self._g_v_sq = self._sum_over_layouts(G_V, self._g_v_sq)
-
-    def _own_statistics(self) -> dict[str, Any]:
-        return {
-            **super()._own_statistics(),
-            "g_v_squared_norm": self._g_v_sq.clone(),
-            "g_v_count": self._g_v_count,
-        }
-
-    def _load_statistics(self, own: Mapping[str, Any]) -> None:
-        super()._load_statistics(own)
-        self._g_v_count = -1  # of none: the norm is taken anew
-        if {"g_v_squared_norm", "g_v_count"} <= own.keys():
-            self._g_v_sq = own["g_v_squared_norm"].clone()
-            self._g_v_count = int(own["g_v_count"])
+    def passes(self, step: Step) -> Passes:
+        """LookSAM: a SAM step that refreshes g_v, or a plain one with g_v added to the gradient."""
+        if self.policy.decide(step):
+            step.norm()
+            step.ascend(keep_gradient=True)
+            yield AGAIN
+            step.dots()
+            step.project("g_v")
+            step.descend()
+            return
+        yield AS_IS
+        reuse = self.alpha > 0 and step.has("g_v")
+        if reuse:
+            # g + alpha ||g|| / ||g_v|| g_v
+            step.mix(step.plain_norm(), "g_v", constant=(1, 0), slope=(0, self.alpha), root=True)
+        step.descend("g_v" if reuse else None, mixed=reuse)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import bisect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..flat import Receiver
-from ..policy import check_count
-from ..rules import FusedRule, Group
-from .optimizer import FIRST, TwoPassOptimizer, _check_number
+from ..checks import check_count, check_number
+from ..direction import Nowhere
+from ..memory.scalars import Sum
+from ..rules import FusedRule
+from .optimizer import SharpnessAwareOptimizer
+from .step import AGAIN, Passes, Step, Wish
 
-BRANCH = 2  # the norms of the measuring passes lie behind FIRST and LAST
 
-
-class SALR(TwoPassOptimizer):
+class SALR(SharpnessAwareOptimizer):
     r"""Sharpness-aware learning rates: a base optimizer that takes large steps in sharp valleys, small ones in flat.
 
     .. math::
@@ -66,9 +66,8 @@ class SALR(TwoPassOptimizer):
     <https://arxiv.org/abs/2011.05348>`_.
     """
 
-    _kept = (*TwoPassOptimizer._kept, "_n_ascent", "_n_descent", "_step_size", "_every", "_norm_rows", "_history",
-             "_sharpness", "_lr_scale")  # fmt: skip
-    _statistics_shapes = {**TwoPassOptimizer._statistics_shapes, "history": (None,), "sharpness": (), "lr_scale": ()}
+    direction = Nowhere()
+    closure_only = True
 
     def __init__(
         self,
@@ -79,224 +78,87 @@ class SALR(TwoPassOptimizer):
         n_descent: int = 5,
         step_size: float = 0.002,
         every: int = 2,
-        perturb_eps: float = 1e-12,
-        model: nn.Module | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = True,
-        flatten: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
         for name, count in (("n_ascent", n_ascent), ("n_descent", n_descent), ("every", every)):
             check_count(count, name)
-        _check_number("step_size", step_size, positive=True)
-        self._n_ascent, self._n_descent, self._every = int(n_ascent), int(n_descent), int(every)
-        self._step_size = float(step_size)
-        self._norm_rows = BRANCH + n_ascent - 1 + n_descent - 1
-        self._history: list[float] = []  # every S, in ascending order
-        self._sharpness = math.nan
-        self._lr_scale = 1.0
-        super().__init__(
-            params,
-            base_optimizer,
-            {},
-            perturb_eps=perturb_eps,
-            model=model,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            flatten=flatten,
-            base_kwargs=base_kwargs,
-        )
+        check_number(step_size, "step_size", positive=True)
+        if "policy" in kwargs:
+            raise TypeError("SALR has no second pass for policy= to choose: it measures in one step of `every`")
+        self.n_ascent, self.n_descent, self.every = int(n_ascent), int(n_descent), int(every)
+        self.step_size = float(step_size)
+        # The squared norms of the branches' gradients; every S in ascending order; the last S, and S / median.
+        self.norms = tuple(f"branch_{i}" for i in range(n_descent - 1 + n_ascent - 1))
+        scalars = {**{name: Sum() for name in self.norms}, "history": [], "sharpness": math.nan, "lr_scale": 1.0}
+        super().__init__(params, base_optimizer, {}, scalars, **kwargs)
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._receiver = Receiver()
+    def passes(self, step: Step) -> Passes:
+        """SALR: now and then S of the step's own batch, then the base rule's step with its learning rate scaled."""
+        check_loss(step.loss)
+        step.norm()
+        skip = False
+        if step.t % self.every == 0 and step.has_gradients:
+            grads = step.copy_gradients()  # of both branches and of the training step
+            try:
+                sharpness, finite = yield from self.measure(step, grads)
+            finally:
+                step.back()
+                step.put_gradients(grads)
+            skip = step.settings.skip_nonfinite and not finite
+            if not skip:
+                self.record(step, sharpness)
+        if skip:
+            step.skip()
+        else:
+            step.descend(lr_scale=step.scalars["lr_scale"])
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        if not isinstance(self._rule, FusedRule) and group.get("lr", self._rule.defaults.get("lr")) is None:
-            raise ValueError(f"{self._rule.base.__name__} has no learning rate lr for SALR to scale")
+    def measure(self, step: Step, grads: Mapping[Tensor, Tensor]) -> Generator[Wish, Any, tuple[float, bool]]:
+        """(S, whether every gradient that was followed is finite)."""
+        lowest = yield from self.branch(step, -self.step_size, self.norms[: self.n_descent - 1])
+        step.rewind()
+        step.put_gradients(grads)
+        highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
+        low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms))
+        return (low - high if self.param_groups[0].get("maximize") else high - low), bool(finite)
 
-    def first_step(self, zero_grad: bool = False) -> bool:
-        """Not for SALR, which has to evaluate the model itself.
+    def branch(self, step: Step, length: float, norms: Sequence[str]) -> Generator[Wish, Any, Any]:
+        """The loss after steps of a length along the gradient: along the one at w, and one for each of the sums."""
+        step.ascend(length)
+        for norm in norms:
+            yield AGAIN
+            step.norm(norm)
+            step.ascend(length, along=norm)
+        return (yield AGAIN)
 
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("SALR takes more passes than two: call step(closure)")
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Not for SALR, see ``first_step``.
-
-        Raises:
-            RuntimeError: always.
-        """
-        self.first_step()
-
-    def _step_closure(self, evaluate: Callable[[], Any]) -> Any:
-        self.zero_grad()
-        loss = evaluate()
-        _check_loss(loss)
-        grads: dict[Tensor, Tensor] = {}
-        try:
-            with torch.no_grad():
-                self._ready()
-                self._collect()
-                self._measure_first()
-                skip, sharpness = False, math.nan
-                if self._t % self._every == 0 and any(flat.has_gradients for flat in self._flat):
-                    grads = self._set_aside()
-                    sharpness, finite = self._explore(evaluate, grads)
-                    skip = self._skip_nonfinite and not finite
-                    self._ready()
-                    self._collect()
-                self._pending = "plain"
-                self._unchanged = self._measured_first = True
-                self._t += 1
-                self._plain_steps += 1
-                if skip:
-                    self._counters[2] += 1
-                    self._finish()
-                else:
-                    self._record(sharpness)
-                    self._last_pass()
-        except BaseException:
-            self.restore()
-            self._bring_back(grads)
-            raise
-        return loss
-
-    def _explore(self, evaluate: Callable[[], Any], grads: Mapping[Tensor, Tensor]) -> tuple[float, bool]:
-        """(S, whether every gradient on the way was finite). The weights and ``grads`` are back afterwards."""
-        self._pending = "perturbed"
-        self._freeze()
-        ends: list[Any] = []
-        used = BRANCH
-        for direction, steps in ((-1, self._n_descent), (1, self._n_ascent)):
-            if ends:
-                self._restore_weights()
-                self._bring_back(grads)
-                self._ready()
-                self._collect()
-            row = FIRST
-            for i in range(steps):
-                if i > 0:
-                    self.zero_grad()
-                    evaluate()
-                    self._ready()
-                    self._collect()
-                    row, used = used, used + 1
-                    for j, flat in enumerate(self._flat):
-                        self._measure(flat, self._norms[flat.device][row], j)
-                    self._share_norms(row)
-                self._move(direction, row, keep=not ends and i == 0)
-            self.zero_grad()
-            ends.append(evaluate())
-        self._put_back()
-        self._bring_back(grads)
-        norms = self._norms[self._flat[0].device]
-        finite = (norms[FIRST].sum() + norms[BRANCH:].sum()).isfinite()
-        values = [torch.as_tensor(x).detach().reshape(()).to(norms) for x in (*ends, finite)]
-        lowest, highest, seen = self._receiver.read(torch.stack(values)).tolist()
-        rise = highest - lowest
-        return (-rise if self.param_groups[0].get("maximize") else rise), bool(seen)
-
-    def _move(self, direction: int, row: int, keep: bool) -> None:
-        """One step of a branch, along the gradients whose squared norm is in a row; ``keep`` the weights before."""
-        length = direction * self._step_size
-        radius: list[list[float | Tensor]] = [
-            [-length if group.get("maximize") else length, 0.0] for group in self.param_groups
-        ]
-        for flat in self._flat:
-            if keep:
-                flat.ascending()
-            else:
-                flat.keep_others()
-            params, grads = flat.lists
-            torch.ops.sharpkern.ascend.default(
-                params,
-                flat.buffer("backup") if keep else flat.empty,
-                flat.empty,
-                self._counters[:0],
-                grads,
-                flat.rows,
-                flat.blocks,
-                self._group_table("ascent" if direction > 0 else "descent", radius, flat.device),
-                self._norms[flat.device][row : row + 1],
-                eps=self._perturb_eps,
-                skip_nonfinite=self._skip_nonfinite,
-                dtype=flat.dtype,
-            )
-            if keep:
-                flat.ascended()
-            else:
-                flat.written()
-        # An autocast region around the closure keeps low-precision copies of the weights.
-        torch.clear_autocast_cache()
-
-    def _set_aside(self) -> dict[Tensor, Tensor]:
-        """The gradients at w. Copies: a closure may have its gradients written to the same memory in every pass."""
-        grads = {p: p.grad for flat in self._flat for p in flat.params if p.grad is not None}
-        copies = [torch.empty_like(grad) for grad in grads.values()]
-        torch._foreach_copy_(copies, list(grads.values()))
-        return dict(zip(grads, copies, strict=True))
-
-    def _bring_back(self, grads: Mapping[Tensor, Tensor]) -> None:
-        if not grads:
-            return
-        self.zero_grad()
-        for p, grad in grads.items():
-            if self._flatten and p.grad is not None:
-                p.grad.copy_(grad)
-            else:
-                p.grad = grad
-
-    def _record(self, sharpness: float) -> None:
+    def record(self, step: Step, sharpness: float) -> None:
+        """Set the ratio, S over the median of all S; one that is not positive, or not finite, changes nothing."""
         if math.isfinite(sharpness) and sharpness > 0:
-            bisect.insort(self._history, sharpness)
-            self._sharpness = sharpness
+            history = step.scalars["history"]
+            bisect.insort(history, sharpness)
+            last = len(history) - 1
             # The mean of the middle two, or twice the middle one.
-            last = len(self._history) - 1
-            self._lr_scale = sharpness / ((self._history[last // 2] + self._history[(last + 1) // 2]) / 2)
+            median = (history[last // 2] + history[(last + 1) // 2]) / 2
+            step.scalars["sharpness"], step.scalars["lr_scale"] = sharpness, sharpness / median
 
-    def _effective_lr(self, group: Group) -> Any:
-        return group["lr"] if self._lr_scale == 1.0 else group["lr"] * self._lr_scale
-
-    def _own_statistics(self) -> dict[str, Any]:
-        return {
-            **super()._own_statistics(),
-            "history": torch.tensor(self._history, dtype=torch.float64, device="cpu"),
-            "sharpness": torch.tensor(self._sharpness, dtype=torch.float64, device="cpu"),
-            "lr_scale": torch.tensor(self._lr_scale, dtype=torch.float64, device="cpu"),
-        }
-
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        super()._check_loaded(state_dict)
-        keys = {"history", "sharpness", "lr_scale"}
-        found = keys & (state_dict.get("sharpkern") or {}).keys()
-        if found and found != keys:
-            self._loading = None
-            raise ValueError(f"loaded state dict has {sorted(found)} of SALR's {sorted(keys)} only")
-
-    def _load_statistics(self, own: Mapping[str, Any]) -> None:
-        super()._load_statistics(own)
-        if "history" in own:
-            self._history = own["history"].tolist()
-            self._sharpness = float(own["sharpness"])
-            self._lr_scale = float(own["lr_scale"])
+    def check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise for a group without a learning rate, and for options out of range."""
+        rule = self._step.rule
+        if not isinstance(rule, FusedRule) and group.get("lr") is None:
+            raise ValueError(f"{rule.base.__name__} has no learning rate lr for SALR to scale")
+        super().check_options(group)
 
     @property
     def stats(self) -> dict[str, Tensor]:
         """As in :class:`sharpkern.SAM`, without second passes, and of the last measurement that was recorded:
         ``sharpness``, S (NaN before), and ``lr_scale``, S over the median (1 before)."""
         stats = super().stats
-        like = stats["grad_norm"]
-        return {
-            **stats,
-            "sharpness": torch.full((), self._sharpness, dtype=like.dtype, device=like.device),
-            "lr_scale": torch.full((), self._lr_scale, dtype=like.dtype, device=like.device),
-        }
+        for name in ("sharpness", "lr_scale"):
+            stats[name] = torch.full_like(stats["grad_norm"], self._step.scalars[name])
+        return stats
 
 
-def _check_loss(loss: Any) -> None:
+def check_loss(loss: Any) -> None:
+    """Raise for what is not one number."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(

@@ -1,19 +1,33 @@
-"""SAM: sharpness-aware minimization."""
+"""SAM, ASAM and SS-SAM: sharpness-aware minimization, along the gradient, in units of the weights, now and then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..flat import FlatBuffers
-from ..rules import Group
-from .optimizer import TwoPassOptimizer, _check_number
+from ..direction import Adaptive, Direction, Weights
+from ..policy import Bernoulli, Policy, choose
+from .optimizer import SharpnessAwareOptimizer
+from .step import AGAIN, AS_IS, Passes, Step
 
 
-class SAM(TwoPassOptimizer):
+class SharpnessAwareStep(SharpnessAwareOptimizer):
+    """The step of SAM, whatever its direction and its policy."""
+
+    def passes(self, step: Step) -> Passes:
+        """SAM: step with the gradient at the perturbed weights, from the weights."""
+        if self.policy.decide(step):
+            step.norm()
+            step.ascend()
+            yield AGAIN
+        else:
+            yield AS_IS
+        step.descend()
+
+
+class SAM(SharpnessAwareStep):
     r"""Sharpness-aware minimization: step with the gradient at the worst point of a small ball.
 
     .. math::
@@ -33,6 +47,7 @@ class SAM(TwoPassOptimizer):
             other class is wrapped and its own ``step`` called after a fused restore.
         rho: radius of the ball, in units of the weights; a group may have its own.
         adaptive: elementwise scaling, see above; a group may have its own.
+        policy: which steps take the second pass, a :mod:`sharpkern.policy`; every one without.
         perturb_eps: :math:`\epsilon`, against division by zero.
         model: when given, running statistics of its norm layers are updated in the first pass only.
         max_grad_norm: clip the second gradient to this norm.
@@ -53,84 +68,100 @@ class SAM(TwoPassOptimizer):
     <https://arxiv.org/abs/2010.01412>`_.
     """
 
+    direction: Direction = Adaptive()
+
     def __init__(
         self,
         params: Any,
         base_optimizer: Any = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
-        *,
-        perturb_eps: float = 1e-12,
-        model: nn.Module | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = True,
-        flatten: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base_optimizer,
-            {"rho": rho, "adaptive": adaptive},
-            perturb_eps=perturb_eps,
-            model=model,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            flatten=flatten,
-            base_kwargs=base_kwargs,
-        )
+        super().__init__(params, base_optimizer, {"rho": rho, "adaptive": adaptive}, **kwargs)
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        _check_number("rho", group["rho"])
-        if not isinstance(group.get("adaptive", False), bool):
-            raise TypeError(f"adaptive should be a bool, but got {group['adaptive']!r}")
 
-    def _is_scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
-        # A loaded group may have the key where the class does not have the option.
-        return "adaptive" in self.defaults and bool(group["adaptive"])
+class ASAM(SharpnessAwareStep):
+    r"""Adaptive SAM: the ball is measured in units of each weight, so rescaling a layer changes nothing.
 
-    def _scaled_key(self) -> tuple[Any, ...]:
-        return tuple("adaptive" in self.defaults and group["adaptive"] for group in self.param_groups)
+    .. math::
+        e = \rho \, \frac{T_w^2 g}{\|T_w g\|_2 + \epsilon}, \qquad T_w = |w| + \eta
 
-    def _eta(self, group: Group) -> float:
-        """T_w = abs(w) + eta on scaled tensors."""
-        return 0.0
+    on tensors whose name contains ``weight`` (norm layers' scales included); :math:`T_w = 1` on the others.
+    Names come from (name, tensor) pairs, as ``model.named_parameters()`` gives them; without names, tensors
+    of two or more dimensions are scaled. ``stats["grad_norm"]`` is :math:`\|T_w g\|_2`.
 
-    def _radius(self, device: torch.device) -> Tensor:
-        rows: list[list[float | Tensor]] = [
-            [-group["rho"] if group.get("maximize") else group["rho"], self._eta(group)] for group in self.param_groups
-        ]
-        return self._group_table("radius", rows, device)
+    Args:
+        params: iterable of tensors, of dicts, or of (name, tensor) pairs.
+        base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
+        rho: radius; a group may have its own.
+        eta: added to the magnitude, so that a zero weight can move; a group may have its own.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        **base_kwargs: options of the base optimizer.
 
-    def _measure(self, flat: FlatBuffers, sq: Tensor, buffer: int) -> None:
-        if not flat.any_scaled:
-            super()._measure(flat, sq, buffer)
-            return
-        params, grads = flat.lists
-        torch.ops.sharpkern.norm_scaled.default(
-            sq,
-            flat.partials,
-            flat.empty,
-            params,
-            grads,
-            flat.rows,
-            flat.blocks,
-            self._radius(flat.device),
-            buffer=buffer,
-            decay=0.0,
-            coefficient=0.0,
-            dtype=flat.dtype,
-        )
+    Raises:
+        ValueError, TypeError: for arguments out of range, before anything changed.
 
-    def _perturb(self, flat: FlatBuffers, sq: Tensor, counters: Tensor) -> None:
-        params, grads = flat.lists
-        rest = (counters, grads, flat.rows, flat.blocks, self._radius(flat.device), sq)
-        options = {"eps": self._perturb_eps, "skip_nonfinite": self._skip_nonfinite, "dtype": flat.dtype}
-        backup = flat.buffer("backup")
-        if flat.any_scaled:
-            torch.ops.sharpkern.ascend_scaled.default(params, backup, *rest, **options)
-        else:
-            torch.ops.sharpkern.ascend.default(params, backup, self._kept_gradient(flat), *rest, **options)
+    Source: Kwon et al. 2021, `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
+    Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_.
+    """
 
-    def _kept_gradient(self, flat: FlatBuffers) -> Tensor:
-        """The buffer that keeps the gradient for after the second pass, or none."""
-        return flat.empty
+    direction = Weights()
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        rho: float = 0.5,
+        eta: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho, "eta": eta}, **kwargs)
+
+
+class SSSAM(SAM):
+    r"""Stochastic scheduled SAM: each step is a SAM step with probability p, a plain one otherwise.
+
+    .. math::
+        w \leftarrow \begin{cases}
+            \text{base}\bigl(w,\ \nabla L_B(w + \rho\, g / (\|g\|_2 + \epsilon))\bigr) & u_t < p(t) \\
+            \text{base}(w,\ g) & \text{else}
+        \end{cases} \qquad g = \nabla L_B(w)
+
+    :math:`u_t`, uniform in [0, 1), depends on the seed and on the number of the step alone: every process draws
+    the same, and a resumed run goes on where it was. With p = 1 this is :class:`sharpkern.SAM`, with p = 0 the
+    base optimizer.
+
+    A plain step takes one forward and backward pass and two launches. ``first_step`` returns False for it.
+
+    Args:
+        params: iterable of tensors, of dicts, or of (name, tensor) pairs.
+        base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
+        rho: radius of the ball; a group may have its own.
+        p: the probability (0.5), or a function of the step's number (from 0), such as
+            ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
+        seed: of the draws (0).
+        adaptive, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        **base_kwargs: options of the base optimizer.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range, before anything changed; for what a function ``p``
+            returns, in the step that asked for it, before that step changed anything.
+
+    Source: Zhao et al. 2022, `SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization for Efficiently Training
+    Deep Neural Networks <https://arxiv.org/abs/2203.09962>`_.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        rho: float = 0.05,
+        *,
+        p: float | Callable[[int], float] | None = None,
+        seed: int | None = None,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        policy = choose(policy, lambda: Bernoulli(0.5 if p is None else p, 0 if seed is None else seed), p=p, seed=seed)
+        super().__init__(params, base_optimizer, rho, policy=policy, **kwargs)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sharpkern as sk
 from emulation import configure, launches
-from sharpkern.flat import blocks_of
+from sharpkern.memory.shapes import blocks_of
 from sharpkern.ops import schema
 
 one_thread = cases.one_thread

@@ -1,0 +1,80 @@
+r"""Where a perturbation goes: :math:`e = \rho\, T_w^2 g / (\|T_w g\|_2 + \epsilon)`, with :math:`T_w = |w| + \eta` on
+the parameters that a direction scales and 1 on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .checks import check_number
+
+Group = Mapping[str, Any]
+
+
+class Direction:
+    """Along the gradient."""
+
+    options: tuple[str, ...] = ("rho",)  # of a parameter group
+
+    def check(self, group: Group) -> None:
+        """Raise for an option that is out of range."""
+        for name in self.options:
+            check_number(group[name], name)
+
+    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
+        """Whether T_w = abs(w) + eta on a parameter."""
+        return False
+
+    def key(self, groups: Sequence[Group]) -> Any:
+        """Changes when ``scaled`` may."""
+        return None
+
+    def radius(self, group: Group) -> tuple[float, float]:
+        """rho and eta."""
+        return group["rho"], 0.0
+
+
+class Nowhere(Direction):
+    """For an algorithm that measures its own lengths."""
+
+    options = ()
+
+
+class Adaptive(Direction):
+    """T_w = abs(w) on every parameter of a group with ``adaptive``."""
+
+    options = ("rho", "adaptive")
+
+    def check(self, group: Group) -> None:
+        """Raise for an option that is out of range."""
+        check_number(group["rho"], "rho")
+        if not isinstance(group["adaptive"], bool):
+            raise TypeError(f"adaptive should be a bool, but got {group['adaptive']!r}")
+
+    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
+        """Whether T_w = abs(w) + eta on a parameter."""
+        return bool(group["adaptive"])
+
+    def key(self, groups: Sequence[Group]) -> Any:
+        """Changes when ``scaled`` may."""
+        return tuple(group["adaptive"] for group in groups)
+
+
+class Weights(Direction):
+    """T_w = abs(w) + eta on parameters whose name contains ``weight``; without names on those of two dimensions up."""
+
+    options = ("rho", "eta")
+
+    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
+        """Whether T_w = abs(w) + eta on a parameter."""
+        return "weight" in name if name is not None else param.dim() >= 2
+
+    def key(self, groups: Sequence[Group]) -> Any:
+        """Changes when ``scaled`` may."""
+        return tuple(tuple(group.get("param_names", ())) for group in groups)
+
+    def radius(self, group: Group) -> tuple[float, float]:
+        """rho and eta."""
+        return group["rho"], group["eta"]

@@ -1,0 +1,60 @@
+"""flatten=True: weights and gradients in flat buffers too, so that kernels and collectives see one long segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Flattened:
+    """Parameters and gradients as slots of two flat buffers. Shapes and strides stay as they were.
+
+    Args:
+        params: of one device and dtype, without gaps in memory.
+        slot: of (flat buffer, index of the parameter), the slot with the parameter's shape and strides.
+        size: elements of a flat buffer.
+    """
+
+    def __init__(self, params: Sequence[Tensor], slot: Callable[[Tensor, int], Tensor], size: int) -> None:
+        self._all, self._slot = params, slot
+        # Zeros, not empty: whoever reads the whole buffer (a collective, a norm) sees no garbage in gaps.
+        self.params = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
+        self.grads = torch.zeros_like(self.params)
+        for i, p in enumerate(params):
+            view = slot(self.params, i)
+            view.copy_(p.detach())
+            p.data = view
+        self._make_views()
+        for p, view in zip(params, self._views, strict=True):
+            if p.grad is not None:
+                view.copy_(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
+        self._point()
+
+    def _make_views(self) -> None:
+        self._views = [self._slot(self.grads, i) for i in range(len(self._all))]
+        self._addresses = list(map(Tensor.data_ptr, self._views))
+
+    def _point(self) -> None:
+        for p, view in zip(self._all, self._views, strict=True):
+            if not p.requires_grad:
+                p.grad = None  # a gradient of zeros would still decay a frozen weight
+            elif p.grad is not view:
+                p.grad = view
+
+    def zero_grads(self) -> None:
+        """Zero the flat gradients in one go and make them every parameter's ``grad`` again."""
+        self.grads.zero_()
+        if list(map(Tensor.data_ptr, self._views)) != self._addresses:
+            self._make_views()  # somebody replaced a view's data
+        self._point()
+
+    def undo(self) -> None:
+        """Give every parameter and gradient its own memory again."""
+        grads = self.grads.untyped_storage().data_ptr()
+        for p in self._all:
+            grad = p.grad
+            p.data = p.data.clone()
+            if grad is not None and grad.untyped_storage().data_ptr() == grads:
+                p.grad = grad.clone()

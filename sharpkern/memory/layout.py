@@ -1,0 +1,189 @@
+"""Flat buffers: where each parameter's backup and state lie.
+
+The parameters of one (device, dtype) share one layout. Parameter i owns the elements ``[slot_i, slot_i + numel_i)`` of
+every flat buffer (backup, momentum, ...), in the parameter's own memory order, so that a buffer's slot seen with the
+parameter's shape and strides is its state. Slots start at multiples of 64 bytes in every buffer of the layout. Weights
+and gradients stay where they are; a table of their addresses is what the kernels walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..flatten import Flattened
+from ..ops import schema
+from ..ops.backend import prepare, walks_lists
+from .shapes import blocks_of, is_dense, slots_of
+from .table import Table
+
+# Buffers that mean something between two passes only, in the parameters' dtype: the weights and their first gradient.
+SCRATCH = ("backup", "gradient")
+
+
+class Layout:
+    """Slots, table and flat buffers of the parameters of one (device, dtype).
+
+    Args:
+        params: leaf tensors of one device and dtype.
+        names: what errors call them.
+        groups: index of each one's parameter group.
+        scaled: whether the elementwise scale T_w = abs(w) + eta applies to each one.
+        flatten: move weights and gradients into flat buffers too.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        groups: Sequence[int],
+        scaled: Sequence[bool],
+        flatten: bool = False,
+    ) -> None:
+        prepare(params[0].device)
+        self.params, self.names, self.groups = list(params), list(names), list(groups)
+        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        self.state_dtype = schema.state_dtype(self.dtype)
+        self.any_scaled = any(scaled)
+        self.slots, self.size = slots_of(self.params)
+        # A parameter with gaps between its elements is served by a dense copy of it.
+        self.copies = {
+            i: p.detach().clone(memory_format=torch.contiguous_format)
+            for i, p in enumerate(self.params)
+            if not is_dense(p)
+        }
+        self.segments = [self.copies.get(i, p) for i, p in enumerate(self.params)]
+        # As laid out: the user may change a parameter's strides later, not those of its slot.
+        self._shapes = [(s.size(), s.stride()) for s in self.segments]
+        self.flat = Flattened(self.params, self.slot, self.size) if flatten else None
+        self.table = Table(self.params, self.segments, self.slots, self.groups, scaled)
+        blocks = blocks_of([p.numel() for p in self.params])
+        self.blocks = blocks.to(self.device)
+        partials = schema.partials_size(self.size, len(blocks))
+        self.partials = torch.zeros(partials, dtype=schema.scalar_dtype(self.device), device=self.device)
+        self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
+        self.buffers: dict[str, Tensor] = {}
+        self.grads: list[Tensor] = []
+        self._meta = list(map(_meta, self.params))
+
+    # Flat buffers.
+
+    def buffer(self, name: str) -> Tensor:
+        """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised."""
+        if name not in self.buffers:
+            make = torch.empty if name == "backup" else torch.zeros
+            dtype = self.dtype if name in SCRATCH else self.state_dtype
+            self.buffers[name] = make(self.size, dtype=dtype, device=self.device)
+        return self.buffers[name]
+
+    def view(self, name: str, i: int) -> Tensor:
+        """Parameter i's slot of the buffer ``name``, with the parameter's shape and (dense) strides."""
+        return self.slot(self.buffer(name), i)
+
+    def slot(self, buffer: Tensor, i: int) -> Tensor:
+        """Parameter i's slot of any flat buffer of this layout."""
+        return buffer.as_strided(*self._shapes[i], self.slots[i])
+
+    # Where the weights are.
+
+    def attached(self) -> bool:
+        """Whether this layout still serves its parameters; follows those that merely moved.
+
+        False when one changed device, dtype, shape or strides, or left the flat buffer: a new layout is due.
+
+        Raises:
+            RuntimeError: for a parameter whose storage was freed.
+        """
+        addresses = self.table.locate(self.params)
+        if not self.table.moved(addresses):
+            return True
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.numel() and p.layout == torch.strided and not p.data_ptr():
+                raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
+        if self.flat is not None or list(map(_meta, self.params)) != self._meta:
+            return False
+        self.table.follow(addresses)
+        return True
+
+    def unflatten(self) -> None:
+        """Undo ``flatten``: every parameter and gradient gets memory of its own again."""
+        if self.flat is not None:
+            self.flat.undo()
+            self.flat = None
+            self.table.follow(self.table.locate(self.params))
+
+    # One pass.
+
+    def collect(self, error: Callable[[str, Tensor], Exception], fresh: bool = True) -> None:
+        """Take the gradients of a pass as autograd left them; nothing of the parameters changes.
+
+        Args:
+            error: makes the exception for a gradient that no kernel can use (sparse), of its parameter's
+                name and the gradient.
+            fresh: whether no weights are away.
+        """
+        none = self.table.none
+        grads = [none if (g := p.grad) is None else g for p in self.params]
+        for i in self.table.gather(grads):
+            grad, (size, stride) = grads[i], self._shapes[i]
+            if grad.layout != torch.strided or grad.size() != size or not grad.data_ptr():
+                raise error(self.names[i], grad)
+            grads[i] = torch.empty_strided(size, stride, dtype=self.dtype, device=self.device).copy_(grad)
+            self.table.grad_column[i] = grads[i].data_ptr()
+        for i, segment in self.copies.items():
+            segment.copy_(self.params[i])
+        self.grads = grads
+        self.table.send(fresh)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter had a gradient when they were collected."""
+        return self.table.missing < len(self.params)
+
+    @property
+    def walk(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What every op takes: ``params``, ``grads``, ``table``, ``blocks``. The lists are for a backend that walks
+        them; the others read the table, and get empty ones."""
+        if walks_lists(self.device.type):
+            return self.segments, self.grads or [self.table.none] * len(self.params), self.table.host, self.blocks
+        return [], [], self.table.rows, self.blocks
+
+    def keep_others(self) -> None:
+        """Keep the weights of parameters that have a gradient now, but had none when the others were kept."""
+        for i in self.table.unmarked_with_gradient():
+            self.view("backup", i).copy_(self.segments[i])
+            self.table.mark(i)
+
+    def complete_kept_gradient(self) -> None:
+        """Of parameters that have a gradient now, but had none when the first one was kept, that one was zero."""
+        for i in self.table.unmarked_with_gradient():
+            self.view("gradient", i).zero_()
+
+    def take_over(self, i: int, other: Layout, j: int) -> None:
+        """What the other layout keeps of a perturbed parameter: its j-th, this one's i-th."""
+        for name in SCRATCH:
+            if name in other.buffers:
+                self.view(name, i).copy_(other.view(name, j))
+        self.table.mark(i)
+
+    def written(self) -> None:
+        """A kernel wrote weights through the table: tell autograd, which could not see it."""
+        params = self.params
+        if self.table.missing or self.copies:
+            touched = self.table.touched()
+            for i, segment in self.copies.items():
+                if touched[i]:
+                    params[i].copy_(segment)
+            params = [p for p, t in zip(params, touched, strict=True) if t]
+        torch.autograd.graph.increment_version(params)
+
+    def finish(self) -> None:
+        """After the last pass of a step: no gradient is held, no backup is in use."""
+        self.table.clear_marks()
+        self.grads = []
+
+
+def _meta(p: Tensor) -> tuple[object, ...]:
+    return p.device, p.dtype, p.size(), p.stride()

@@ -1,0 +1,235 @@
+"""The layouts of one optimizer, a device and a dtype each: whether they still serve, whether weights are away."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import transfer
+from .layout import Layout
+from .scalars import Scalars
+from .shapes import SUPPORTED_DTYPES, is_dense
+from .state import LayoutState, Names, check_shapes
+
+Group = dict[str, Any]
+
+
+class Layouts:
+    """Layouts of an optimizer's parameters, with their state and numbers.
+
+    Args:
+        opt: the optimizer, for its groups and its state.
+        scalars: the numbers that lie with the layouts.
+        rule_state: flat buffers of the base rule.
+        own_state: of the algorithm. A sum with its squared norm and a count of parameters go with each.
+        counted: whether parameters count their steps.
+        scaled: whether the elementwise scale applies, of (group, name, parameter).
+        scaled_for: changes when that may, of the groups.
+        flatten: move weights and gradients into flat buffers too.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        scalars: Scalars,
+        rule_state: Names,
+        own_state: Names,
+        counted: bool,
+        scaled: Callable[[Group, str | None, Tensor], bool],
+        scaled_for: Callable[[list[Group]], Any],
+        flatten: bool,
+    ) -> None:
+        self._opt, self._scalars, self._counted = opt, scalars, counted
+        self._names, self._own_state = (*rule_state, *own_state), own_state
+        self._scaled, self._scaled_key = scaled, scaled_for
+        self.flatten = flatten
+        # Whether backups hold the weights, and the parameters something else.
+        self.away = False
+        self.valid = False  # else they are laid out afresh before the next pass
+        self._layouts: list[Layout] = []
+        self.states: list[LayoutState] = []
+        self.scaled = False  # whether any parameter is
+        self.idle: list[Tensor] = []  # frozen, without a gradient: in no layout
+        self._members: list[list[Tensor]] = []
+        self._scaled_for: Any = None
+        self._seen_state: tuple[int, int, int] | None = None
+
+    def __iter__(self) -> Iterator[Layout]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def __getitem__(self, i: int) -> Layout:
+        return self._layouts[i]
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where they lie."""
+        return {layout.device for layout in self._layouts}
+
+    # Freshness.
+
+    def refresh(self, open_step: bool) -> None:
+        """Notice whatever the user moved, froze, loaded or added since the last pass; follow what merely moved.
+
+        Args:
+            open_step: between two passes of a step members stay: whatever was perturbed has to be found again.
+        """
+        stale = not self.valid or (not open_step and self._changed())
+        attached = [layout.attached() for layout in self._layouts]
+        if stale or not all(attached):
+            self.lay_out()
+        elif self._seen_state != self._state_key():
+            if not open_step:
+                self.take_state()
+            else:  # cleared between two passes: the views come back with the step
+                for state in self.states:
+                    state.forget()
+
+    def _changed(self) -> bool:
+        groups = self._opt.param_groups
+        return (
+            len(groups) != len(self._members)
+            or not all(
+                len(group["params"]) == len(members) and all(map(operator.is_, group["params"], members))
+                for group, members in zip(groups, self._members, strict=True)
+            )
+            or self._scaled_for != self._scaled_key(groups)
+            or any(p.requires_grad or p.grad is not None for p in self.idle)
+        )
+
+    def lay_out(self) -> None:
+        """Lay out the parameters afresh and take the state over, from wherever it lies now.
+
+        Raises:
+            TypeError, ValueError: for parameters that cannot be optimized (any more).
+            RuntimeError: while a CUDA graph is captured.
+        """
+        groups = self._opt.param_groups
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
+        idle = []
+        # Parameters whose weights are in a backup, and where; they have a slot whatever became of them.
+        backups = {
+            p: (layout, i)
+            for layout in (self._layouts if self.away else [])
+            for i, (p, marked) in enumerate(zip(layout.params, layout.table.marked(), strict=True))
+            if marked
+        }
+        for entry in entries(groups):
+            p = entry[0]
+            if p.requires_grad or p.grad is not None or p in backups:
+                if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
+                    raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                members.setdefault((p.device, p.dtype), []).append(entry)
+            else:
+                idle.append(p)
+        if any(transfer.is_capturing(device) for device, _ in members):
+            raise RuntimeError(
+                "take one step before the capture of a CUDA graph: buffers cannot be laid out while it is captured"
+            )
+        laid = [(p, label) for alike in members.values() for p, _, _, label in alike]
+        check_aliases(laid)
+        for p, label in laid if self.flatten else []:
+            if not is_dense(p):
+                raise ValueError(f"flatten=True needs parameters without gaps in memory, but {label} has some")
+        layouts = []
+        for alike in members.values():
+            params, indices, names, labels = zip(*alike, strict=True)
+            scaled = [self._scaled(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)]
+            layouts.append(Layout(params, labels, indices, scaled, self.flatten))
+        for layout in layouts:
+            for i, p in enumerate(layout.params):
+                if p in backups:
+                    layout.take_over(i, *backups[p])
+        self._layouts, self.idle = layouts, idle
+        self.scaled = any(layout.any_scaled for layout in layouts)
+        self.valid = False  # until the state has been taken over
+        self._members = [list(group["params"]) for group in groups]
+        self._scaled_for = self._scaled_key(groups)
+        self._scalars.lie_with([layout.device for layout in layouts])
+        self.take_state()
+        self.valid = True
+
+    # State.
+
+    def _state_key(self) -> tuple[int, int, int]:
+        """Changes when the user clears or replaces state, or a part of it."""
+        state = self._opt.state
+        return id(state), len(state), sum(map(len, state.values()))
+
+    def state_written(self) -> None:
+        """A step put state where it belongs."""
+        self._seen_state = self._state_key()
+
+    def take_state(self) -> None:
+        """Take over whatever the optimizer's state holds now."""
+        for layout in self._layouts:
+            check_shapes(layout, self._opt.state, self._names)
+        self.states = [LayoutState(layout, self._opt.state, self._names, self._counted) for layout in self._layouts]
+        for name in self._own_state:
+            views = self.exposed(name)
+            if len(views) != self._scalars[f"{name}_count"]:
+                # A stored norm has the bits of the run that it is of; it is not that of a part of the state.
+                zero = torch.zeros((), dtype=torch.float64, device="cpu")
+                self._scalars[f"{name}_squared_norm"] = sum((v.double().square().sum().cpu() for v in views), zero)
+            self._scalars[f"{name}_count"] = len(views)
+        self.state_written()
+
+    def exposed(self, name: str) -> list[Tensor]:
+        """Every parameter's state of this name."""
+        return [view for state in self.states for view in state.exposed(name)]
+
+    # Weights.
+
+    def restore(self) -> None:
+        """Write the weights back that the backups hold. They hold them on."""
+        for layout in self._layouts:
+            params, _, table, blocks = layout.walk
+            torch.ops.sharpkern.restore.default(params, layout.buffer("backup"), table, blocks, dtype=layout.dtype)
+            layout.written()
+
+    def finish(self) -> None:
+        """No gradient is held, no backup is in use: the weights are at home."""
+        self.away = False
+        for layout in self._layouts:
+            layout.finish()
+
+    def zero_grads(self) -> None:
+        """Zero the gradients, which are views of flat buffers."""
+        for layout in self._layouts:
+            if layout.flat is not None:
+                layout.flat.zero_grads()
+
+    def unflatten(self) -> None:
+        """Give every parameter and gradient memory of its own again."""
+        for layout in self._layouts:
+            layout.unflatten()
+        self.flatten = False
+
+
+def entries(groups: list[Group]) -> Iterable[tuple[Tensor, int, str | None, str]]:
+    """(parameter, group index, its name or None, what errors call it)."""
+    for g, group in enumerate(groups):
+        names = group.get("param_names")
+        for i, p in enumerate(group["params"]):
+            name = names[i] if names else None
+            yield p, g, name, f"parameter {name!r}" if name else f"parameter {i} of group {g}"
+
+
+def check_aliases(params: list[tuple[Tensor, str]]) -> None:
+    """Two parameters over the same memory would be written by two threads at once."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for p, name in params
+        if p.numel() and is_dense(p)  # one with gaps is written by torch, one at a time
+    )
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{name} and {other} share memory; register one tensor in both places instead")

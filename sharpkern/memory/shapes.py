@@ -1,0 +1,63 @@
+"""How tensors fill memory, and how rows of a table are cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import schema
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Elements a slot is aligned to: 64 bytes of the smallest element any buffer of a layout can have (2 bytes).
+ALIGNMENT = 32
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order of dimensions and without overlap."""
+    if t.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether two elements share memory, as in an expanded tensor."""
+    if t.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def slots_of(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """(first element of each tensor's slot, elements of a flat buffer)."""
+    slots, size = [], 0
+    for t in tensors:
+        slots.append(size)
+        size += -(-t.numel() // ALIGNMENT) * ALIGNMENT
+    return slots, size
+
+
+def blocks_of(numels: Sequence[int]) -> Tensor:
+    """``[row, k]`` of every ``schema.BLOCK`` elements of every row, in order: what a device kernel walks."""
+    counts = torch.tensor([-(-n // schema.BLOCK) for n in numels], dtype=torch.int64, device="cpu")
+    rows = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    k = torch.arange(rows.numel(), device="cpu") - (counts.cumsum(0) - counts)[rows]
+    return torch.stack([rows, k], dim=1).to(torch.int32)
+
+
+def strides_of(tensors: Sequence[Tensor]) -> Tensor:
+    """What the op gather compares with: a row [dim, sizes..., strides...] a tensor, filled up with zeros."""
+    dim = max(t.dim() for t in tensors)
+    rows = [[t.dim(), *t.size(), *t.stride(), *([0] * 2 * (dim - t.dim()))] for t in tensors]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

@@ -1,0 +1,92 @@
+"""Per-parameter state: slots of flat buffers that stand in ``opt.state``, under the names that rule and algorithm
+declare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import SCRATCH, Layout
+
+State = Mapping[Tensor, dict[str, Any]]
+Names = tuple[str, ...]
+
+
+class LayoutState:
+    """The state of one layout's parameters.
+
+    Args:
+        layout: whose buffers the state lies in.
+        state: the optimizer's.
+        names: of the buffers.
+        counted: whether each parameter counts its own steps, too.
+    """
+
+    def __init__(self, layout: Layout, state: State, names: Names, counted: bool) -> None:
+        self.layout = layout
+        # Steps applied to each parameter.
+        self.step = torch.zeros(len(layout.params), dtype=torch.float32, device=layout.device)
+        layout.buffers = {name: buffer for name, buffer in layout.buffers.items() if name in SCRATCH}
+        self.forget()
+        for i, p in enumerate(layout.params):
+            entry = state.get(p) or {}
+            found = [name for name in names if entry.get(name) is not None]
+            for name in found:
+                entry[name] = layout.view(name, i).copy_(entry[name])
+            if counted and ("step" in entry or found):
+                # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
+                self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)))
+                entry["step"] = self.step[i]
+                found.append("step")
+            self._exposed[i].update(found)
+
+    def forget(self) -> None:
+        """Nothing of it stands in the optimizer's state any more."""
+        self._exposed: list[set[str]] = [set() for _ in self.layout.params]
+        # The names of all groups for which every parameter has been through: a step need not look at them again.
+        self._complete: set[tuple[Names, ...]] = set()
+
+    def count(self, name: str) -> int:
+        """How many parameters' slots of a buffer stand in the optimizer's state."""
+        return sum(name in names for names in self._exposed)
+
+    def exposed(self, name: str) -> list[Tensor]:
+        """The slots of a buffer that stand in the optimizer's state."""
+        return [self.layout.view(name, i) for i, names in enumerate(self._exposed) if name in names]
+
+    def expose(self, state: State, names: tuple[Names, ...], touched: Callable[[], Sequence[bool]]) -> None:
+        """Put the state of parameters that have it for the first time into the optimizer's, as views.
+
+        Args:
+            names: what a parameter of each group has there.
+            touched: whether each parameter has such state from this step on.
+        """
+        if names in self._complete:
+            return
+        for name in {name for group in names for name in group} - {"step"}:
+            self.layout.buffer(name)
+        complete = True
+        for i, (p, now) in enumerate(zip(self.layout.params, touched(), strict=True)):
+            wanted = names[self.layout.groups[i]]
+            missing = not self._exposed[i].issuperset(wanted)
+            if missing and now:
+                for name in wanted:
+                    state[p][name] = self.step[i] if name == "step" else self.layout.view(name, i)
+                self._exposed[i].update(wanted)
+            complete = complete and (now or not missing)
+        if complete:
+            self._complete.add(names)
+
+
+def check_shapes(layout: Layout, state: State, names: Names) -> None:
+    """Raise RuntimeError for state of another shape than its parameter."""
+    for p, label in zip(layout.params, layout.names, strict=True):
+        for name in names:
+            value = state.get(p, {}).get(name)
+            if value is not None and value.size() != p.size():
+                raise RuntimeError(
+                    f"{label} has shape {tuple(p.size())} now, its state {name} shape {tuple(value.size())}"
+                )

@@ -1,0 +1,176 @@
+"""The table of segments: a row a parameter, with the addresses of its weights and its gradient.
+
+It is the host's; kernels of a device read a copy there, column after column, so that the columns which change go
+there in one transfer: addresses when a parameter or a gradient moved, marks of backups after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import schema
+from ..ops.backend import walks_lists
+from . import transfer
+from .shapes import strides_of
+from .transfer import Sender
+
+_gather = torch.ops.sharpkern.gather.default
+
+
+class Table:
+    """Rows of the parameters of one (device, dtype).
+
+    Args:
+        params: the parameters.
+        segments: the memory that kernels use for each one: the parameter itself, or a dense copy of it.
+        slots: first element of each one's slot.
+        groups: index of each one's parameter group.
+        scaled: whether the elementwise scale T_w applies to each one.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        segments: Sequence[Tensor],
+        slots: Sequence[int],
+        groups: Sequence[int],
+        scaled: Sequence[bool],
+    ) -> None:
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.segments = segments
+        self.none = torch.empty(0, dtype=self.dtype, device=self.device)  # stands for a gradient that is missing
+        self.host = torch.zeros(len(params), schema.COLUMNS, dtype=torch.int64, device="cpu")
+        self.host[:, schema.SLOT] = torch.tensor(slots, device="cpu")
+        self.host[:, schema.NUMEL] = torch.tensor([p.numel() for p in params], device="cpu")
+        self.host[:, schema.GROUP] = torch.tensor(groups, device="cpu")
+        self.host[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64, device="cpu")
+        self.grad_column = self.host[:, schema.GRAD]
+        self._backup_column = self.host[:, schema.BACKUP]
+        self._grad_strides = strides_of(segments)
+        self._status = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self.missing = 0  # parameters without a gradient in the last pass
+        # gather, turned on the parameters themselves, finds their addresses and checks how they lie.
+        self._param_strides = strides_of(params)
+        self._found = torch.zeros_like(self.host)
+        self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
+        # The copy on a device.
+        self._copy: Sender | None = None
+        self._sent: Tensor | None = None  # the columns PARAM and GRAD as they are there
+        self._complete = False  # whether the other columns are there
+        self._marked_there = False  # whether a kernel may have marked backups there
+        self.follow(self.locate(params))
+
+    # Addresses.
+
+    def locate(self, params: Sequence[Tensor]) -> Tensor:
+        """Addresses of the parameters now; MISMATCH for one whose dtype, shape or strides changed."""
+        _gather(self._found, self._found_status, params, self._param_strides, self.none, dtype=self.dtype)
+        return self._found[:, schema.GRAD]
+
+    def moved(self, addresses: Tensor) -> bool:
+        """Whether parameters lie elsewhere than this table says."""
+        return not torch.equal(addresses, self._addresses)
+
+    def follow(self, addresses: Tensor) -> None:
+        """Take the parameters where they are now."""
+        self._point()
+        if self._complete:
+            self.send()
+        self._addresses = addresses.clone()  # last: an interrupt before it finds them changed again
+
+    def _point(self) -> None:
+        self.host[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments], device="cpu")
+
+    def gather(self, grads: list[Tensor]) -> list[int]:
+        """Take a pass's gradients, ``none`` for a missing one. Returns the rows whose gradient no kernel can use."""
+        _gather(self.host, self._status, grads, self._grad_strides, self.none, dtype=self.dtype)
+        mismatches, self.missing = self._status.tolist()
+        if not mismatches:
+            return []
+        rows: list[int] = (self.grad_column == schema.MISMATCH).nonzero().flatten().tolist()
+        return rows
+
+    # Marks: which backups hold weights.
+
+    def mark(self, i: int) -> None:
+        """The backup holds the weights of row i: the host says so."""
+        self._backup_column[i] = 1
+        self._complete = False
+
+    def before_ascent(self) -> None:
+        """A kernel may mark backups on the device from now on."""
+        self._marked_there = True
+
+    def after_ascent(self) -> None:
+        """A kernel marked the rows with a gradient: on the device, or in the host's table."""
+        if walks_lists(self.device.type):
+            self._complete = False
+        elif transfer.is_remote(self.device):
+            self._backup_column.copy_(self.grad_column != 0)
+
+    def clear_marks(self) -> None:
+        """No backup is in use. The device hears of it with the next gradients."""
+        self._backup_column.zero_()
+
+    def marked(self) -> list[bool]:
+        """Whether the backup holds the weights, for each row. Waits for a device."""
+        return [mark != 0 for mark in self.rows[:, schema.BACKUP].tolist()]
+
+    def has_gradient(self) -> list[bool]:
+        """Whether each row had a gradient in this pass."""
+        having: list[bool] = (self.grad_column != 0).tolist()
+        return having
+
+    def touched(self) -> list[bool]:
+        """Whether each row had a gradient in this pass, or in the one that perturbed."""
+        touched: list[bool] = ((self.grad_column != 0) | (self._backup_column != 0)).tolist()
+        return touched
+
+    def unmarked_with_gradient(self) -> list[int]:
+        """Rows that have a gradient now, and whose weights no backup holds."""
+        rows: list[int] = ((self.grad_column != 0) & (self._backup_column == 0)).nonzero().flatten().tolist()
+        return rows
+
+    # The copy on a device.
+
+    @property
+    def rows(self) -> Tensor:
+        """The table for the backend in charge: the host's, or the copy where kernels read it on the device, which
+        is sent if it never was."""
+        if not transfer.reads_there(self.device):
+            return self.host
+        if not self._complete:
+            self.send()
+        assert self._copy is not None
+        return self._copy.target.t()
+
+    def send(self, fresh: bool = False) -> None:
+        """Bring the device's copy up to date; its marks of backups too when no weights are away (``fresh``)."""
+        if not transfer.reads_there(self.device):
+            return
+        if self._copy is None:
+            target = torch.zeros(schema.COLUMNS, self.host.size(0), dtype=torch.int64, device=self.device)
+            self._copy = Sender(target, schema.BACKUP + 1)
+        columns = self.host.t()
+        if not self._complete:
+            count = schema.COLUMNS
+        elif (
+            transfer.is_capturing(self.device) or self._copy.captured or self._sent is None
+            or not torch.equal(columns[: schema.BACKUP], self._sent)
+        ):  # fmt: skip
+            # A graph brings its own addresses along, for eager steps between its replays may send others; and
+            # they send theirs again, for a replay may have been in between.
+            count = schema.BACKUP + fresh
+        else:
+            count = (schema.BACKUP + 1) * (fresh and self._marked_there)
+        if not count:
+            return
+        self._sent = None  # an interrupt may come between the copy and the note of it
+        self._copy.send(columns[:count].contiguous())
+        self._sent = columns[: schema.BACKUP].clone()
+        self._complete = True
+        if fresh:
+            self._marked_there = False

@@ -1,0 +1,157 @@
+"""Saving, loading and copying: generic over what an algorithm, its policy and its rule declare."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..memory.layouts import entries
+from ..rules import FusedRule
+from .step import Step
+
+
+class Checkpoints(Optimizer):
+    """An optimizer whose state lies in flat buffers, and whose numbers go with its state dict."""
+
+    _step: Step
+    _knobs: tuple[str, ...]
+    # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
+    # another's leaves it out when it loads.
+    state_names: tuple[str, ...] = ()
+    _family: set[str] = set()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Checkpoints._family.update(cls.state_names)
+
+    def _make_step(self, rule: Any, settings: Any, flatten: bool) -> Step:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with one more top-level key ``sharpkern``: the numbers of the algorithm.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        self._refuse_perturbed("state_dict()")
+        state = super().state_dict()
+        if self._step.owns_state:
+            # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
+            state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
+        state["sharpkern"] = {"version": 1, **self._step.scalars.save()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the base optimizer.
+
+        Options that it lacks keep their values; state is copied and never cast down.
+
+        Raises:
+            ValueError: when it does not fit the parameters, before anything changed.
+            RuntimeError: while a step is pending.
+        """
+        self._refuse_open("load_state_dict()")
+        # The last of the pre-hooks: it sees the dict as the user's hooks left it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_loaded(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._step.loading = None
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        rule, step = self._step.rule, self._step
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        for i, (p, _, _, label) in zip(ids, entries(self.param_groups), strict=False):
+            for key, value in loaded["state"].get(i, {}).items():
+                if key in (*self.state_names, *rule.buffers) and value is not None and value.size() != p.size():
+                    raise ValueError(
+                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
+                        f"of shape {tuple(p.size())}"
+                    )
+        own = loaded.get("sharpkern")
+        if own is not None:
+            if own.get("version") != 1:
+                raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
+            if not {"counters", "squared_norm"} <= own.keys():
+                raise ValueError(
+                    f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
+                )
+            found = step.declared & own.keys()
+            if found and found != step.declared:
+                raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(step.declared)} only")
+            step.scalars.check(own)
+        step.loading = loaded
+
+    def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
+        """Complete what torch made of a state dict: missing options, state that torch cast, numbers."""
+        for old, new in zip(self.param_groups, state["param_groups"], strict=True):
+            for key, value in old.items():
+                new.setdefault(key, value)
+        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's.
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [p for group in state["param_groups"] for p in group["params"]]
+        fused = isinstance(self._step.rule, FusedRule)
+        for i, p in zip(ids, params, strict=True):
+            for key, value in loaded["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    kept = fused or key in ("step", *self.state_names)
+                    state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
+        foreign = self._family - set(self.state_names)
+        for p in [p for p, entry in state["state"].items() if foreign & entry.keys()]:
+            state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
+            if not state["state"][p]:
+                del state["state"][p]
+        own = loaded.get("sharpkern") or {}
+        if own and "t" not in own:
+            own = {**own, "t": int(own["counters"][0]), "plain_steps": 0}
+        self._step.scalars.load(own)
+        for name in self.state_names:
+            if f"{name}_count" not in own:
+                self._step.scalars[f"{name}_count"] = -1  # of nothing: the norm is taken anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_knobs" in state:  # a copy
+            numbers, settings = state.pop("numbers"), state.pop("settings")
+            super().__setstate__(state)
+            self._step = self._make_step(*settings)
+            self._step.scalars.load(numbers)
+            return
+        if self._step.loading is not None:
+            self._take_loaded(self._step.loading, state)
+        super().__setstate__(state)
+        layouts = self._step.layouts
+        self._step.rule.share(self, self.state_names)
+        if layouts.valid and all(layout.attached() for layout in layouts):
+            layouts.take_state()
+        else:
+            layouts.lay_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copying or pickling an optimizer")
+        step, state = self._step, super().__getstate__()
+        if step.owns_state:
+            # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
+            clones: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+            clones.update({p: _cloned(entry) for p, entry in self.state.items()})
+            state["state"] = clones
+        knobs = {name: getattr(self, name) for name in self._knobs}
+        settings = (step.rule, step.settings, step.layouts.flatten)
+        return {**state, **knobs, "numbers": step.scalars.save(), "settings": settings}
+
+    def _refuse_open(self, what: str) -> None:
+        if self._step.is_open:
+            raise RuntimeError(f"{what} between two passes of a step: call second_step() or restore() first")
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self._step.layouts.away:
+            raise RuntimeError(f"{what} while the weights are perturbed: call second_step() or restore() first")
+
+
+def _cloned(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}

@@ -1,0 +1,239 @@
+"""What a step measures: norms, products, AE-SAM's decision, and the gradients that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..direction import Direction
+from ..memory.layout import Layout
+from ..memory.layouts import Layouts
+from ..memory.scalars import BASE, Scalars, saved_names
+from ..memory.transfer import GroupTable, Receiver
+from ..rules import FusedRule, Rule
+
+ops = torch.ops.sharpkern
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every optimizer takes beside its algorithm's options."""
+
+    perturb_eps: float
+    model: nn.Module | None
+    max_norm: float
+    skip_nonfinite: bool
+
+
+class Measurements:
+    """Gradients and numbers of the step that is under way, and the memory that all steps of an optimizer share.
+
+    Args:
+        opt: the optimizer, for its groups and its state.
+        rule: how it moves.
+        direction: where it perturbs to.
+        state: names of the algorithm's own per-parameter state.
+        own, policy: numbers that the algorithm and the policy declare.
+        flatten: move parameters and gradients into flat buffers.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        rule: Rule,
+        direction: Direction,
+        state: tuple[str, ...],
+        own: Mapping[str, Any],
+        policy: Mapping[str, Any],
+        settings: Settings,
+        flatten: bool,
+    ) -> None:
+        self._opt, self.rule, self._direction, self.settings = opt, rule, direction, settings
+        self.state_names, self.declared = state, saved_names(own)
+        self.scalars = Scalars({**BASE, **own, **policy})
+        fused = isinstance(rule, FusedRule)
+        self.owns_state = fused or bool(state)  # whether any state lies in flat buffers
+        self.layouts = Layouts(
+            opt, self.scalars, rule.buffers, state, fused, direction.scaled, direction.key, flatten
+        )  # fmt: skip
+        self._measured: str | None = None  # the sum that holds the norm of the gradients that are there
+        self._tables: dict[tuple[str, torch.device], GroupTable] = {}
+        self._receiver = Receiver()
+
+    @property
+    def t(self) -> int:
+        """The number of this step, from 0."""
+        return int(self.scalars["t"])
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter has a gradient in this pass."""
+        return any(layout.has_gradients for layout in self.layouts)
+
+    # Gradients.
+
+    def collect(self) -> None:
+        """Take the gradients that are there now; nothing of the parameters changes."""
+        self._measured = None
+        for layout in self.layouts:
+            layout.collect(self._bad_gradient, fresh=not self.layouts.away)
+
+    def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
+        if grad.layout != torch.strided:
+            owner = type(self._opt).__name__
+            return RuntimeError(f"{owner} does not support sparse gradients, but that of {name} is {grad.layout}")
+        return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
+
+    def release(self) -> None:
+        """Hold no gradient of the last pass while the caller makes another one."""
+        for layout in self.layouts:
+            layout.grads = []
+
+    def copy_gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients by parameter. Copies: a closure may have its gradients written to the same memory always."""
+        grads = {p: p.grad for layout in self.layouts for p in layout.params if p.grad is not None}
+        copies = [torch.empty_like(grad) for grad in grads.values()]
+        torch._foreach_copy_(copies, list(grads.values()))
+        return dict(zip(grads, copies, strict=True))
+
+    def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """Give parameters the gradients that they had in the first pass; the norm of them is known."""
+        self._opt.zero_grad()
+        for p, grad in grads.items():
+            if self.layouts.flatten and p.grad is not None:
+                p.grad.copy_(grad)
+            else:
+                p.grad = grad
+        self.collect()
+        self._measured = "first"
+
+    # Measuring.
+
+    def norm(self, into: str = "first", *, ema: tuple[float, float] | None = None) -> None:
+        r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales.
+        Measured once: a policy may have asked before.
+
+        Args:
+            into: the sum.
+            ema: (decay, coefficient): update AE-SAM's statistics in the same launch.
+        """
+        if self._measured != into:
+            self._norm(into, self.layouts.scaled, ema)
+
+    def plain_norm(self) -> str:
+        r"""The sum that holds :math:`\|g\|_2^2` of the gradients that are there; measured now where none does."""
+        if self._measured is None or (self.layouts.scaled and self._measured != "last"):
+            self._norm("last")
+            return "last"
+        return self._measured
+
+    def _norm(self, into: str, scaled: bool = False, ema: tuple[float, float] | None = None) -> None:
+        # The statistics need the norms of all layouts: they lie with the first one, whose launch is the last.
+        for i in reversed(range(len(self.layouts))):
+            layout = self.layouts[i]
+            statistics, decay, coefficient = layout.empty, 0.0, 0.0
+            if ema and i == 0:
+                self.scalars.share(into)
+                statistics, (decay, coefficient) = self.scalars["ema"], ema
+            head = (self.scalars.row(into, layout.device), layout.partials, statistics)
+            params, *walk = layout.walk
+            numbers = {"buffer": i, "decay": decay, "coefficient": coefficient, "dtype": layout.dtype}
+            if scaled and layout.any_scaled:
+                radius = self._radius(None, layout.device)
+                ops.norm_scaled.default(*head, params, *walk, radius, **numbers)
+            else:
+                ops.norm.default(*head, *walk, **numbers)
+        self.scalars.share(into)
+        self._measured = into
+
+    def fired(self) -> bool:
+        """AE-SAM's decision of this step, read on the host."""
+        return bool(self._receiver.read(self.scalars["ema"][3:]))
+
+    def all_finite(self, *sums: str) -> Tensor:
+        """Whether all of these sums are finite, 0-d on the device."""
+        device = self.layouts[0].device
+        return torch.stack([self.scalars.row(name, device).sum() for name in sums]).sum().isfinite()
+
+    def read(self, *values: Any) -> list[float]:
+        """Numbers or tensors of one element, read on the host in one go."""
+        like = self.scalars.row("first", self.layouts[0].device)
+        numbers = [torch.as_tensor(x).detach().reshape(()).to(like) for x in values]
+        read: list[float] = self._receiver.read(torch.stack(numbers)).tolist()
+        return read
+
+    def dots(self) -> None:
+        r"""The sums ``last`` :math:`= \|g_s\|_2^2` and ``dot`` :math:`= \langle g, g_s \rangle` of the gradient that is
+        there, g_s, and the kept one, g."""
+        for i, layout in enumerate(self.layouts):
+            sums = self.scalars.rows("last", "dot", layout.device)[:, i]
+            kept = layout.buffer("gradient")
+            ops.dots.default(sums, layout.partials, kept, *layout.walk[1:], dtype=layout.dtype)
+        self.scalars.share("last")
+        self.scalars.share("dot")
+        self._measured = "last"
+
+    def project(self, into: str) -> None:
+        r"""The state ``into`` :math:`= g_s - \frac{\langle g, g_s \rangle}{\|g\|_2^2}\, g`, and as a sum its squared
+        norm."""
+        names = ((into,),) * len(self._opt.param_groups)
+        for i, layout in enumerate(self.layouts):
+            head = (layout.buffer(into), self.scalars.row(into, layout.device)[i], layout.partials)
+            products = self.scalars.rows("first", "dot", layout.device)
+            kept = layout.buffer("gradient")
+            ops.project.default(*head, kept, *layout.walk[1:], products, dtype=layout.dtype)
+            self.layouts.states[i].expose(self._opt.state, names, layout.table.touched)
+        self.scalars.share(into)
+        for p in self.layouts.idle:  # left out of the projection: theirs is gone
+            self._opt.state.get(p, {}).pop(into, None)
+        self.scalars[f"{into}_count"] = sum(state.count(into) for state in self.layouts.states)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such state of any parameter."""
+        return any(name in layout.buffers for layout in self.layouts)
+
+    def mix(
+        self,
+        numerator: str,
+        denominator: str,
+        *,
+        constant: tuple[float, float],
+        slope: tuple[float, float],
+        root: bool = False,
+    ) -> None:
+        """Let ``descend`` step along a g + b v with [a, b] = constant + slope q, q = numerator / denominator.
+
+        Args:
+            numerator, denominator: sums; with ``root`` their square roots. q is 0 where the denominator's is up to
+                ``schema.NORM_MIN``.
+        """
+        for device, coefficients in self.scalars.coefficients.items():
+            x, y = self.scalars.row(numerator, device), self.scalars.row(denominator, device)
+            ops.mix.default(coefficients, x, y, constant=constant, slope=slope, root=root)
+
+    # Numbers of the parameter groups.
+
+    def _radius(self, length: float | None, device: torch.device) -> Tensor:
+        """[groups, 2]: how far, with the sign of the group, and eta."""
+        rows: list[list[float | Tensor]] = []
+        for group in self._opt.param_groups:
+            rho, eta = self._direction.radius(group) if length is None else (length, 0.0)
+            rows.append([-rho if group.get("maximize") else rho, eta])
+        return self._group_table("radius" if length is None else f"length {length}", rows, device)
+
+    def _group_table(self, name: str, rows: list[list[float | Tensor]], device: torch.device) -> Tensor:
+        shape = (len(rows), len(rows[0]))
+        table = self._tables.get((name, device))
+        if table is None or table.shape != shape:
+            table = self._tables[name, device] = GroupTable(shape, device)
+        return table.update(rows)
+
+    def _counters_for(self, layout: Layout, counted: bool = True) -> Tensor:
+        """The counters for one layout of a step, so that each step counts once; nothing for the others."""
+        counters: Tensor = self.scalars["counters"]
+        return counters if counted and layout is self.layouts[0] else counters[:0]

@@ -1,0 +1,198 @@
+"""The verbs of a step: what an algorithm says between its passes.
+
+``norm`` and ``dots`` measure, ``ascend`` moves the weights away, ``rewind`` and ``back`` bring them home, ``project``
+makes LookSAM's direction, ``mix`` the coefficients of a mixed gradient, ``descend`` takes the base rule's step. A step
+is one object for the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that
+share its attributes and keep their own writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import ExitStack
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..batch_stats import frozen_batch_stats
+from ..rules import FusedRule, WrappedRule
+from .measure import Measurements, ops
+
+
+class Wish(Enum):
+    """What an algorithm yields where it needs the caller."""
+
+    AGAIN = "another gradient, where the weights are now"
+    AS_IS = "the gradients that are there, which the caller may still change"
+
+
+AGAIN, AS_IS = Wish.AGAIN, Wish.AS_IS
+
+# An algorithm between two passes: it yields a wish and is sent the loss of the evaluation that followed.
+Passes = Generator[Wish, Any, None]
+
+
+class Step(Measurements):
+    """The step that is under way.
+
+    Args:
+        arguments: those of :class:`Measurements`.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # An open step is one whose algorithm is under way.
+        self.passes: Passes | None = None
+        self.loss: Any = None  # what the closure returned in the first pass
+        self.loading: dict[str, Any] | None = None  # the state dict that is being loaded
+        self._counted = False  # whether a kernel counts this step
+        self._frozen: ExitStack | None = None
+
+    # Moving.
+
+    def ascend(self, length: float | None = None, *, along: str = "first", keep_gradient: bool = False) -> None:
+        """Move the weights along the gradient: by the direction's radius, or by a length. A first ascent keeps them.
+
+        Args:
+            length: in units of the weights; below 0 it descends. None: the groups' radius, and a second pass counts.
+            along: the sum that holds the squared norm of the gradient.
+            keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
+        """
+        keep, self._counted = not self.layouts.away, length is None
+        numbers = {"eps": self.settings.perturb_eps, "skip_nonfinite": self.settings.skip_nonfinite}
+        # Before anything moves: an interrupt may come right after a kernel.
+        self.layouts.away = True
+        for layout in self.layouts:
+            if keep:
+                layout.table.before_ascent()
+            else:
+                layout.keep_others()
+            backup = layout.buffer("backup") if keep else layout.empty
+            kept = layout.buffer("gradient") if keep_gradient else layout.empty
+            radius, sq = self._radius(length, layout.device), self.scalars.rows(along, along, layout.device)
+            params, *walk = layout.walk
+            rest = (self._counters_for(layout, self._counted), *walk, radius, sq)
+            if layout.any_scaled and length is None:
+                ops.ascend_scaled.default(params, backup, *rest, **numbers, dtype=layout.dtype)
+            else:
+                ops.ascend.default(params, backup, kept, *rest, **numbers, dtype=layout.dtype)
+            if keep:
+                layout.table.after_ascent()
+            layout.written()
+        # An autocast region around the passes keeps low-precision copies of the weights.
+        torch.clear_autocast_cache()
+
+    def rewind(self) -> None:
+        """The weights are at home, and kept on: the next ascent starts from there."""
+        self.layouts.restore()
+
+    def back(self) -> None:
+        """The weights are at home. Nothing happens where they already are."""
+        if self.layouts.away:
+            self.layouts.restore()
+            self.layouts.finish()
+
+    def descend(self, direction: str | None = None, *, mixed: bool = False, lr_scale: float = 1.0) -> None:
+        """The base rule's step from the weights at home, with the gradients that are there. The norm of the gradient is
+        measured where the check for infinities or the clipping needs it.
+
+        Args:
+            direction: the flat buffer v of a mixed gradient.
+            mixed: step along a g + b v with the coefficients of ``mix``.
+            lr_scale: of every group's learning rate; the group's own stays the user's and the scheduler's.
+        """
+        skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
+        last = self.plain_norm() if skip or not math.isinf(max_norm) else "last"
+        first = "first" if self.layouts.away and skip else last
+        if direction == "gradient":
+            for layout in self.layouts:
+                layout.complete_kept_gradient()
+        if isinstance(self.rule, WrappedRule):
+            self._step_wrapped(self.rule, first, last, direction, mixed, lr_scale)
+        else:
+            self._step_fused(self.rule, first, last, direction, mixed, lr_scale)
+        self.layouts.state_written()
+
+    def _step_fused(
+        self, rule: FusedRule, first: str, last: str, direction: str | None, mixed: bool, lr_scale: float
+    ) -> None:
+        groups = self._opt.param_groups
+        scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
+        rows = [rule.values(group) for group in scaled]
+        names = tuple(map(rule.state_names, groups))
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            state.expose(self._opt.state, names, layout.table.has_gradient)
+            sums = self.scalars.rows(first, last, layout.device)
+            rule.step(
+                state,
+                self._counters_for(layout),
+                layout.buffer("backup") if self.layouts.away else layout.empty,
+                layout.buffers.get(direction or "", layout.empty),
+                self._group_table("values", rows, layout.device),
+                sums,
+                self.scalars.coefficients[layout.device] if mixed else layout.empty,
+                self.settings.max_norm,
+                self.settings.skip_nonfinite,
+            )
+            layout.written()
+
+    def _step_wrapped(
+        self, rule: WrappedRule, first: str, last: str, direction: str | None, mixed: bool, lr_scale: float
+    ) -> None:
+        self.back()
+        sums = {device: self.scalars.rows(first, last, device).sum(-1) for device in self.layouts.devices}
+        if sums and self.settings.skip_nonfinite and not bool(sums[self.layouts[0].device].isfinite().all()):
+            self.skip()
+            return
+        max_norm, clip = self.settings.max_norm, {}
+        if not math.isinf(max_norm):
+            clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
+        coefficients = self.scalars.coefficients if mixed else {}
+        rule.step(self._opt, self.state_names, list(self.layouts), direction, coefficients, clip, lr_scale)
+
+    def skip(self) -> None:
+        """Take no step, and count that."""
+        self.scalars["counters"][2] += 1
+
+    # The driver's.
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step is between two passes."""
+        return self.passes is not None
+
+    def refresh(self) -> None:
+        """Notice whatever the user moved, froze, loaded or added since the last pass."""
+        self.layouts.refresh(self.is_open)
+        self.rule.share(self._opt, self.state_names)
+
+    def send(self, loss: Any) -> Any:
+        """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; None at its end."""
+        assert self.passes is not None
+        try:
+            return self.passes.send(loss)
+        except StopIteration:
+            return None
+
+    def count(self) -> None:
+        """A step began: its algorithm has decided what to do first."""
+        self.scalars["t"] += 1
+        if not self._counted:
+            self.scalars["plain_steps"] += 1
+
+    def freeze(self) -> None:
+        """No pass from here on counts in the statistics of the model's norm layers."""
+        if self.settings.model is not None and self._frozen is None:
+            self._frozen = ExitStack()
+            self._frozen.enter_context(frozen_batch_stats(self.settings.model))
+
+    def finish(self) -> None:
+        """No step is open: the weights are at home, no gradient is held."""
+        self.passes, self.loss, self._measured, self._counted = None, None, None, False
+        self.layouts.finish()
+        if self._frozen is not None:
+            self._frozen.close()
+            self._frozen = None
+        torch.clear_autocast_cache()
