@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import adam, ascend, look, norm, restore, sgd
+from . import adam, ascend, mix, norm, project, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "norm": norm.norm,
     "norm_scaled": norm.norm_scaled,
-    "norm_ema": norm.norm_ema,
-    "dots": look.dots,
-    "project": look.project,
+    "dots": project.dots,
+    "project": project.project,
     "ascend": ascend.ascend,
     "ascend_scaled": ascend.ascend_scaled,
     "restore": restore.restore,
+    "mix": mix.mix,
     "sgd": sgd.sgd,
     "adam": adam.adam,
 }

@@ -1,41 +1,23 @@
 """Adam and AdamW from the backup or in place (the decay's form is a value of the group):
-m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
-w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps). LookSAM's g is g + mix g_v.
+d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  s = beta2 s + (1 - beta2) d^2;
+w -= lr / (1 - beta1^t) m / (sqrt(s) / sqrt(1 - beta2^t) + eps). Without a direction v  d = +-clip a g + weight_decay w.
 
-Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more, g_v 4 more.
+Bytes a parameter, fp32: reads w 4, g 4, m 4, s 4, writes w 4, m 4, s 4; amsgrad 8 more, v 4 more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, clip_factor, count_skipped, descent, mix_factor
-from .restore import copy_blocks
-from .walk import (
-    BACKUP,
-    BLOCK,
-    STEP,
-    address,
-    addressed,
-    bits,
-    cell,
-    check,
-    check_values,
-    elements,
-    in_row,
-    last_element,
-    launch,
-    norms,
-    share,
-    stretch,
-    whole,
-)
+from .descend import advance, count_skipped, launch_rule, scales
+from .restore import copy
+from .walk import address, load, norms, share, store, stretch, walk
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, DECOUPLED, VALUES = map(
     tl.constexpr, range(len(schema.ADAM) + 1)
@@ -68,85 +50,61 @@ def power(x, t):
 
 
 @triton.jit
-def step_block(
-    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, left, mix, gradient, shrink,
-    weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    mask = in_row(left, FULL)
-    w = tl.load(elements(source, offset, T, FULL), mask).to(A)
-    g = tl.load(elements(grad, offset, T, FULL), mask).to(A)
-    if MIX:
-        g += mix * tl.load(elements(direction, offset, A, FULL), mask)
-    d = gradient * g + weight_decay * w
-    pointers = elements(exp_avg, offset, A, FULL)
-    m = tl.load(pointers, mask)
-    m = m + one_minus_beta1 * (d - m)
-    tl.store(pointers, m, mask)
-    pointers = elements(exp_avg_sq, offset, A, FULL)
-    v = beta2 * tl.load(pointers, mask) + (one_minus_beta2 * d) * d
-    tl.store(pointers, v, mask)
-    if MAX:
-        pointers = elements(max_exp_avg_sq, offset, A, FULL)
-        largest = tl.load(pointers, mask)
-        v = tl.where(largest > v, largest, v)
-        tl.store(pointers, v, mask)
-    if not FULL:
-        v = tl.where(mask, v, 0.0)  # no root of whatever lies behind the row
-    update = step_size * divide(m, divide(root(v, A), correction, A) + eps, A)
-    tl.store(elements(param, offset, T, FULL), (shrink * w - update).to(T), mask)
-
-
-@triton.jit
-def step_blocks(
-    param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, at, mix, gradient, shrink, weight_decay,
+def update(
+    piece, param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, a, b, shrink, weight_decay,
     one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr, MIX: tl.constexpr,
+    T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    end_whole = whole(param | source | grad | direction | exp_avg | exp_avg_sq | max_exp_avg_sq, at)
-    for i in range(at.k, end_whole):
-        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, i * BLOCK, BLOCK, mix,
-                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, MIX, True)  # fmt: skip
-    last = last_element(at)
-    for offset in range(end_whole * BLOCK, last, STEP):
-        step_block(param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, offset, last - offset, mix,
-                   gradient, shrink, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-                   T, A, MAX, MIX, False)  # fmt: skip
+    w = load(source, piece, T).to(A)
+    d = a * load(grad, piece, T).to(A) + weight_decay * w
+    if V is not None:
+        d += b * load(direction, piece, V).to(A)
+    m = load(exp_avg, piece, A)
+    m = m + one_minus_beta1 * (d - m)
+    store(exp_avg, m, piece, A)
+    s = beta2 * load(exp_avg_sq, piece, A) + (one_minus_beta2 * d) * d
+    store(exp_avg_sq, s, piece, A)
+    if MAX:
+        largest = load(max_exp_avg_sq, piece, A)
+        s = tl.where(largest > s, largest, s)
+        store(max_exp_avg_sq, s, piece, A)
+    change = step_size * divide(m, divide(root(s, A), correction, A) + eps, A)
+    store(param, shrink * w - change, piece, T)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "max_norm", "alpha"])
+@triton.jit(do_not_specialize=["n_blocks", "max_norm"])
 def adam_kernel(
     table, stride_row, stride_column, blocks, n_blocks, exp_avg, exp_avg_sq, max_exp_avg_sq, step, counters, backup,
-    g_v, values, sq, g_v_sq, n_buffers, alpha, max_norm, T: tl.constexpr, A: tl.constexpr, MAX: tl.constexpr,
-    MIX: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    direction, values, sq, n_buffers, coefficients, max_norm, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
+    MAX: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
-    clip = clip_factor(norm, max_norm).to(A)
-    mix = mix_factor(norm, g_v_sq, n_buffers, alpha, MIX).to(A)
-    b, end = share(n_blocks)
-    while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+    along_g, along_v = scales(norm, max_norm, coefficients, MIXED)
+    i, end = share(n_blocks)
+    while i < end:
+        at = stretch(table, stride_row, stride_column, blocks, i, end)
         param = at.param
         grad = at.grad
         source = param
         if BACKED:
-            marked = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
-            source = tl.where(marked, address(backup, at.slot, T), param)
+            source = tl.where(at.backup != 0, address(backup, at.slot, T), param)
         if go & (grad != 0):
-            direction = param
-            if MIX:
-                direction = address(g_v, at.slot, A)
+            v = param
+            if V is not None:
+                v = address(direction, at.slot, V)
             x = values + VALUES * at.group
             lr = tl.load(x + LR)
             beta1 = tl.load(x + BETA1)
             beta2 = tl.load(x + BETA2)
             decay = tl.load(x + WEIGHT_DECAY)
             decoupled = tl.load(x + DECOUPLED) != 0
+            sign = tl.where(tl.load(x + MAXIMIZE) != 0, -1.0, 1.0)
+            a = (sign * along_g).to(A)
+            b = (sign * along_v).to(A)
             before = tl.load(step + at.row)
             t = before.to(tl.float64) + 1
-            gradient = tl.where(tl.load(x + MAXIMIZE) != 0, -clip, clip)
             shrink = tl.where(decoupled, 1 - lr * decay, 1.0).to(A)
             weight_decay = tl.where(decoupled, 0.0, decay).to(A)
             one_minus_beta1 = (1 - beta1).to(A)
@@ -155,23 +113,24 @@ def adam_kernel(
             correction = tl.sqrt(1 - power(beta2, t)).to(A)
             eps = tl.load(x + EPS).to(A)
             m = address(exp_avg, at.slot, A)
-            v = address(exp_avg_sq, at.slot, A)
+            s = address(exp_avg_sq, at.slot, A)
+            addresses = param | source | grad | v | m | s
             amsgrad = tl.full((), 0, tl.int1)
             if MAX:
                 amsgrad = tl.load(x + AMSGRAD) != 0
             if amsgrad:
                 largest = address(max_exp_avg_sq, at.slot, A)
-                step_blocks(param, source, grad, direction, m, v, largest, at, mix, gradient, shrink, weight_decay,
-                            one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, True, MIX)  # fmt: skip
+                walk(update, addresses | largest, at,
+                     (param, source, grad, v, m, s, largest, a, b, shrink, weight_decay, one_minus_beta1,
+                      beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, True))  # fmt: skip
             else:
-                step_blocks(param, source, grad, direction, m, v, v, at, mix, gradient, shrink, weight_decay,
-                            one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                            T, A, False, MIX)  # fmt: skip
-            advance(table, stride_row, stride_column, step, before, at)
+                walk(update, addresses, at,
+                     (param, source, grad, v, m, s, None, a, b, shrink, weight_decay, one_minus_beta1,
+                      beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, False))  # fmt: skip
+            advance(step, before, at)
         elif source != param:
-            copy_blocks(param, source, at, T)
-        b += at.n
+            walk(copy, param | source, at, (param, source, T))
+        i += at.n
     count_skipped(counters, go, COUNT)
 
 
@@ -180,55 +139,10 @@ def adam(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor,
-    step: Tensor,
-    counters: Tensor,
-    grads: Sequence[Tensor],
-    backup: Tensor,
-    g_v: Tensor,
-    table: Tensor,
-    blocks: Tensor,
-    values: Tensor,
-    sq: Tensor,
-    g_v_sq: Tensor,
-    *,
-    alpha: float,
-    max_norm: float,
-    skip_nonfinite: bool,
-    dtype: torch.dtype,
+    *args: Any,
+    **numbers: Any,
 ) -> None:
-    table = addressed(table, params, grads, dtype, blocks)
-    descent(table, blocks, step, counters, backup, g_v, sq, g_v_sq, dtype)
-    check_values(values, table, len(schema.ADAM), "values")
-    some = 1 if blocks.numel() else 0
-    for name, buffer, least in (
-        ("exp_avg", exp_avg, some),
-        ("exp_avg_sq", exp_avg_sq, some),
-        ("max_exp_avg_sq", max_exp_avg_sq, 0),
-    ):
-        check(buffer, table, schema.state_dtype(dtype), name, least)
-    launch(
-        adam_kernel,
-        table,
-        blocks,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-        step,
-        counters,
-        backup,
-        g_v,
-        values,
-        sq,
-        g_v_sq if g_v.numel() else sq,
-        sq.size(1),
-        bits(alpha),
-        bits(max_norm),
-        dtype=dtype,
-        mixed=True,
-        MAX=max_exp_avg_sq.numel() > 0,
-        MIX=g_v.numel() > 0,
-        BACKED=backup.numel() > 0,
-        SKIP=skip_nonfinite,
-        COUNT=counters.numel() > 0,
-        PASSES=sq.size(0),
-    )
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    optional = {"max_exp_avg_sq": max_exp_avg_sq}
+    amsgrad = max_exp_avg_sq.numel() > 0
+    launch_rule(adam_kernel, schema.ADAM, state, optional, params, *args, MAX=amsgrad, **numbers)

@@ -13,57 +13,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import schema
 from .walk import (
-    BLOCK,
-    SCALED,
-    STEP,
+    BACKUP,
     address,
-    addressed,
     bits,
-    cell,
     check,
     check_counters,
     check_norms,
+    check_segments,
     check_values,
-    elements,
     float64,
-    in_row,
-    last_element,
     launch,
+    load,
     norms,
     share,
+    store,
     stretch,
-    whole,
+    walk,
 )
 
 
 @triton.jit
 def move(
-    param, grad, kept_param, kept_grad, offset, left, go, s, scaled, eta,
+    piece, param, grad, kept_param, kept_grad, go, s, scaled, eta,
     T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
-    FULL: tl.constexpr,
 ):  # fmt: skip
-    mask = in_row(left, FULL)
-    pointers = elements(param, offset, T, FULL)
-    old = tl.load(pointers, mask)
+    old = load(param, piece, T)
+    g = load(grad, piece, T)
     w = old.to(A)
-    g = tl.load(elements(grad, offset, T, FULL), mask)
     step = s * g.to(A)
     if WEIGHTS:
         t = tl.where(scaled, tl.abs(w) + eta, 1.0)
         step = t * (t * step)
     if BACKED:
-        tl.store(elements(kept_param, offset, T, FULL), old, mask)
+        store(kept_param, old, piece, T)
     if KEEP:
-        tl.store(elements(kept_grad, offset, T, FULL), g, mask)
+        store(kept_grad, g, piece, T)
     # 0 * inf is NaN: a skipped perturbation must not show the gradient.
-    tl.store(pointers, tl.where(go, (w + step).to(T), old), mask)
+    store(param, tl.where(go, (w + step).to(T), old), piece, T)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "eps"])
 def ascend_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, marks, stride_marks, backup, gradient, counters, radius, sq,
+    table, stride_row, stride_column, blocks, n_blocks, backup, gradient, counters, radius, sq,
     n_buffers, eps, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
     SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
@@ -76,27 +68,18 @@ def ascend_kernel(
         grad = at.grad
         s = (tl.load(radius + 2 * at.group) / (norm + float64(eps))).to(A)
         eta = tl.load(radius + 2 * at.group + 1).to(A)
-        scaled = tl.full((), 0, tl.int1)
-        if WEIGHTS:
-            scaled = cell(table, at.row, SCALED, stride_row, stride_column) != 0
         kept_param = param
         if BACKED:
             kept_param = address(backup, at.slot, T)
             if at.k == 0:
                 # For every row, so that no mark of an earlier step is left.
-                tl.store(marks + at.row * stride_marks, (grad != 0).to(tl.int64))
+                tl.store(at.cells + BACKUP * at.stride, (grad != 0).to(tl.int64))
         kept_grad = grad
         if KEEP:
             kept_grad = address(gradient, at.slot, T)
         if grad != 0:
-            end_whole = whole(param | grad | kept_param | kept_grad, at)
-            for i in range(at.k, end_whole):
-                move(param, grad, kept_param, kept_grad, i * BLOCK, BLOCK, go, s, scaled, eta,
-                     T, A, WEIGHTS, BACKED, KEEP, True)  # fmt: skip
-            last = last_element(at)
-            for offset in range(end_whole * BLOCK, last, STEP):
-                move(param, grad, kept_param, kept_grad, offset, last - offset, go, s, scaled, eta,
-                     T, A, WEIGHTS, BACKED, KEEP, False)  # fmt: skip
+            walk(move, param | grad | kept_param | kept_grad, at,
+                 (param, grad, kept_param, kept_grad, go, s, at.scaled, eta, T, A, WEIGHTS, BACKED, KEEP))  # fmt: skip
         b += at.n
     if COUNT:
         if tl.program_id(0) == 0:
@@ -120,7 +103,7 @@ def _run(
     dtype: torch.dtype,
     weights: bool,
 ) -> None:
-    walked = addressed(table, params, grads, dtype, blocks)
+    check_segments(params, grads, table, blocks, dtype)
     check_norms(sq, table)
     check_values(radius, table, 2, "radius")
     check_counters(counters, table)
@@ -128,10 +111,8 @@ def _run(
     check(gradient, table, dtype, "gradient")
     launch(
         ascend_kernel,
-        walked,
+        table,
         blocks,
-        table[:, schema.BACKUP],
-        table.stride(0),
         backup,
         gradient,
         counters,

@@ -1,7 +1,10 @@
-"""What every base rule shares: the clip factor, what LookSAM mixes in, from where a row steps, and who advances its
-counter."""
+"""What every base rule shares: how far it steps along the gradient and along v, who advances a row's counter, and the
+launch."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -9,28 +12,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .walk import TICKET, check, check_counters, check_norms, float64, norms
-
-G_V_MIN = tl.constexpr(schema.G_V_MIN)
+from .walk import (
+    ELEMENT,
+    TICKET,
+    bits,
+    check,
+    check_counters,
+    check_norms,
+    check_segments,
+    check_values,
+    float64,
+    launch,
+)
 
 
 @triton.jit
-def clip_factor(norm, max_norm):
-    """torch.nn.utils.clip_grad_norm_'s factor; a NaN norm gives NaN, as there."""
+def scales(norm, max_norm, coefficients, MIXED: tl.constexpr):
+    """clip a and clip b, float64: a rule steps along  clip (a g + b v).  clip is the factor of
+    torch.nn.utils.clip_grad_norm_; a NaN norm gives NaN, as there."""
     limit = float64(max_norm)
     # 1e-6 would be a float32.
-    factor = limit / (norm + tl.full((), 1, tl.float64) / 1000000)
-    return tl.where((limit == float("inf")) | (factor > 1.0), 1.0, factor)
-
-
-@triton.jit
-def mix_factor(norm, g_v_sq, n_buffers, alpha, MIX: tl.constexpr):
-    """How much of g_v goes into the gradient: alpha ||g|| / ||g_v||."""
-    factor = tl.full((), 0, tl.float64)
-    if MIX:
-        g_v_norm, _ = norms(g_v_sq, n_buffers, 1)
-        factor = tl.where(g_v_norm > tl.full((), G_V_MIN, tl.float64), float64(alpha) * (norm / g_v_norm), 0.0)
-    return factor
+    clip = limit / (norm + tl.full((), 1, tl.float64) / 1000000)
+    a = tl.where((limit == float("inf")) | (clip > 1.0), 1.0, clip)
+    b = tl.full((), 0, tl.float64)
+    if MIXED:
+        b = a * tl.load(coefficients + 1)
+        a *= tl.load(coefficients)
+    return a, b
 
 
 @triton.jit
@@ -41,40 +49,88 @@ def count_skipped(counters, go, COUNT: tl.constexpr):
 
 
 @triton.jit
-def advance(table, stride_row, stride_column, step, before, at):
+def advance(step, before, at):
     """After a stretch of a row: whoever completes the row advances its counter.
 
     Every program must have read the counter before anyone writes it, hence the ticket.
     """
-    ticket = table + at.row * stride_row + TICKET * stride_column
+    ticket = at.cells + TICKET * at.stride
     tl.debug_barrier()
     if tl.atomic_add(ticket, at.n, sem="acq_rel") + at.n == at.blocks:
         tl.store(ticket, 0)
         tl.store(step + at.row, before + 1)
 
 
-def descent(
-    table: Tensor,
-    blocks: Tensor,
+def launch_rule(
+    kernel: Any,
+    columns: Sequence[str],
+    state: Mapping[str, Tensor],
+    optional: Mapping[str, Tensor],
+    params: Sequence[Tensor],
     step: Tensor,
     counters: Tensor,
+    grads: Sequence[Tensor],
     backup: Tensor,
-    g_v: Tensor,
+    direction: Tensor,
+    table: Tensor,
+    blocks: Tensor,
+    values: Tensor,
     sq: Tensor,
-    g_v_sq: Tensor,
+    coefficients: Tensor,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool,
     dtype: torch.dtype,
+    **constants: bool,
 ) -> None:
-    """Check what every rule takes.
+    """Check a rule's arguments, and launch its kernel.
+
+    Args:
+        columns: of its values.
+        state: its state buffers by their names.
+        optional: those of them that may be empty.
 
     Raises:
         RuntimeError: for arguments that do not fit together.
     """
+    check_segments(params, grads, table, blocks, dtype)
     check_norms(sq, table)
     check_counters(counters, table)
     check(step, table, torch.float32, "step", table.size(0))
     check(backup, table, dtype, "backup")
-    check(g_v, table, schema.state_dtype(dtype), "g_v")
-    if g_v.numel():
-        if g_v_sq.dim() != 2 or g_v_sq.size(0) != 1 or g_v_sq.size(1) != sq.size(1):
-            raise RuntimeError(f"sharpkern: g_v_sq should be a contiguous float64 row of {sq.size(1)} squared norms")
-        check(g_v_sq, table, torch.float64, "g_v_sq", sq.size(1))
+    check_values(values, table, len(columns), "values")
+    state_dtype = schema.state_dtype(dtype)
+    for name, buffer in state.items():
+        check(buffer, table, state_dtype, name, 1 if blocks.numel() else 0)
+    for name, buffer in optional.items():
+        check(buffer, table, state_dtype, name)
+    if direction.numel():
+        check(direction, table, dtype if direction.dtype == dtype else state_dtype, "direction")
+    if direction.numel() or coefficients.numel():
+        check(coefficients, table, torch.float64, "coefficients", 2)
+    buffers = (*state.values(), *optional.values())
+    in_state = (*buffers, direction) if direction.dtype != dtype else buffers
+    launch(
+        kernel,
+        table,
+        blocks,
+        *buffers,
+        step,
+        counters,
+        backup,
+        direction,
+        values,
+        sq,
+        sq.size(1),
+        coefficients,
+        bits(max_norm),
+        dtype=dtype,
+        mixed=any(buffer.numel() for buffer in in_state),
+        V=ELEMENT[direction.dtype] if direction.numel() else None,
+        MIXED=coefficients.numel() > 0,
+        BACKED=backup.numel() > 0,
+        SKIP=skip_nonfinite,
+        COUNT=counters.numel() > 0,
+        PASSES=sq.size(0),
+        **constants,
+    )

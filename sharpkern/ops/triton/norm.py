@@ -1,5 +1,6 @@
-"""Squared norm of the gradient:  sq = sum_i (T_i g_i)^2,  T = 1 (norm) or |w| + eta (norm_scaled); norm_ema then
-updates AE-SAM's mean and variance of n, the sum of all buffers' sq, and whether  n >= mean + coefficient sqrt(var).
+"""Squared norm of the gradient of one flat buffer:  sq[buffer] = sum_i (T_i g_i)^2,  T = 1 (norm) or |w| + eta
+(norm_scaled); where AE-SAM's statistics are kept, then their mean and variance of n = sum(sq), and whether
+n >= mean + coefficient sqrt(var).
 
 Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a program.
 """
@@ -7,6 +8,7 @@ Bytes a parameter, fp32: reads g 4 (and w 4), writes nothing but a partial sum a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,81 +16,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .reduce import check_sums, is_last, leave, total
+from .reduce import check_partials, is_last, leave, total
 from .walk import (
     BLOCK,
-    SCALED,
     STEP,
-    addressed,
     bits,
-    cell,
     check,
+    check_segments,
     check_values,
-    elements,
+    check_vector,
     float64,
-    in_row,
-    last_element,
     launch,
+    load,
     share,
     stretch,
-    whole,
+    walk_sums,
 )
 
 MEAN, VAR, THRESHOLD, FIRED = map(tl.constexpr, range(len(schema.EMA)))
 
 
 @triton.jit
-def squares(param, grad, offset, left, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
-            FULL: tl.constexpr):  # fmt: skip
-    mask = in_row(left, FULL)
-    a = tl.load(elements(grad, offset, T, FULL), mask).to(A)
+def add_squares(piece, sums, param, grad, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr):
+    a = load(grad, piece, T).to(A)
     if WEIGHTS:
-        w = tl.load(elements(param, offset, T, FULL), mask).to(A)
-        a = tl.where(scaled, a * (tl.abs(w) + eta), a)
-    if not FULL:
-        a = tl.where(mask, a, 0.0)
-    return a * a
-
-
-@triton.jit
-def reduce_squares(
-    table, stride_row, stride_column, blocks, n_blocks, partials, radius,
-    T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    """Whether this program is the last one: the total is complete."""
-    sums = tl.zeros((BLOCK,), A)
-    rest = tl.zeros((STEP,), A)
-    b, end = share(n_blocks)
-    while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
-        param = at.param
-        grad = at.grad
-        scaled = tl.full((), 0, tl.int1)
-        eta = tl.full((), 0, A)
-        addresses = grad
-        if WEIGHTS:
-            scaled = cell(table, at.row, SCALED, stride_row, stride_column) != 0
-            eta = tl.load(radius + 2 * at.group + 1).to(A)
-            addresses = grad | param
-        if grad != 0:
-            end_whole = whole(addresses, at)
-            for i in range(at.k, end_whole):
-                sums += squares(param, grad, i * BLOCK, BLOCK, scaled, eta, T, A, WEIGHTS, True)
-            last = last_element(at)
-            for offset in range(end_whole * BLOCK, last, STEP):
-                rest += squares(param, grad, offset, last - offset, scaled, eta, T, A, WEIGHTS, False)
-        b += at.n
-    leave(partials, sums, rest, 0, 1)
-    return is_last(partials)
-
-
-@triton.jit(do_not_specialize=["n_blocks"])
-def norm_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, partials, radius,
-    T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    if reduce_squares(table, stride_row, stride_column, blocks, n_blocks, partials, radius, T, A, WEIGHTS):
-        tl.store(sq, total(partials, 0, 1))
+        a = tl.where(scaled, a * (tl.abs(load(param, piece, T).to(A)) + eta), a)
+    return sums + a * a
 
 
 @triton.jit
@@ -108,72 +61,81 @@ def update_ema(ema, n, decay, coefficient):
 
 
 @triton.jit(do_not_specialize=["n_blocks", "buffer", "decay", "coefficient"])
-def norm_ema_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, ema, decay, coefficient,
-    T: tl.constexpr, A: tl.constexpr,
+def norm_kernel(
+    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, radius, ema, decay,
+    coefficient, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, EMA: tl.constexpr,
 ):  # fmt: skip
-    if reduce_squares(table, stride_row, stride_column, blocks, n_blocks, partials, partials, T, A, False):
+    sums = tl.zeros((BLOCK,), A)
+    rest = tl.zeros((STEP,), A)
+    b, end = share(n_blocks)
+    while b < end:
+        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        addresses = at.grad
+        eta = tl.full((), 0, A)
+        if WEIGHTS:
+            addresses |= at.param
+            eta = tl.load(radius + 2 * at.group + 1).to(A)
+        if at.grad != 0:
+            sums, rest = walk_sums(add_squares, addresses, at, sums, rest,
+                                   (at.param, at.grad, at.scaled, eta, T, A, WEIGHTS))  # fmt: skip
+        b += at.n
+    leave(partials, sums, rest, 0, 1)
+    if is_last(partials):
         own = total(partials, 0, 1)
         tl.store(sq + buffer, own)
-        n = tl.full((), 0, tl.float64)
-        for i in range(n_buffers):
-            n += tl.where(i == buffer, own, tl.load(sq + i))
-        update_ema(ema, n, float64(decay), float64(coefficient))
+        if EMA:
+            n = tl.full((), 0, tl.float64)
+            for i in range(n_buffers):
+                n += tl.where(i == buffer, own, tl.load(sq + i))
+            update_ema(ema, n, float64(decay), float64(coefficient))
 
 
-def norm(
-    sq: Tensor, partials: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, *, dtype: torch.dtype
-) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
-    check_sums(sq, partials, table, blocks)
-    launch(norm_kernel, table, blocks, sq, partials, sq, dtype=dtype, WEIGHTS=False)
-
-
-def norm_scaled(
+def _run(
     sq: Tensor,
     partials: Tensor,
+    ema: Tensor,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     table: Tensor,
     blocks: Tensor,
-    radius: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    check_values(radius, table, 2, "radius")
-    table = addressed(table, params, grads, dtype, blocks)
-    check_sums(sq, partials, table, blocks)
-    launch(norm_kernel, table, blocks, sq, partials, radius, dtype=dtype, WEIGHTS=True)
-
-
-def norm_ema(
-    sq: Tensor,
-    partials: Tensor,
-    ema: Tensor,
-    grads: Sequence[Tensor],
-    table: Tensor,
-    blocks: Tensor,
+    radius: Tensor | None,
     *,
     buffer: int,
     decay: float,
     coefficient: float,
     dtype: torch.dtype,
 ) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
-    if sq.dtype != torch.float64 or sq.dim() != 1 or not sq.is_contiguous() or not 0 <= buffer < sq.numel():
-        raise RuntimeError(f"sharpkern: sq should be a contiguous float64 row with an element {buffer}")
-    check_sums(sq[buffer], partials, table, blocks)
-    check(ema, table, torch.float64, "ema", len(schema.EMA))
+    check_segments(params, grads, table, blocks, dtype)
+    check_vector(sq, table, "sq")
+    if not 0 <= buffer < sq.numel():
+        raise RuntimeError(f"sharpkern: buffer should be an index of sq, which has {sq.numel()} elements")
+    check_partials(partials, table, blocks)
+    check(ema, table, torch.float64, "ema", len(schema.EMA) if ema.numel() else 0)
+    if radius is not None:
+        check_values(radius, table, 2, "radius")
     launch(
-        norm_ema_kernel,
+        norm_kernel,
         table,
         blocks,
         sq,
         sq.numel(),
         buffer,
         partials,
+        radius,
         ema,
         bits(decay),
         bits(coefficient),
         dtype=dtype,
+        WEIGHTS=radius is not None,
+        EMA=ema.numel() > 0,
     )
+
+
+def norm(
+    sq: Tensor, partials: Tensor, ema: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, **numbers: Any
+) -> None:
+    _run(sq, partials, ema, [], grads, table, blocks, None, **numbers)
+
+
+def norm_scaled(*args: Any, **numbers: Any) -> None:
+    _run(*args, **numbers)

@@ -47,6 +47,15 @@ def total(partials, n: tl.constexpr, N: tl.constexpr):
     return tl.sum(sums)
 
 
+def check_partials(partials: Tensor, table: Tensor, blocks: Tensor, sums: int = 1) -> None:
+    """The scratch for so many sums.
+
+    Raises:
+        RuntimeError: when it is too small, or something else.
+    """
+    check(partials, table, torch.float64, "partials", 1 + sums * max(1, blocks.size(0)))
+
+
 def check_sums(sq: Tensor, partials: Tensor, table: Tensor, blocks: Tensor, sums: int = 1) -> None:
     """Where so many sums go, and the scratch for them.
 
@@ -57,4 +66,4 @@ def check_sums(sq: Tensor, partials: Tensor, table: Tensor, blocks: Tensor, sums
     if sq.dtype != torch.float64 or not fits or sq.device != table.device:
         what = "one float64 element" if sums == 1 else f"a float64 row of {sums} elements"
         raise RuntimeError(f"sharpkern: sq should be {what}, on {table.device}")
-    check(partials, table, torch.float64, "partials", 1 + sums * max(1, blocks.size(0)))
+    check_partials(partials, table, blocks, sums)

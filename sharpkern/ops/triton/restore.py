@@ -12,39 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .walk import (
-    BACKUP,
-    BLOCK,
-    STEP,
-    address,
-    addressed,
-    cell,
-    check,
-    elements,
-    in_row,
-    last_element,
-    launch,
-    share,
-    stretch,
-    whole,
-)
+from .walk import address, check, check_segments, launch, load, share, store, stretch, walk
 
 
 @triton.jit
-def copy_block(target, source, offset, left, T: tl.constexpr, FULL: tl.constexpr):
-    mask = in_row(left, FULL)
-    tl.store(elements(target, offset, T, FULL), tl.load(elements(source, offset, T, FULL), mask), mask)
-
-
-@triton.jit
-def copy_blocks(target, source, at, T: tl.constexpr):
-    """A stretch of a row, from one address to another."""
-    end_whole = whole(target | source, at)
-    for i in range(at.k, end_whole):
-        copy_block(target, source, i * BLOCK, BLOCK, T, True)
-    last = last_element(at)
-    for offset in range(end_whole * BLOCK, last, STEP):
-        copy_block(target, source, offset, last - offset, T, False)
+def copy(piece, target, source, T: tl.constexpr):
+    store(target, load(source, piece, T), piece, T)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -54,12 +27,13 @@ def restore_kernel(
     b, end = share(n_blocks)
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
-        if cell(table, at.row, BACKUP, stride_row, stride_column) != 0:
-            copy_blocks(at.param, address(backup, at.slot, T), at, T)
+        if at.backup != 0:
+            source = address(backup, at.slot, T)
+            walk(copy, at.param | source, at, (at.param, source, T))
         b += at.n
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
-    table = addressed(table, params, [], dtype, blocks)
+    check_segments(params, [], table, blocks, dtype)
     check(backup, table, dtype, "backup", 1 if blocks.numel() else 0)
     launch(restore_kernel, table, blocks, backup, dtype=dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +59,15 @@ class Stretch(NamedTuple):
     k: tl.tensor  # the first of the blocks
     n: tl.tensor  # how many they are
     blocks: tl.tensor  # how many the row has
-    numel: tl.tensor
+    cells: tl.tensor  # the address of the row in the table, and the way from one column to the next
+    stride: tl.tensor
     param: tl.tensor
     grad: tl.tensor
+    backup: tl.tensor
     slot: tl.tensor
+    numel: tl.tensor
     group: tl.tensor
+    scaled: tl.tensor
 
 
 @triton.jit
@@ -71,25 +75,24 @@ def stretch(table, stride_row, stride_column, blocks, b, end):
     """Of the blocks [b, end) those of the first one's row. What a kernel does not use of it is not read."""
     row = tl.load(blocks + 2 * b).to(tl.int64)
     k = tl.load(blocks + 2 * b + 1).to(tl.int64)
-    numel = cell(table, row, NUMEL, stride_row, stride_column)
+    cells = table + row * stride_row
+    numel = tl.load(cells + NUMEL * stride_column)
     count = tl.cdiv(numel, BLOCK)
     return Stretch(
         row,
         k,
         tl.minimum(end - b, count - k),
         count,
+        cells,
+        stride_column,
+        tl.load(cells + PARAM * stride_column),
+        tl.load(cells + GRAD * stride_column),
+        tl.load(cells + BACKUP * stride_column),
+        tl.load(cells + SLOT * stride_column),
         numel,
-        cell(table, row, PARAM, stride_row, stride_column),
-        cell(table, row, GRAD, stride_row, stride_column),
-        cell(table, row, SLOT, stride_row, stride_column),
-        cell(table, row, GROUP, stride_row, stride_column),
+        tl.load(cells + GROUP * stride_column),
+        tl.load(cells + SCALED * stride_column) != 0,
     )
-
-
-@triton.jit
-def cell(table, row, column: tl.constexpr, stride_row, stride_column):
-    """table[row, column]"""
-    return tl.load(table + row * stride_row + column * stride_column)
 
 
 @triton.jit
@@ -97,6 +100,40 @@ def address(buffer, slot, T: tl.constexpr):
     """The address of a slot of a flat buffer. In integers: the compiler would fold a pointer's way there and
     back, and with it the hint in ``elements``."""
     return tl.cast(buffer, tl.int64) + slot * (T.primitive_bitwidth // 8)
+
+
+class Piece(NamedTuple):
+    """Elements of a row that are handled at once."""
+
+    offset: tl.tensor  # of the first one in its row, int64
+    mask: tl.tensor | None  # which of STEP elements the row has; None: a whole block, aligned to 16 bytes
+
+
+@triton.jit
+def elements(address, piece, T: tl.constexpr):
+    """Pointers to a piece of the row at an address."""
+    base = tl.cast(address, tl.pointer_type(T))
+    if piece.mask is None:
+        pointers = tl.multiple_of(base, 16) + piece.offset + tl.arange(0, BLOCK)
+    else:
+        pointers = base + piece.offset + tl.arange(0, STEP)
+    return pointers
+
+
+@triton.jit
+def load(address, piece, T: tl.constexpr):
+    """A piece of the row at an address, 0 beyond the row's end."""
+    if piece.mask is None:
+        values = tl.load(elements(address, piece, T))
+    else:
+        values = tl.load(elements(address, piece, T), piece.mask, 0.0)
+    return values
+
+
+@triton.jit
+def store(address, values, piece, T: tl.constexpr):
+    """Rounded to the row's type."""
+    tl.store(elements(address, piece, T), values.to(T), piece.mask)
 
 
 @triton.jit
@@ -113,23 +150,33 @@ def last_element(at):
 
 
 @triton.jit
-def elements(address, offset, T: tl.constexpr, FULL: tl.constexpr):
-    """Pointers to the elements from ``offset`` (int64) on: a whole block, or a step of the masked path."""
-    base = tl.cast(address, tl.pointer_type(T))
-    if FULL:
-        pointers = tl.multiple_of(base, 16) + offset + tl.arange(0, BLOCK)
-    else:
-        pointers = base + offset + tl.arange(0, STEP)
-    return pointers
+def before(last, offset):
+    """Which of STEP elements from ``offset`` on lie before the last one."""
+    return tl.arange(0, STEP) < tl.minimum(last - offset, STEP).to(tl.int32)
 
 
 @triton.jit
-def in_row(left, FULL: tl.constexpr):
-    """The mask of a step with ``left`` elements of its row to go; none for a whole block."""
-    mask = None
-    if not FULL:
-        mask = tl.arange(0, STEP) < tl.minimum(left, STEP).to(tl.int32)
-    return mask
+def walk(body: tl.constexpr, addresses, at, args):
+    """``body(piece, *args)`` for every piece of a stretch; ``addresses``: where the body goes, or-ed together."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        body(Piece(i * BLOCK, None), *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        body(Piece(offset, before(last, offset)), *args)
+
+
+@triton.jit
+def walk_sums(body: tl.constexpr, addresses, at, sums, rest, args):
+    """The same for a body that adds up, ``sums = body(piece, sums, *args)``: the sums of whole blocks, BLOCK wide, and
+    those of the rest, STEP wide."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        sums = body(Piece(i * BLOCK, None), sums, *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        rest = body(Piece(offset, before(last, offset)), rest, *args)
+    return sums, rest
 
 
 @triton.jit
@@ -196,6 +243,14 @@ def _options(device_type: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any
     return options(triton.runtime.driver.active.get_current_target().backend, dtype, mixed)
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the one that kernels are launched on."""
+    guard: AbstractContextManager[Any] = (
+        nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device.index)
+    )
+    return guard
+
+
 def launch(
     kernel: Any,
     table: Tensor,
@@ -209,8 +264,7 @@ def launch(
     device = table.device
     n = blocks.size(0)
     grid = (max(1, min(n, _programs(device))),)
-    guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device.index)
-    with guard:
+    with current(device):
         kernel[grid](
             table,
             *table.stride(),
@@ -224,15 +278,16 @@ def launch(
         )
 
 
-def addressed(
-    table: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype, blocks: Tensor
-) -> Tensor:
-    """The table with the addresses of the lists, where lists were handed over; checks what can be checked
-    without waiting for a device.
+def check_segments(
+    params: Sequence[Tensor], grads: Sequence[Tensor], table: Tensor, blocks: Tensor, dtype: torch.dtype
+) -> None:
+    """The segments that a kernel walks, as far as they can be checked without waiting for a device.
 
     Raises:
-        RuntimeError: for arguments that do not fit together.
+        RuntimeError: for lists of tensors, and for arguments that do not fit together.
     """
+    if params or grads:
+        raise RuntimeError("sharpkern: this backend reads addresses from the table; lists are for the reference")
     if dtype not in ELEMENT:
         raise RuntimeError(f"sharpkern: unsupported dtype {dtype}")
     if table.dtype != torch.int64 or table.dim() != 2 or table.size(1) != schema.COLUMNS:
@@ -241,19 +296,6 @@ def addressed(
         raise RuntimeError("sharpkern: blocks should be a contiguous int32 tensor of 2 columns")
     if blocks.device != table.device:
         raise RuntimeError(f"sharpkern: blocks are on {blocks.device}, the table on {table.device}")
-    if not params and not grads:
-        return table
-    table = table.clone()
-    for name, column, tensors in (("params", schema.PARAM, params), ("grads", schema.GRAD, grads)):
-        if tensors:
-            if len(tensors) != table.size(0):
-                raise RuntimeError(f"sharpkern: {name} has {len(tensors)} tensors, the table {table.size(0)} rows")
-            for t in tensors:
-                if t.dtype != dtype:
-                    raise RuntimeError(f"sharpkern: {name} should be {dtype}, found {t.dtype}")
-            addresses = [t.data_ptr() if t.numel() else 0 for t in tensors]
-            table[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(table.device)
-    return table
 
 
 def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 0) -> None:
@@ -279,6 +321,17 @@ def check_norms(sq: Tensor, table: Tensor) -> None:
     if sq.dim() != 2 or not 1 <= sq.size(0) <= 2 or sq.size(1) == 0:
         raise RuntimeError("sharpkern: sq should be a contiguous float64 matrix")
     check(sq, table, torch.float64, "sq", sq.numel())
+
+
+def check_vector(t: Tensor, table: Tensor, name: str) -> None:
+    """A float64 element for each flat buffer.
+
+    Raises:
+        RuntimeError: when it is something else.
+    """
+    if t.dim() != 1 or t.numel() == 0:
+        raise RuntimeError(f"sharpkern: {name} should be a contiguous float64 vector")
+    check(t, table, torch.float64, name, 1)
 
 
 def check_values(t: Tensor, table: Tensor, columns: int, name: str) -> None:

@@ -16,36 +16,27 @@ from torch import Tensor
 from .. import schema
 from .reduce import check_sums, is_last, leave, total
 from .walk import (
-    BACKUP,
     BLOCK,
     STEP,
     address,
-    addressed,
-    cell,
     check,
-    elements,
-    in_row,
-    last_element,
+    check_segments,
     launch,
+    load,
     share,
+    store,
     stretch,
     sum_buffers,
-    whole,
+    walk_sums,
 )
 
 
 @triton.jit
-def multiply(first, second, offset, left, has_first, T: tl.constexpr, A: tl.constexpr, FULL: tl.constexpr):
-    """(g_s^2, g g_s)"""
-    mask = in_row(left, FULL)
-    g = tl.load(elements(first, offset, T, FULL), mask).to(A)
-    g_s = tl.load(elements(second, offset, T, FULL), mask).to(A)
-    square = g_s * g_s
-    product = tl.where(has_first, g * g_s, 0.0)
-    if not FULL:
-        square = tl.where(mask, square, 0.0)
-        product = tl.where(mask, product, 0.0)
-    return square, product
+def add_products(piece, sums, first, second, has_first, T: tl.constexpr, A: tl.constexpr):
+    squares, products = sums
+    g = load(first, piece, T).to(A)
+    g_s = load(second, piece, T).to(A)
+    return squares + g_s * g_s, products + tl.where(has_first, g * g_s, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -53,49 +44,33 @@ def dots_kernel(
     table, stride_row, stride_column, blocks, n_blocks, sq, stride_sq, partials, gradient,
     T: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    squares = tl.zeros((BLOCK,), A)
-    products = tl.zeros((BLOCK,), A)
-    rest_squares = tl.zeros((STEP,), A)
-    rest_products = tl.zeros((STEP,), A)
+    sums = (tl.zeros((BLOCK,), A), tl.zeros((BLOCK,), A))
+    rest = (tl.zeros((STEP,), A), tl.zeros((STEP,), A))
     b, end = share(n_blocks)
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
-        second = at.grad
-        has_first = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
-        first = tl.where(has_first, address(gradient, at.slot, T), second)  # read in any case
-        if second != 0:
-            end_whole = whole(first | second, at)
-            for i in range(at.k, end_whole):
-                square, product = multiply(first, second, i * BLOCK, BLOCK, has_first, T, A, True)
-                squares += square
-                products += product
-            last = last_element(at)
-            for offset in range(end_whole * BLOCK, last, STEP):
-                square, product = multiply(first, second, offset, last - offset, has_first, T, A, False)
-                rest_squares += square
-                rest_products += product
+        has_first = at.backup != 0
+        first = tl.where(has_first, address(gradient, at.slot, T), at.grad)  # read in any case
+        if at.grad != 0:
+            sums, rest = walk_sums(add_products, first | at.grad, at, sums, rest,
+                                    (first, at.grad, has_first, T, A))  # fmt: skip
         b += at.n
-    leave(partials, squares, rest_squares, 0, 2)
-    leave(partials, products, rest_products, 1, 2)
+    leave(partials, sums[0], rest[0], 0, 2)
+    leave(partials, sums[1], rest[1], 1, 2)
     if is_last(partials):
         tl.store(sq, total(partials, 0, 2))
         tl.store(sq + stride_sq, total(partials, 1, 2))
 
 
 @triton.jit
-def project_block(
-    target, first, second, offset, left, has_first, has_second, along,
-    T: tl.constexpr, A: tl.constexpr, FULL: tl.constexpr,
+def write_rest(
+    piece, sums, target, first, second, has_first, has_second, along, T: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
-    """The squares of what is written."""
-    mask = in_row(left, FULL)
-    g = tl.load(elements(first, offset, T, FULL), mask).to(A)
-    g_s = tl.where(has_second, tl.load(elements(second, offset, T, FULL), mask).to(A), 0.0)
+    g = load(first, piece, T).to(A)
+    g_s = tl.where(has_second, load(second, piece, T).to(A), 0.0)
     g_v = tl.where(has_first, g_s - along * g, g_s)
-    tl.store(elements(target, offset, A, FULL), g_v, mask)
-    if not FULL:
-        g_v = tl.where(mask, g_v, 0.0)
-    return g_v * g_v
+    store(target, g_v, piece, A)
+    return sums + g_v * g_v
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -115,19 +90,14 @@ def project_kernel(
     b, end = share(n_blocks)
     while go & (b < end):
         at = stretch(table, stride_row, stride_column, blocks, b, end)
-        has_first = cell(table, at.row, BACKUP, stride_row, stride_column) != 0
+        has_first = at.backup != 0
         has_second = at.grad != 0
         target = address(g_v, at.slot, A)
         # The flat buffer can be read where nobody wrote to it.
         first = address(gradient, at.slot, T)
         second = tl.where(has_second, at.grad, first)
-        end_whole = whole(target | first | second, at)
-        for i in range(at.k, end_whole):
-            sums += project_block(target, first, second, i * BLOCK, BLOCK, has_first, has_second, along, T, A, True)
-        last = last_element(at)
-        for offset in range(end_whole * BLOCK, last, STEP):
-            rest += project_block(target, first, second, offset, last - offset, has_first, has_second, along,
-                                  T, A, False)  # fmt: skip
+        sums, rest = walk_sums(write_rest, target | first | second, at, sums, rest,
+                                (target, first, second, has_first, has_second, along, T, A))  # fmt: skip
         b += at.n
     leave(partials, sums, rest, 0, 1)
     if is_last(partials) & go:
@@ -144,7 +114,7 @@ def dots(
     *,
     dtype: torch.dtype,
 ) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
+    check_segments([], grads, table, blocks, dtype)
     check_sums(sq, partials, table, blocks, 2)
     check(gradient, table, dtype, "gradient", 1 if blocks.numel() else 0)
     launch(dots_kernel, table, blocks, sq, sq.stride(0), partials, gradient, dtype=dtype)
@@ -162,7 +132,7 @@ def project(
     *,
     dtype: torch.dtype,
 ) -> None:
-    table = addressed(table, [], grads, dtype, blocks)
+    check_segments([], grads, table, blocks, dtype)
     check_sums(sq, partials, table, blocks)
     some = 1 if blocks.numel() else 0
     check(g_v, table, schema.state_dtype(dtype), "g_v", some)
