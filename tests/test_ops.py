@@ -336,20 +336,18 @@ def norm_tolerance(dtype: torch.dtype) -> float:
 
 
 def layouts_of(ops: list[str], variants: list[str]) -> list[Any]:
-    """(op, layout, dtype, backend). Variants share the walk of their op. The interpreter sees tails and what is not
-    aligned in one dtype, and each dtype once: what it computes with is the same."""
+    """(op, layout, dtype, backend). A variant shares the walk of its op. So do dtypes, in the interpreter."""
     chosen = []
     for op, layout, dtype, name in itertools.product([*ops, *variants], LAYOUTS, DTYPES, BACKENDS):
         if "own_dtype" in op and dtype == schema.state_dtype(dtype):
             continue
         if op in variants and layout not in ("unaligned", "odd"):
             continue
-        if (
-            name not in FAST_BACKENDS
-            and layout != "odd"
-            and (dtype != torch.float32 or op in variants or layout not in ("unaligned", "tails"))
-        ):
-            continue
+        if name not in FAST_BACKENDS:
+            if layout == "odd" and dtype == torch.float16 and op not in ("norm", "ascend", "sgd"):
+                continue
+            if layout != "odd" and (dtype != torch.float32 or op in variants or layout not in ("unaligned", "tails")):
+                continue
         chosen.append(pytest.param(op, layout, dtype, name, id=f"{op}-{layout}-{dtype_id(dtype)}-{name}"))
     return chosen
 
@@ -442,7 +440,7 @@ def test_options(op: str, option: str, dtype: torch.dtype, name: str) -> None:
     for buffer in cases.STATE["adam"] if op_of(op) == "adam" else ():
         for row in problem.slots_of[buffer]:
             row.zero_()
-    for max_norm in (INF, 0.5, 2.1, INF):
+    for max_norm in (INF, 0.5, 2.1):
         run_and_check(op, problem, name, options, max_norm=max_norm)
         problem.new_gradients()
 
@@ -480,10 +478,9 @@ def test_eps_bounds_a_vanishing_norm(op: str, name: str) -> None:
 @every_backend
 @pytest.mark.parametrize("op", ["sgd-mixed", "adam-mixed", "sgd-scaled", "adam-scaled"])
 def test_coefficients(op: str, name: str) -> None:
-    for a, b in ((1.0, 0.4), (1.0, 0.0), (0.0, 1.0), (-0.5, -2.0)):
-        for max_norm in (INF, 1.0):
-            coefficients = torch.tensor([a, b], dtype=torch.float64)
-            run_and_check(op, Problem(SMALL, torch.float32, op), name, coefficients=coefficients, max_norm=max_norm)
+    for a, b, max_norm in ((1.0, 0.4, 1.0), (1.0, 0.0, INF), (0.0, 1.0, INF), (-0.5, -2.0, 1.0)):
+        coefficients = torch.tensor([a, b], dtype=torch.float64)
+        run_and_check(op, Problem(SMALL, torch.float32, op), name, coefficients=coefficients, max_norm=max_norm)
 
 
 @every_backend
@@ -593,14 +590,14 @@ EMA_CASES: dict[str, tuple[tuple[float, ...], list[float], float, float]] = {
 def test_ema(op: str, case: str, name: str) -> None:
     """Several steps with the norm of each buffer in turn; the norm is written even if the statistics are not."""
     ema, others, decay, coefficient = EMA_CASES[case]
-    problem = Problem(SMALL, torch.float32, op)
+    problem = Problem([Spec((65,)), Spec((7,), grad=False)], torch.float32, op)
     for buffer in range(len(others) + 1):
         values = problem.memory.place("ema", torch.tensor(ema, dtype=torch.float64))
         norms = torch.tensor([*others[:buffer], NAN, *others[buffer:]], dtype=torch.float64)
         sq, _ = problem.memory.part("sq", norms, lambda m, i=buffer: m[i])
         given = {"sq": sq, "ema": values, "buffer": buffer, "decay": decay, "coefficient": coefficient}
         fired = []
-        for scale in (1.0, 1.0, 3.0, 0.25):
+        for scale in (1.0, 3.0, 0.25):
             for g in problem.grads:
                 g.mul_(scale)
             run_and_check(op, problem, name, **given)
@@ -612,7 +609,7 @@ def test_ema(op: str, case: str, name: str) -> None:
             assert not any(fired)
             assert not seen
         elif math.isinf(coefficient):
-            assert fired == [float(coefficient < 0)] * 4
+            assert fired == [float(coefficient < 0)] * 3
         else:
             assert seen
 
@@ -730,9 +727,11 @@ def test_project_changes_nothing_without_products(name: str) -> None:
 @pytest.mark.parametrize("op", ["norm", "norm_scaled", "dots"])
 def test_norm_meets_what_is_not_finite(op: str, bad: float, name: str) -> None:
     """At the first and last element, in the tail of a block, around the border of a chunk, in either tensor."""
-    problem = Problem([Spec((20000,)), Spec((67,), offset=2, scaled=False)], torch.float32)
+    numel = 20000 if name in FAST_BACKENDS else 4200
+    problem = Problem([Spec((numel,)), Spec((67,), offset=2, scaled=False)], torch.float32)
     assert run_norm(op, problem, name).isfinite().all()
-    for row, i in [(0, i) for i in (0, 63, 64, 16383, 16384, 19999)] + [(1, i) for i in (0, 66)]:
+    inside = [i for i in (2047, 2048, 16383, 16384) if i < numel]
+    for row, i in [(0, i) for i in (0, *inside, numel - 1)] + [(1, i) for i in (0, 66)]:
         good = problem.grads[row][i].item()
         problem.grads[row][i] = bad
         assert not run_norm(op, problem, name).isfinite().any(), (row, i)
@@ -764,15 +763,15 @@ NORMS = {"finite": FINITE, "first": IN_FIRST, "last": IN_LAST, "nan": NAN_LAST, 
     ("op", "norms", "dtype"),
     [
         *((op, norms, torch.float32) for op in [*ASCENTS, *RULES] for norms in NORMS),
-        *((op, norms, torch.float32) for op in MOVING_VARIANTS for norms in ("finite", "last")),
-        *((op, "nan", torch.bfloat16) for op in SKIPPING),
+        *((op, "last", torch.float32) for op in MOVING_VARIANTS),
+        *((op, "nan", torch.bfloat16) for op in [*ASCENTS, *RULES]),
     ],
     ids=dtype_id,
 )
 def test_skip(op: str, norms: str, dtype: torch.dtype, name: str) -> None:
     """With a norm that is not finite nothing moves beyond the backups; gradients full of NaN leave no trace."""
     sq = NORMS[norms]
-    specs = [Spec((4100,)), Spec((70,), grad=False), Spec((5000,), grad=False, backed=False)]
+    specs = [Spec((2100,)), Spec((70,), grad=False), Spec((2500,), grad=False, backed=False)]
     problem = Problem([*SMALL, *specs], dtype, op)
     if sq is not FINITE:
         for g in (*problem.grads, *problem.slots_of.get("direction", ())):
@@ -1042,7 +1041,7 @@ def test_bytes_that_triton_kernels_move(op: str, monkeypatch: pytest.MonkeyPatch
 
     for kind in moved:
         monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", counted(kind))
-    numel = 10 * schema.BLOCK + 2000
+    numel = 5 * schema.BLOCK + 2000
     problem = Problem([Spec((numel,))], torch.float32, op)
     given: dict[str, Any] = {}
     if op_of(op) in RULES:
@@ -1243,7 +1242,8 @@ NOT_ON_A_DEVICE = {
 SAID_BY_TRITON = [
     case
     for case, (op, *_) in WRONG.items()
-    if (op in VARIANTS or op in ("dots", "project", "mix")) and case not in NOT_ON_A_DEVICE
+    if (op in VARIANTS or op in ("dots", "project", "mix"))
+    and case not in {*NOT_ON_A_DEVICE, "mix_constant", "mix_slope"}
 ]
 
 
