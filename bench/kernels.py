@@ -8,20 +8,15 @@ The exit status is 1 where one of these is broken:
   register, are only shown: they cost instructions, but no memory, or there would be a stack.)
 - the widest loads and stores of global memory move 16 bytes: those of whole, aligned blocks. There must be one for
   each array that a block loads or stores, since a few scalars side by side may make a wide access too. In Triton
-  half-precision parameters beside float32 state may be narrower than that state (see ``walk.options``).
+  half-precision arrays beside float32 state may be narrower than that state (see ``walk.options``).
   ``16 x8``: the widest is 16 bytes, eight instructions.
-- there is no op, and no kernel, of sharpkern.ops.triton that is not launched here.
-
-``shared`` has the static and the dynamic bytes, and from sm_90 on the KiB that the driver takes of those who use any.
+- every op and every kernel of sharpkern.ops.triton, and every kernel of csrc/cuda, is in the report.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -30,49 +25,110 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-CUBINS = ROOT / "build/kernels"
 JOBS = min(2, os.cpu_count() or 1)
-
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 WIDE = 16  # bytes
 
 # The arrays that a block loads, and those that it stores, by their names in the schemas.
-ARRAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "norm": (("grads",), ()),
-    "norm_scaled": (("params", "grads"), ()),
-    "norm_ema": (("grads",), ()),
-    "dots": (("gradient", "grads"), ()),
-    "project": (("gradient", "grads"), ("g_v",)),
-    "ascend": (("params", "grads"), ("params", "backup", "gradient")),
-    "ascend_scaled": (("params", "grads"), ("params", "backup")),
-    "restore": (("backup",), ("params",)),
-    "sgd": (("params", "grads", "g_v", "momentum_buffer"), ("params", "momentum_buffer")),
+ARRAYS: dict[str, tuple[set[str], set[str]]] = {
+    "norm": ({"grads"}, set()),
+    "norm_scaled": ({"params", "grads"}, set()),
+    "dots": ({"gradient", "grads"}, set()),
+    "project": ({"gradient", "grads"}, {"g_v"}),
+    "ascend": ({"params", "grads"}, {"params", "backup", "gradient"}),
+    "ascend_scaled": ({"params", "grads"}, {"params", "backup"}),
+    "restore": ({"backup"}, {"params"}),
+    "mix": (set(), set()),
+    "sgd": ({"params", "grads", "direction", "momentum_buffer"}, {"params", "momentum_buffer"}),
     "adam": (
-        ("params", "grads", "g_v", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-        ("params", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        {"params", "grads", "direction", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+        {"params", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     ),
 }
 # Those in the dtype of the parameters; the others are state.
 OF_PARAMETERS = {"params", "grads", "backup", "gradient"}
 
 
+class Case(NamedTuple):
+    """How an op is called: which tensors are empty, of which dtype the direction is, and the rest as in a step of
+    SAM, or otherwise."""
+
+    op: str
+    without: tuple[str, ...] = ()
+    narrow: bool = False  # the direction has the dtype of the parameters, not that of the state
+    in_sam: bool = True
+
+    def accesses(self, *, beside_state: bool = False) -> tuple[int, int]:
+        """How many wide loads, and stores, its kernel has at least: of state alone, where there is some and the
+        parameters are narrower."""
+        loads, stores = (names - set(self.without) for names in ARRAYS[self.op])
+        state = (loads | stores) - OF_PARAMETERS - ({"direction"} if self.narrow else set())
+        return (len(loads & state), len(stores & state)) if beside_state and state else (len(loads), len(stores))
+
+
+_NO_V, _IN_PLACE = ("direction", "coefficients"), ("backup", "counters")
+CASES = {
+    "norm": Case("norm", ("ema",)),
+    "norm, statistics": Case("norm"),
+    "norm, statistics, two buffers": Case("norm", in_sam=False),
+    "norm_scaled": Case("norm_scaled", ("ema",)),
+    "norm_scaled, statistics": Case("norm_scaled"),
+    "dots": Case("dots"),
+    "project": Case("project"),
+    "ascend": Case("ascend", ("gradient",)),
+    "ascend, gradient kept": Case("ascend"),
+    "ascend, in place": Case("ascend", ("backup", "gradient")),
+    "ascend, in place, gradient kept": Case("ascend", ("backup",)),
+    "ascend, unchecked": Case("ascend", ("gradient", "counters"), in_sam=False),
+    "ascend_scaled": Case("ascend_scaled"),
+    "restore": Case("restore"),
+    "mix": Case("mix"),
+    "mix, two buffers": Case("mix", in_sam=False),
+}
+for _op, _plain, _full in (("sgd", ", no momentum", ""), ("adam", "", ", amsgrad")):
+    _least: tuple[str, ...] = ("max_exp_avg_sq",) if _op == "adam" else ()
+    _none = _least or ("momentum_buffer",)
+    CASES[f"{_op}, a g"] = Case(_op, (*_least, "direction"))
+    for _v, _without, _narrow in (("", _NO_V, False), (", along v", (), False), (", along a narrow v", (), True)):
+        CASES[f"{_op}{_v}{_plain}"] = Case(_op, (*_without, *_none), _narrow)
+        CASES[f"{_op}{_v}{_full}"] = Case(_op, _without, _narrow)
+        # In place nothing is copied from a backup: no wide copy can hide a narrow update.
+        CASES[f"{_op}{_v}, in place"] = Case(_op, (*_without, *_least, *_IN_PLACE), _narrow, in_sam=False)
+
+# The kernels of csrc/cuda by their template arguments after the dtype; without them where these do not matter.
+CUDA = {
+    "norm<false>": Case("norm"),
+    "norm<true>": Case("norm_scaled"),
+    "dots": Case("dots"),
+    "project": Case("project"),
+    "ascend<false, true, false>": Case("ascend", ("gradient",)),
+    "ascend<false, true, true>": Case("ascend"),
+    "ascend<false, false, false>": Case("ascend", ("backup", "gradient")),
+    "ascend<false, false, true>": Case("ascend", ("backup",)),
+    "ascend<true, true, false>": Case("ascend_scaled"),
+    "restore": Case("restore"),
+    "mix": Case("mix"),
+    **{f"{op}<void>": Case(op, ("direction", "max_exp_avg_sq")) for op in ("sgd", "adam")},
+    "sgd": Case("sgd"),
+    "adam": Case("adam", ("max_exp_avg_sq",)),
+}
+
+
 # What a compiler made, and what is asked of it.
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """The widest of some instructions: bytes, and how many are so wide."""
 
     bytes: int = 0
@@ -82,21 +138,25 @@ class Access:
         return f"{self.bytes} x{self.count}" if self.count else "-"
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one kernel takes of a target."""
+def widest(bits: Sequence[str]) -> Access:
+    """Of instructions with so many bits each; "": 32 or fewer."""
+    widths = [int(number or 32) // 8 for number in bits]
+    return Access(max(widths), widths.count(max(widths))) if widths else Access()
+
+
+class Usage(NamedTuple):
+    """What one kernel takes of a target; the report's columns."""
 
     registers: int
     spills: int  # NVIDIA: instructions that access local memory; AMD: vector registers
-    scalar_spills: int
+    sspills: int  # AMD: scalar registers
     stack: int  # bytes a thread; AMD's scratch
-    shared: int  # bytes
+    shared: int  # bytes, static and dynamic; from sm_90 on with the KiB that the driver takes of those who use any
     load: Access
     store: Access
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the report."""
 
     language: str
@@ -104,11 +164,8 @@ class Row:
     dtype: str
     target: str
     usage: Usage
-    loads: int = 1  # how many wide ones it has at least
-    stores: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.language} {self.kernel} {self.dtype} {self.target}"
+    loads: int  # how many wide ones it has at least
+    stores: int
 
     def broken(self) -> list[str]:
         """The rules that it breaks."""
@@ -122,197 +179,102 @@ class Row:
                 rules.append(f"{what}s {access.bytes} bytes at most")
             elif access.count < least:
                 rules.append(f"has {access.count} {what}s of {access.bytes} bytes for {least} arrays")
-        return [f"{self} {rule}" for rule in rules]
+        return [f"{' '.join(self[:4])} {rule}" for rule in rules]
 
 
 # Rows, and what went wrong.
 Result = tuple[list[Row], list[str]]
 
 
-def one_line(error: Exception) -> str:
-    """Its name, and the first line that a compiler called fatal, or an error, or else the last one."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason was given"]
-    telling = [line for word in ("fatal", "error") for line in lines if re.search(rf"\b{word} *:", line)]
-    return f"{type(error).__name__}: {(telling or lines[-1:])[0].strip()}"
-
-
-def widest(widths: Sequence[int]) -> Access:
-    """The widest of these, and how many there are of it."""
-    return Access(max(widths), widths.count(max(widths))) if widths else Access()
-
-
-# NVIDIA's machine code.
-
-_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_RESOURCES = re.compile(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # After the address and perhaps a predicate. LD and ST are those whose address only the running kernel knows to be
 # global memory's; LDS and STS, shared memory's, are none of these.
-_SASS = re.compile(r"\*/\s+(?:@!?\w+ )?(LDG|LD|STG|ST|LDL|STL)((?:\.\w+)*) ")
-_SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+_SASS = re.compile(r"\*/\s+(?:@!?\w+ )?(LDG|LD|STG|ST|LDL|STL)(?:\.(?:(64|128|256)\b|\w+))* ")
 
 
-def read_sass(text: str) -> tuple[Access, Access, int]:
-    """(widest load, widest store, accesses to local memory) in one function's ``cuobjdump -sass``."""
-    widths: dict[str, list[int]] = {"LD": [], "ST": []}
-    local = 0
-    for name, modifiers in _SASS.findall(text):
-        if name.endswith("L"):
-            local += 1
-        else:
-            width = (_SASS_BYTES[m] for m in modifiers.split(".") if m in _SASS_BYTES)
-            widths[name[:2]].append(next(width, 4))
-    return widest(widths["LD"]), widest(widths["ST"]), local
-
-
-def read_cubin(resources: str, sass: str) -> dict[str, Usage]:
-    """Of every function, from ``cuobjdump -res-usage`` and ``-sass``."""
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
-    functions = {}
-    for name, *numbers in _RESOURCES.findall(resources):
-        registers, stack, shared, local_bytes = map(int, numbers)
-        load, store, local = read_sass(code[name])
-        functions[name] = Usage(registers, local, 0, max(stack, local_bytes), shared, load, store)
+def read_cubins(dump: str) -> list[tuple[str, str, Usage]]:
+    """(target, function, usage) of everything in the output of ``cuobjdump -res-usage -sass``."""
+    functions = []
+    for section in dump.split("Resource usage:")[1:]:
+        target = re.findall(r"code for (\w+)", section)[0]
+        code = dict(re.findall(r"Function : (.+)\n([^\0]*?)(?=\n\s*Function :|\Z)", section))
+        for name, *numbers in _RESOURCES.findall(section):
+            registers, stack, shared, local = map(int, numbers)
+            found = _SASS.findall(code[name])
+            load, store = (widest([bits for it, bits in found if it in (kind, f"{kind}G")]) for kind in ("LD", "ST"))
+            spills = sum(instruction.endswith("L") for instruction, _ in found)
+            functions.append((target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store)))
     return functions
 
 
-def find_cuobjdump() -> str | None:
-    """Triton brings one; so do most CUDA toolkits."""
+def dump_cubins(path: Path | str) -> str:
+    """What ``read_cubins`` reads, of a cubin or an object file."""
+    # Triton brings one; so do most CUDA toolkits.
     triton = importlib.util.find_spec("triton")
     folders = [f"{folder}/backends/nvidia/bin" for folder in (triton and triton.submodule_search_locations) or []]
-    return shutil.which("cuobjdump", path=os.pathsep.join(folders)) or shutil.which("cuobjdump")
-
-
-def inspect_cubin(path: Path) -> dict[str, Usage]:
-    """Of every function in a cubin."""
-    cuobjdump = find_cuobjdump()
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
     if cuobjdump is None:
         raise RuntimeError("there is no cuobjdump to read it with: install triton, or put CUDA's on the PATH")
-    run = partial(subprocess.run, check=True, capture_output=True, text=True)
-    return read_cubin(*(run([cuobjdump, option, path]).stdout for option in ("-res-usage", "-sass")))
+    return subprocess.run([cuobjdump, "-res-usage", "-sass", path], check=True, capture_output=True, text=True).stdout
 
 
-# AMD's assembly.
-
-_AMD = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
-_AMD_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
-
-
-def _amd_bytes(suffix: str) -> int:
-    if words := re.fullmatch(r"dwordx(\d)", suffix):
-        return 4 * int(words[1])
-    if bits := re.fullmatch(r"[a-z]+(\d+)", suffix):
-        return int(bits[1]) // 8
-    return _AMD_BYTES.get(suffix.split("_")[0], 2)  # the rest are halves of registers, such as short_d16_hi
+_AMD = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(?:dwordx(\d)|[a-z]+(\d+)\b)?", re.MULTILINE)
+_AMD_NUMBERS = (
+    "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size"
+)  # fmt: skip
 
 
 def read_amdgcn(text: str) -> Usage:
     """Of the one kernel in an assembly file."""
-
-    def number(name: str) -> int:
+    numbers = []
+    for name in _AMD_NUMBERS:
         found = re.search(rf"^ *-? *\.{name}: +(\d+)$", text, re.MULTILINE)
         if found is None:
             raise RuntimeError(f"the assembly does not tell its {name}")
-        return int(found[1])
-
-    widths: dict[str, list[int]] = {"load": [], "store": []}
-    for kind, suffix in _AMD.findall(text):
-        widths[kind].append(_amd_bytes(suffix))
-    return Usage(
-        registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count"),
-        scalar_spills=number("sgpr_spill_count"),
-        stack=number("private_segment_fixed_size"),
-        shared=number("group_segment_fixed_size"),
-        load=widest(widths["load"]),
-        store=widest(widths["store"]),
-    )
+        numbers.append(int(found[1]))
+    bits: dict[str, list[str]] = {"load": [], "store": []}
+    for kind, words, number in _AMD.findall(text):
+        bits[kind].append(f"{32 * int(words)}" if words else number)
+    return Usage(*numbers, widest(bits["load"]), widest(bits["store"]))
 
 
-# The Triton half.
-
-
-@dataclass(frozen=True)
-class Case:
-    """How an op is called: the flat buffers that are empty, and the rest as in a step of SAM, or otherwise."""
-
-    op: str
-    without: tuple[str, ...] = ()
-    in_sam: bool = True
-
-
-_OTHERWISE = ("backup", "counters")
-CASES = {
-    "norm": Case("norm"),
-    "norm_scaled": Case("norm_scaled"),
-    "norm_ema": Case("norm_ema"),
-    "norm_ema, two buffers": Case("norm_ema", in_sam=False),
-    "dots": Case("dots"),
-    "project": Case("project"),
-    "ascend": Case("ascend", ("gradient",)),
-    "ascend, gradient kept": Case("ascend"),
-    "ascend, in place": Case("ascend", ("backup", "gradient")),
-    "ascend, in place, gradient kept": Case("ascend", ("backup",)),
-    "ascend, unchecked": Case("ascend", ("gradient", "counters"), in_sam=False),
-    "ascend_scaled": Case("ascend_scaled"),
-    "restore": Case("restore"),
-    "sgd": Case("sgd", ("g_v",)),
-    "sgd, no momentum": Case("sgd", ("g_v", "momentum_buffer")),
-    "sgd, mixed": Case("sgd"),
-    "sgd, mixed, no momentum": Case("sgd", ("momentum_buffer",)),
-    "adam": Case("adam", ("g_v", "max_exp_avg_sq")),
-    "adam, amsgrad": Case("adam", ("g_v",)),
-    "adam, mixed": Case("adam", ("max_exp_avg_sq",)),
-    "adam, mixed, amsgrad": Case("adam"),
-    # In place nothing is copied from a backup: no wide copy can hide a narrow update.
-    "sgd, in place": Case("sgd", ("g_v", *_OTHERWISE), in_sam=False),
-    "sgd, mixed, in place": Case("sgd", _OTHERWISE, in_sam=False),
-    "adam, in place": Case("adam", ("g_v", "max_exp_avg_sq", *_OTHERWISE), in_sam=False),
-    "adam, mixed, in place": Case("adam", ("max_exp_avg_sq", *_OTHERWISE), in_sam=False),
-}
+# The Triton half. What imports torch and Triton does so late: main first sees to the environment.
 
 
 def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of an op like those that the optimizers have for it on a device, by the names in its schema."""
+    """Arguments of an op like those that the optimizers have for it on a device."""
     import torch
 
     from sharpkern.ops import schema
 
-    rows, doubles = 3, partial(torch.zeros, dtype=torch.float64)
+    rows, state, doubles = 3, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
+    squares = doubles((1 if case.op.startswith("ascend") else 2, 1) if case.in_sam else (1, 2))
+    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0]}
     table = torch.zeros(schema.COLUMNS, rows, dtype=torch.int64).t()  # as on a device: column after column
-    squares = doubles(2, 1)
-    if not case.in_sam:
-        table, squares = table.contiguous(), doubles(1, 2)
-    elif case.op.startswith("ascend"):
-        squares = squares[:1]
-    # The squared norm of a second pass lies behind that of the first one; dots writes a column of a matrix.
-    written = {"norm_ema": squares[-1], "dots": doubles(3, 1)[1:, 0]}
     known = {
-        "params": [],
-        "grads": [],
-        "table": table,
+        "table": table if case.in_sam else table.contiguous(),
         "blocks": torch.zeros(rows, 2, dtype=torch.int32),
         **{name: torch.zeros(schema.BLOCK, dtype=dtype) for name in ("backup", "gradient")},
+        "direction": torch.zeros(schema.BLOCK, dtype=dtype if case.narrow else state),
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
         "partials": doubles(schema.partials_size(schema.BLOCK, rows)),
         "radius": doubles(1, 2),
         "values": doubles(1, len(getattr(schema, case.op.upper(), ()))),
+        "coefficients": doubles(2),
         "products": doubles(3, 1),
         "ema": doubles(len(schema.EMA)),
-        "sq": written.get(case.op, squares[-1, -1]) if "partials" in schema.SCHEMAS[case.op] else squares,
-        "g_v_sq": squares[:1],
-        "buffer": 0,
-        "decay": 0.9,
-        "coefficient": 1.0,
-        "alpha": 0.7,
-        "eps": 1e-12,
-        "max_norm": 1.0,
-        "skip_nonfinite": case.in_sam,
+        "sq": written.get(case.op, squares),
+        "numerator": squares[0],
+        "denominator": squares[-1],
         "dtype": dtype,
     }
+    by_type = {"List[Tensor]": [], "float": 0.5, "List[float]": [1.0, 0.5], "int": 0, "bool": case.in_sam}
     positional, named = [], {}
     for argument in getattr(torch.ops.sharpkern, case.op).default._schema.arguments:
-        # Whatever has no name above is state.
-        value = known.get(argument.name, torch.zeros(schema.BLOCK, dtype=schema.state_dtype(dtype)))
+        value = known.get(argument.name, by_type.get(str(argument.type)))
+        if value is None:
+            value = torch.zeros(schema.BLOCK, dtype=state)
         if argument.name in case.without:
             value = value[:0]
         if argument.kwarg_only:
@@ -322,28 +284,27 @@ def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
     return positional, named
 
 
-@contextmanager
-def instead_of_launching(backend: str, run: Callable[..., object]) -> Iterator[None]:
-    """Whatever an op launches goes to ``run``, with the options for one of Triton's backends."""
+def launch_of(case: Case, dtype: str, backend: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The kernel that a case launches and with what, options for one of Triton's backends among it."""
+    import torch
     from triton.runtime.jit import JITFunction
 
+    from sharpkern.ops import triton
     from sharpkern.ops.triton import walk
+
+    launched = []
 
     def options(device_type: str, *args: Any) -> dict[str, Any]:
         return walk.options(backend, *args)
 
+    def run(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        launched.append((kernel, args, kwargs))
+
+    positional, named = arguments(case, getattr(torch, dtype))
     with mock.patch.object(walk, "_options", options), mock.patch.object(JITFunction, "run", run):
-        yield
-
-
-def call(case: Case, dtype: str) -> None:
-    """Run a case on the CPU; its launches had better go elsewhere."""
-    import torch
-
-    from sharpkern.ops import triton
-
-    args, kwargs = arguments(case, getattr(torch, dtype))
-    triton.IMPLEMENTATIONS[case.op](*args, **kwargs)
+        triton.IMPLEMENTATIONS[case.op](*positional, **named)
+    (launch,) = launched  # an op is one launch
+    return launch
 
 
 def uncovered() -> list[str]:
@@ -352,83 +313,39 @@ def uncovered() -> list[str]:
 
     from sharpkern.ops import triton
 
-    launched = set()
-
-    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.add(kernel.__name__)
-
-    with instead_of_launching("cuda", run):
-        for case in CASES.values():
-            if case.op in triton.IMPLEMENTATIONS:
-                call(case, "float32")
-    kernels = set()
+    ops = {case.op for case in CASES.values()}
+    launched = {launch_of(case, "float32", "cuda")[0].__name__ for case in CASES.values()}
+    there = set(triton.IMPLEMENTATIONS)
     for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if name.endswith("_kernel"):
                 if not isinstance(value, JITFunction):
                     raise RuntimeError(f"{name} is not compiled in this process: TRITON_INTERPRET was set too early")
-                kernels.add(name)
-    ops = triton.IMPLEMENTATIONS.keys() - {case.op for case in CASES.values()}
-    return [f"triton {name} is not in the report: bench/kernels.py has no case of it" for name in sorted(ops)] + [
-        f"triton {name} is not in the report: no case launches it" for name in sorted(kernels - launched)
-    ]
-
-
-class Driver:
-    """In place of the driver of a GPU: Triton asks it only what to compile for."""
-
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        if target.startswith("sm_"):
-            self.target = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-        else:
-            self.target = GPUTarget("hip", target, 64)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)  # JIT functions keep what they compiled by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
+                there.add(name)
+    return [f"triton {name} is not in the report: no case launches it" for name in sorted(there - ops - launched)]
 
 
 def compile_case(name: str, dtype: str, target: str) -> Row:
     """Compile the kernel that a case launches, through the same specialization as a launch on a device."""
+    from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
-    mine = Driver(target)
-    driver.set_active(mine)
-    compiled = []
-    compile_or_launch = JITFunction.run
-
-    def run(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(compile_or_launch(kernel, *args, warmup=True, **kwargs))
-
-    with instead_of_launching(mine.target.backend, run):
-        call(CASES[name], dtype)
-    (kernel,) = compiled  # an op is one launch
-    if "amdgcn" in kernel.asm:
-        usage = read_amdgcn(kernel.asm["amdgcn"])
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", target, 64)
+    # In place of the driver of a GPU: Triton asks it only what to compile for, and keeps what it has by device.
+    device = {"get_current_device": lambda: str(gpu), "get_current_stream": lambda device: 0}
+    driver.set_active(SimpleNamespace(get_current_target=lambda: gpu, **device))
+    kernel, args, kwargs = launch_of(CASES[name], dtype, gpu.backend)
+    compiled = kernel.run(*args, warmup=True, **kwargs)
+    if "amdgcn" in compiled.asm:
+        usage = read_amdgcn(compiled.asm["amdgcn"])
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
-            path.write_bytes(kernel.asm["cubin"])
-            (usage,) = inspect_cubin(path).values()
-    usage = Usage(**{**vars(usage), "shared": usage.shared + kernel.metadata.shared})
-    return Row("triton", name, dtype, target, usage, *wide_accesses(CASES[name], dtype))
-
-
-def wide_accesses(case: Case, dtype: str) -> tuple[int, int]:
-    """How many wide loads, and stores, its Triton kernel has at least."""
-    loads, stores = (set(names) - set(case.without) for names in ARRAYS[case.op])
-    state = (loads | stores) - OF_PARAMETERS
-    if state and dtype.endswith("float16"):
-        return len(loads & state), len(stores & state)
-    return len(loads), len(stores)
+            path.write_bytes(compiled.asm["cubin"])
+            ((_, _, usage),) = read_cubins(dump_cubins(path))
+    usage = usage._replace(shared=usage.shared + compiled.metadata.shared)
+    return Row("triton", name, dtype, target, usage, *CASES[name].accesses(beside_state=dtype.endswith("float16")))
 
 
 def triton_job(job: tuple[str, str, str]) -> Result:
@@ -436,31 +353,37 @@ def triton_job(job: tuple[str, str, str]) -> Result:
     try:
         return [compile_case(*job)], []
     except Exception as error:
-        return [], [f"triton {' '.join(job)} was not compiled: {one_line(error)}"]
+        lines = str(error).strip().splitlines() or ["no reason was given"]
+        telling = [line for line in lines if re.search(r"\b(fatal|error) *:", line)] or lines[-1:]
+        return [], [f"triton {' '.join(job)} was not compiled: {type(error).__name__}: {telling[0].strip()}"]
 
 
-def triton_half(targets: Sequence[str], wanted: Callable[[str], bool]) -> Result:
+def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Result:
     """Every case, for every dtype and target."""
     jobs = [
         (name, dtype, target)
         for name, case in CASES.items()
-        if wanted(case.op)
+        if case.op in ops
         for target in targets
-        for dtype in DTYPES
+        for dtype in (DTYPES[:1] if case.op == "mix" else DTYPES[2:] if case.narrow else DTYPES)
     ]
+    problems = uncovered()
+    rows = []
     # Triton has one driver in a process.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(JOBS, context) as pool:
-        rows, problems = run_all(pool, triton_job, jobs, "Triton kernels")
-    return rows, [*uncovered(), *problems]
+    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
+        for i, (row, problem) in enumerate(pool.map(triton_job, jobs), 1):
+            rows += row
+            problems += problem
+            if sys.stderr.isatty():
+                print(f"\rTriton kernels: {i} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    return rows, problems
 
 
 # The CUDA half.
 
 
-@cache
 def load_setup() -> Any:
-    """setup.py as a module: it has the flags and knows how to find nvcc."""
+    """setup.py as a module: it finds nvcc, and compiles csrc/cuda as in the package's build."""
     spec = importlib.util.spec_from_file_location("sharpkern_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -470,166 +393,90 @@ def load_setup() -> Any:
     return module
 
 
-def find_toolkit() -> Any:
-    """setup.py's own, or None. Nothing is linked, so torch may be of another CUDA."""
-    any_torch = SimpleNamespace(version=SimpleNamespace(cuda=None, hip=None))
-    with mock.patch.dict(os.environ):
-        for name in ("SHARPKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
-            os.environ.pop(name, None)
-        return load_setup().find_toolkit(any_torch)
-
-
-def nvcc_command(toolkit: Any, target: str, source: Path, out: Path) -> list[str]:
-    """What setup.py runs, but for one architecture, and down to machine code."""
-    from torch.utils.cpp_extension import include_paths
-
-    toolkit = copy.copy(toolkit)
-    toolkit.architectures = [re.sub(r"sm_(\d+)(\d)", r"\1.\2", target)]
-    define = f"-DTORCH_TARGET_VERSION={load_setup().TORCH_TARGET}"
-    includes = [f"-I{path}" for path in include_paths()]
-    return [toolkit.nvcc, *toolkit.flags, define, *includes, "-cubin", str(source), "-o", str(out)]
-
-
-def compile_cubin(toolkit: Any, target: str, source: Path) -> Path:
-    """Where the cubin is; made anew when the compiler, its flags, torch or a source changed."""
-    import torch
-
-    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
-    words = [toolkit.version, torch.__version__, *nvcc_command(toolkit, target, source, Path("out"))]
-    digest = hashlib.sha256("\n".join(words).encode())
-    for path in (source, *headers):
-        digest.update(path.read_bytes())
-    out = CUBINS / f"{source.stem}-{target}-{digest.hexdigest()[:16]}.cubin"
-    if not out.exists():
-        CUBINS.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: an interrupt leaves nothing behind that looks like a result.
-        part = out.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(nvcc_command(toolkit, target, source, part), capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip() or done.stdout.strip() or "nvcc failed")
-        for old in CUBINS.glob(f"{source.stem}-{target}-*.cubin"):
-            old.unlink()
-        part.rename(out)
-    return out
-
-
-# Files of csrc/cuda that are not named after an op.
-_FILES = {"dots": "look", "project": "look"}
-# What not every kernel of the other files has.
-_OPTIONAL = {"gradient", "g_v"}
-
 # What C++ calls the dtypes.
 _CPP = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 
-def demangle(names: Sequence[str]) -> list[str]:
-    """By c++filt, which comes with the host's compiler; without it the names stay as they are."""
-    if shutil.which("c++filt") is None:
-        return list(names)
-    done = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True)
-    return done.stdout.split("\n")[: len(names)]
-
-
-def name_and_dtype(demangled: str) -> tuple[str, str]:
+def name_and_dtype(function: str) -> tuple[str, str]:
     """``void a::(anonymous namespace)::b_kernel<c10::Half, true>(int)``: ("b<true>", "float16")."""
-    plain = demangled.replace("(anonymous namespace)::", "")
-    found = re.search(r"(\w+)(?:<([^()]*)>)?\(", plain)
+    found = re.search(r"(\w+)_kernel(?:<([^()]*)>)?\(", function)
     if found is None:
-        return plain, "-"
-    first, *rest = (found[2] or "").split(", ")
-    dtype = _CPP.get(first, "-")
-    parameters = rest if dtype != "-" else [first, *rest]
-    suffix = f"<{', '.join(parameters)}>" if any(parameters) else ""
-    return found[1].removesuffix("_kernel") + suffix, dtype
+        return function, "-"
+    first, *rest = (found[2] or "-").split(", ")
+    return found[1] + (f"<{', '.join(rest)}>" if rest else ""), _CPP.get(first, first)
 
 
-def cuda_job(toolkit: Any, job: tuple[str, Path]) -> Result:
-    """The kernels of a file for a target; an exception is one line of the report."""
-    target, source = job
-    try:
-        functions = inspect_cubin(compile_cubin(toolkit, target, source))
-    except Exception as error:
-        return [], [f"cuda {source.name} {target} was not compiled: {one_line(error)}"]
-    if source.stem not in (*ARRAYS, *_FILES.values()):
-        return [], [f"cuda {source.name} is not in the report: bench/kernels.py does not know its arrays"]
-    rows = []
-    for name, usage in zip(demangle(list(functions)), functions.values(), strict=True):
-        kernel, dtype = name_and_dtype(name)
-        op = kernel.partition("<")[0]
-        if op in _FILES:
-            loads, stores = map(set, ARRAYS[op])
-        else:
-            loads, stores = (set(names) - _OPTIONAL for names in ARRAYS[source.stem])
-        rows.append(Row("cuda", kernel, dtype, target, usage, len(loads), len(stores)))
-    rows.sort(key=lambda row: (row.kernel, DTYPES.index(row.dtype) if row.dtype in DTYPES else -1))
-    return rows, [] if rows else [f"cuda {source.name} {target} has no kernels"]
+def read_object(path: Path | str, ops: Sequence[str]) -> Result:
+    """Every kernel of some ops in an object file."""
+    dump = subprocess.run(["c++filt"], input=dump_cubins(path), check=True, capture_output=True, text=True).stdout
+    functions = read_cubins(dump)
+    rows, problems = [], [] if functions else [f"cuda {Path(path).name} has no kernels"]
+    for target, function, usage in functions:
+        kernel, dtype = name_and_dtype(function)
+        case = CUDA.get(kernel, CUDA.get(kernel.partition("<")[0]))
+        if case is None:
+            problems.append(f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known")
+        elif case.op in ops:
+            rows.append(Row("cuda", kernel, dtype, target, usage, *case.accesses()))
+    return sorted(rows), problems
 
 
-def cuda_half(toolkit: Any, targets: Sequence[str], wanted: Callable[[str], bool]) -> Result:
-    """Every file of csrc/cuda for every target."""
-    sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if wanted(path.stem)]
-    with ThreadPoolExecutor(JOBS) as pool:
-        jobs = [(target, source) for source in sources for target in targets]
-        return run_all(pool, partial(cuda_job, toolkit), jobs, "CUDA files")
+def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> tuple[list[Row], list[str], list[str]]:
+    """Every file of csrc/cuda: rows, what went wrong, and what was left out."""
+    from torch.utils.cpp_extension import include_paths
+
+    setup = load_setup()
+    # Nothing is linked, so torch may be of another CUDA.
+    any_torch = SimpleNamespace(version=SimpleNamespace(cuda=None, hip=None))
+    architectures = " ".join(re.sub(r"sm_(\d+)(\d)", r"\1.\2", target) for target in targets)
+    environment = {"SHARPKERN_CUDA": "", "TORCH_CUDA_ARCH_LIST": architectures, "MAX_JOBS": str(JOBS)}
+    with mock.patch.dict(os.environ, environment), redirect_stdout(sys.stderr):
+        toolkit = setup.find_toolkit(any_torch)
+        if toolkit is None:
+            return [], [], ["nvcc was not found: the CUDA files were left out."]
+        try:
+            objects = setup.compile_cuda(toolkit, Path("build/kernels"), include_paths())
+        except SystemExit as error:  # nvcc has said why
+            return [], [str(error)], []
+    results = [read_object(path, ops) for path in objects]
+    rows = [row for more, _ in results for row in more]
+    missing = sorted(set(targets) - {row.target for row in rows})
+    notes = [f"nvcc {toolkit.version} does not compile for {', '.join(missing)}: left out."] if missing else []
+    return [row for row in rows if row.target in targets], [line for _, more in results for line in more], notes
 
 
 # The report.
 
-
-def run_all(pool: Executor, function: Callable[[Any], Result], jobs: Sequence[Any], what: str) -> Result:
-    """The results of all jobs in their order; how far it is, on the standard error."""
-    rows, problems = [], []
-    for i, (more_rows, more_problems) in enumerate(pool.map(function, jobs), 1):
-        rows += more_rows
-        problems += more_problems
-        if sys.stderr.isatty():
-            print(f"\r{what}: {i} of {len(jobs)}", end="\n" if i == len(jobs) else "", file=sys.stderr, flush=True)
-    return rows, problems
-
-
-HEAD = ("", "kernel", "dtype", "target", "registers", "spills", "sspills", "stack", "shared", "load", "store", "")
+HEAD = ("", "kernel", "dtype", "target", *Usage._fields, "")
 
 
 def render(rows: Sequence[Row]) -> str:
     """The table; an exclamation mark behind a row that breaks a rule."""
-    lines: list[tuple[str, ...]] = [HEAD]
-    for row in rows:
-        u = row.usage
-        numbers = (u.registers, u.spills, u.scalar_spills, u.stack, u.shared, u.load, u.store)
-        lines.append((row.language, row.kernel, row.dtype, row.target, *map(str, numbers), "!" * bool(row.broken())))
+    lines = [HEAD, *((*row[:4], *map(str, row.usage), "!" * bool(row.broken())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = [
+    return "\n".join(
+        "  ".join(
             cell.ljust(width) if i < 4 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+        ).rstrip()
+        for line in lines
+    )
 
 
-def names(text: str) -> list[str]:
-    """Of a comma-separated list."""
-    return [name for name in text.split(",") if name]
+def target(text: str) -> str:
+    if not re.fullmatch(r"sm_\d{2,3}|gfx\w+", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither sm_NN nor gfxNNN")
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
-    parser.add_argument("--kernels", default="", help="comma-separated ops, such as ascend,adam; default: all")
+    parser.add_argument("--targets", nargs="+", type=target, default=TARGETS, help="default: %(default)s")
+    parser.add_argument("--kernels", nargs="+", choices=ARRAYS, default=list(ARRAYS), help="ops; default: all")
     parser.add_argument("--only", choices=["triton", "cuda"], help="default: both")
-    parser.add_argument("--json", type=Path, help="also write the rows, and what is broken, there")
     args = parser.parse_args()
-    targets, chosen = names(args.targets), names(args.kernels)
-    if not targets:
-        parser.error("--targets: no targets")
-    if unknown := [target for target in targets if not re.fullmatch(r"sm_\d{2,3}|gfx\w+", target)]:
-        parser.error(f"--targets: {', '.join(unknown)} is neither sm_NN nor gfxNNN")
-    known = {case.op for case in CASES.values()}
-    if unknown := sorted(set(chosen) - known):
-        parser.error(f"--kernels: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if args.only != "cuda" and importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed; --only cuda does without")
     # Read when the kernels are imported, here and in the processes that compile them: they are not to be interpreted.
@@ -637,40 +484,18 @@ def main() -> int:
         os.environ.pop(name, None)
 
     rows: list[Row] = []
-    problems: list[str] = []
+    broken: list[str] = []
     notes: list[str] = []
     if args.only != "cuda":
-        done = triton_half(targets, lambda op: not chosen or op in chosen)
-        rows += done[0]
-        problems += done[1]
-    if args.only != "triton":
-        toolkit = find_toolkit()
-        nvidia = [target for target in targets if target.startswith("sm_")]
-        if toolkit is None:
-            notes.append("nvcc was not found: the CUDA files were left out.")
-        else:
-            listed = subprocess.run([toolkit.nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
-            fit = [target for target in nvidia if target in listed.stdout.split()]
-            if missing := [target for target in nvidia if target not in fit]:
-                notes.append(f"nvcc {toolkit.version} does not compile for {', '.join(missing)}: left out.")
-            # A file has an op and its variants.
-            files = [f"{_FILES.get(op, op)}_" for op in chosen]
-            done = cuda_half(
-                toolkit, fit, lambda stem: not chosen or any(file.startswith(f"{stem}_") for file in files)
-            )
-            rows += done[0]
-            problems += done[1]
-    broken = problems + [line for row in rows for line in row.broken()]
-
-    print(render(rows))
-    print()
-    for line in (*notes, *broken):
-        print(line)
+        rows, broken = triton_half(args.targets, args.kernels)
+    nvidia = [name for name in args.targets if name.startswith("sm_")]
+    if args.only != "triton" and nvidia:
+        more_rows, more_broken, notes = cuda_half(nvidia, args.kernels)
+        rows += more_rows
+        broken += more_broken
+    broken += [line for row in rows for line in row.broken()]
     verdict = f"{len(broken)} times a rule is broken" if broken else "nothing spilled, no stack, 16 bytes wide"
-    print(f"{len(rows)} kernels: {verdict}." if rows or broken else "No kernels.")
-    if args.json is not None:
-        report = {"rows": [asdict(row) for row in rows], "notes": notes, "broken": broken}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(render(rows), "", *notes, *broken, f"{len(rows)} kernels: {verdict}.", sep="\n")
     return int(bool(broken))
 
 

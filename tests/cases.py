@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -43,26 +43,8 @@ def dtype_id(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-class Form(NamedTuple):
-    """How an op is called: on which backend, with lists of tensors or with addresses in the table."""
-
-    backend: str
-    addressed: bool
-
-    def __str__(self) -> str:
-        return f"{self.backend}-{'addresses' if self.addressed else 'lists'}"
-
-
-# The reference walks lists only. Triton's way with lists is tried by the tests of the schemas: its interpreter is slow.
-FORMS = [
-    Form(backend, addressed)
-    for backend in BACKENDS
-    for addressed in {"cpp": (False, True), "triton": (True,), "reference": (False,)}[backend]
-]
-
-
 # Triton's interpreter is a thousand times slower than a kernel: what is only large, or only for threads, is not for it.
-COMPILED_FORMS = [form for form in FORMS if form.backend != "triton" or DEVICE.type != "cpu"]
+FAST_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.type != "cpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,42 +60,40 @@ class Spec:
     backed: bool = True
 
 
+# Around what the CPU's kernels store at a time, and around their chunks.
 LENGTHS = [1, 2, 15, 63, 64, 65, 127, 16383, 16384, 16385, 40000]
 
 # Around whole blocks, and around the steps in which a kernel may take the rest of a row.
 TAILS = [*range(1, 10), 255, 256, 257, 511, 512, 513, *range(2046, 2051), 4095, 4096, 4097]
 
 LAYOUTS: dict[str, list[Spec]] = {
-    **{f"n{n}": [Spec((n,))] for n in LENGTHS},
+    "chunk": [Spec((16384,))],  # exactly
     "lengths": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(LENGTHS)],
-    "unaligned": [Spec((n,), offset=1 + 2 * (i % 3), backed=i % 3 != 0) for i, n in enumerate(LENGTHS)],
-    "empty": [
-        Spec((0,)),
-        Spec(()),
-        Spec((3, 0, 2), backed=False),
-        Spec((5,), offset=1),
-        Spec((0, 4)),
-        Spec((), group=2, backed=False),
-        Spec((0,)),
-    ],
-    "many": [
-        Spec((1 + 7 * i % 50,), offset=i % 3, grad=i % 7 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 5 != 2)
-        for i in range(300)
-    ],
-    "no_gradient": [
-        Spec((70,), grad=False),
-        Spec((20000,), grad=False, backed=False),
-        Spec((65,), group=1),
-        Spec((20000,), grad=False, group=1),
-        Spec((), grad=False),
+    "unaligned": [
+        Spec((n,), offset=1 + 2 * (i % 3), backed=i % 3 != 0)
+        for i, n in enumerate([1, 2, 15, 63, 64, 65, 127, 2049, 4100, 10001])
     ],
     "tails": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(TAILS)],
-    "strided": [
+    "many": [
+        Spec((1 + 7 * i % 50,), offset=i % 3, grad=i % 7 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 5 != 2)
+        for i in range(60)
+    ],
+    # Strided, empty, a scalar, without a gradient: the first and the last ones, too.
+    "odd": [
+        Spec((0,)),
+        Spec((70,), grad=False),
         Spec((2, 8, 3, 5), "channels_last"),
+        Spec(()),
         Spec((37, 91), "transposed", offset=1, group=1),
+        Spec((2100,), grad=False, backed=False),
+        Spec((3, 0, 2), backed=False),
         Spec((1, 16, 1, 1), "channels_last", backed=False),
-        Spec((129, 131), "transposed", group=2, scaled=False),
-        Spec((2, 3, 4)),
+        Spec((5,), offset=1),
+        Spec((), group=2, backed=False),
+        Spec((2100,), grad=False, group=1),
+        Spec((33, 65), "transposed", group=2, scaled=False),
+        Spec((2, 3, 4), grad=False, backed=False),
+        Spec((0,)),
     ],
 }
 
@@ -194,13 +174,20 @@ VALUES = {
 }
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 
-# An op called with other ones of its optional buffers than by default: none beside the backup and the state.
+# An op called with other ones of its optional arguments than by default: none beside the backup and the state.
 VARIANTS = [
+    "norm-ema",
+    "norm_scaled-ema",
     "ascend-keeping_g",
     "ascend-in_place",
     "ascend-in_place-keeping_g",
+    # a g + b v with v of the state's dtype, with v of the parameters' own, and a g.
     "sgd-mixed",
+    "sgd-mixed-own_dtype",
+    "sgd-scaled",
     "adam-mixed",
+    "adam-mixed-own_dtype",
+    "adam-scaled",
 ]
 
 
@@ -273,16 +260,17 @@ class Memory:
 class Problem:
     """Parameters, gradients and flat buffers of one layout, with everything an op may want.
 
-    Weights, backup, kept gradient, g_v and state hold different random numbers, none of them 0: an op that reads the
-    wrong one gives wrong numbers. Gradients are bounded away from 0 and finite; backup and kept gradient of a row
-    without a mark are NaN. Buffers are there for ``op`` (or a variant of it), or for every op.
+    Weights, backup, kept gradient, g_v, direction and state hold different random numbers, none of them 0: an op that
+    reads the wrong one gives wrong numbers. Gradients are bounded away from 0 and finite; backup and kept gradient of
+    a row without a mark are NaN. Buffers are there for ``op`` (or a variant of it), or for every op.
     """
 
     def __init__(self, specs: list[Spec], dtype: torch.dtype, op: str | None = None) -> None:
         self.specs = specs
         self.dtype = dtype
+        self.state_dtype = schema.state_dtype(dtype)
+        own_dtype = "own_dtype" in (op or "")
         op = op and op_of(op)
-        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.memory = Memory()
         self._random = torch.Generator("cpu").manual_seed(0)
         ends = list(itertools.accumulate(-(-math.prod(spec.shape) // 32) * 32 for spec in specs))
@@ -304,8 +292,11 @@ class Problem:
             self._buffer(name, [row.abs() for row in rows] if name.endswith("sq") else rows)
         if op in (None, "ascend", "dots", "project"):
             self._buffer("gradient", self._where_backed())
-        if op in (None, "project", *STATE):
+        if op in (None, "project"):
             self._buffer("g_v", [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
+        if op in (None, *STATE):
+            v = dtype if own_dtype else self.state_dtype
+            self._buffer("direction", [self._fresh(spec, v, 0.1, 1.0) for spec in specs])
         # Rows that never stepped and rows that did.
         self.step = self.memory.place("step", torch.arange(len(specs), dtype=torch.float32).remainder(4))
         self.counters = self.memory.place("counters", torch.tensor([10, 20, 30]))
@@ -345,12 +336,11 @@ class Problem:
     def has_grad(spec: Spec) -> bool:
         return spec.grad and math.prod(spec.shape) > 0
 
-    def table(self, addressed: bool) -> Tensor:
-        """With addresses, or without any: an op that was handed lists must not look at them."""
+    def table(self) -> Tensor:
         rows = [
             [
-                p.data_ptr() if addressed else 0,
-                g.data_ptr() if addressed and g.numel() else 0,
+                p.data_ptr(),
+                g.data_ptr() if g.numel() else 0,
                 int(spec.backed) << 40,  # any number but 0
                 slot,
                 p.numel(),
@@ -368,14 +358,16 @@ class Problem:
         rows = [[p.dim(), *p.size(), *p.stride(), *([0] * 2 * (dim - p.dim()))] for p in self.params]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
-    def arguments(self, op: str, addressed: bool = False, **given: Any) -> dict[str, Any]:
+    def arguments(self, op: str, backend: str, **given: Any) -> dict[str, Any]:
         """Arguments of an op, or of a variant of it, by the names of its schema, ``given`` first."""
         op, _, variant = op.partition("-")
+        walks_lists = backend == "reference" or op == "gather"
+        double = {"dtype": torch.float64}
         blocks = blocks_of([p.numel() for p in self.params])
         have: dict[str, Any] = {
-            "params": [] if addressed else self.params,
-            "grads": [] if addressed else self.grads,
-            "table": self.table(addressed),
+            "params": self.params if walks_lists else [],
+            "grads": self.grads if walks_lists else [],
+            "table": self.table(),
             "blocks": blocks.to(DEVICE),
             "partials": self._scratch(len(blocks)),
             "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
@@ -394,20 +386,32 @@ class Problem:
             have["backup"] = torch.empty(0, dtype=self.dtype)
         if op in VALUES:
             have["values"] = table_of(op, VALUES[op])
-            if "mixed" in variant:
-                # ||g|| is 2, ||g_v|| 3: a factor of 0.4.
-                have |= {"alpha": 0.6, "g_v_sq": torch.tensor([[2.5, 6.5]], dtype=torch.float64)}
+            if variant:
+                # Without a direction b is nobody's.
+                coefficients = torch.tensor([0.8, 0.4 if "mixed" in variant else NAN], **double)
+                have["coefficients"] = self.memory.place("coefficients", coefficients)
             else:
-                have |= {"alpha": NAN, "g_v_sq": torch.tensor([[NAN]], dtype=torch.float64)}
-                have["g_v"] = torch.empty(0, dtype=self.state_dtype)
+                have["coefficients"] = torch.empty(0, **double)
+            if "mixed" not in variant:
+                have["direction"] = torch.empty(0, dtype=self.state_dtype)
         if op in ("norm", "norm_scaled"):
-            # As in an optimizer, an element of a matrix.
-            _, have["sq"] = self.memory.part("sq", torch.full((2, 3), NAN, dtype=torch.float64), lambda m: m[1, 2])
-        if op == "norm_ema":
-            sq = torch.tensor([5.0, 1.0, 7.0], dtype=torch.float64)
-            have |= {"buffer": 1, "decay": 0.9, "coefficient": 1.0}
-            have["sq"], _ = self.memory.part("sq", sq, lambda m: m[given.get("buffer", 1)])
-            have["ema"] = self.memory.place("ema", torch.tensor([3.0, 2.0, -1.0, 0.5], dtype=torch.float64))
+            # As in an optimizer, a row of a matrix.
+            keeps = variant == "ema"
+            row = [5.0, 1.0, 7.0] if keeps else [NAN] * 3
+            have |= dict(
+                zip(("buffer", "decay", "coefficient"), (1, 0.9, 1.0) if keeps else (2, NAN, NAN), strict=True)
+            )
+            buffer = given.get("buffer", have["buffer"])
+            matrix, _ = self.memory.part("sq", torch.tensor([[NAN] * 3, row], **double), lambda m: m[1, buffer])
+            have["sq"] = matrix[1]
+            ema = torch.tensor([3.0, 2.0, -1.0, 0.5] if keeps else [], **double)
+            have["ema"] = self.memory.place("ema", ema)
+        if op == "mix":
+            sums = torch.tensor([[2.5, 6.5], [NAN, NAN], [1.5, 2.5]], **double)
+            matrix, _ = self.memory.part("sums", sums, lambda m: m[:0])
+            have |= {"numerator": matrix[2], "denominator": matrix[0]}
+            have |= {"constant": [1.0, -0.5], "slope": [0.5, 0.25], "root": True}
+            have["coefficients"] = self.memory.place("coefficients", torch.tensor([NAN, NAN], **double))
         if op == "dots":
             _, have["sq"] = self.memory.part("sq", torch.full((3, 2), NAN, dtype=torch.float64), lambda m: m[1:, 1])
         if op == "project":
@@ -416,9 +420,10 @@ class Problem:
             whole, have["sq"] = self.memory.part("sq", products, lambda m: m[3, 1])
             have["products"] = whole[:3]
         if op == "gather":
+            have["table"][:, schema.GRAD] = -7
             host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
             have["like"] = torch.empty(0, dtype=self.dtype)
-            have |= {"grads": self.grads, **host}
+            have |= host
         have |= given
         return {
             argument.name: have[argument.name]
@@ -444,6 +449,6 @@ class Problem:
         return {name: [t.clone() for t in rows] for name, rows in self.rows().items()}
 
 
-def call(op: str, form: Form, arguments: dict[str, Any]) -> None:
-    with sk.use_backend(form.backend):
+def call(op: str, backend: str, arguments: dict[str, Any]) -> None:
+    with sk.use_backend(backend):
         getattr(torch.ops.sharpkern, op_of(op)).default(**arguments)

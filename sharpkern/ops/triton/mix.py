@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .walk import bits, check, check_vector, float64, sum_buffers
-from .walk import launch_one as launch
+from .walk import bits, check, check_vector, current, float64, sum_buffers
 
 NORM_MIN = tl.constexpr(schema.NORM_MIN)
 
@@ -56,6 +55,7 @@ def mix(
     check_vector(numerator, coefficients, "numerator")
     check_vector(denominator, coefficients, "denominator")
     lines = map(bits, (*constant, *slope))
-    launch(
-        mix_kernel, coefficients, numerator, numerator.numel(), denominator, denominator.numel(), *lines, ROOT=root
-    )  # fmt: skip
+    with current(coefficients.device):
+        mix_kernel[(1,)](
+            coefficients, numerator, numerator.numel(), denominator, denominator.numel(), *lines, ROOT=root, num_warps=1
+        )

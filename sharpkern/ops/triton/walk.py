@@ -278,12 +278,6 @@ def launch(
         )
 
 
-def launch_one(kernel: Any, target: Tensor, *args: Any, **constants: Any) -> None:
-    """Run one program of a kernel that walks nothing, on its target's device."""
-    with current(target.device):
-        kernel[(1,)](target, *args, num_warps=1, **constants)
-
-
 def check_segments(
     params: Sequence[Tensor], grads: Sequence[Tensor], table: Tensor, blocks: Tensor, dtype: torch.dtype
 ) -> None:
