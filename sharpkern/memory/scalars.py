@@ -45,7 +45,7 @@ BASE: Declarations = {
 
 def saved_names(declarations: Declarations) -> set[str]:
     """The names under which what is declared is saved."""
-    return {d.kept if isinstance(d, Sum) else name for name, d in declarations.items()} - {None}  # type: ignore[return-value]
+    return {kept for name, d in declarations.items() if (kept := d.kept if isinstance(d, Sum) else name)}
 
 
 class Scalars:
@@ -74,6 +74,9 @@ class Scalars:
         return self._values[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if self._devices and isinstance(value, Tensor) and value.dim():
+            home = self._devices[0]
+            value = value.to(home, schema.scalar_dtype(home) if value.is_floating_point() else value.dtype)
         self._values[name] = value
         if name in self._kept:
             for matrix in self._matrices.values():
@@ -94,12 +97,8 @@ class Scalars:
             for device in devices
         }
         self.coefficients = {device: matrix.new_zeros(2) for device, matrix in self._matrices.items()}
-        for name, value in kept.items():
+        for name, value in {**self._values, **kept}.items():
             self[name] = value
-        for name, value in self._values.items():
-            if devices and isinstance(value, Tensor) and value.dim():
-                dtype = value.dtype if value.dtype == torch.int64 else schema.scalar_dtype(devices[0])
-                self._values[name] = value.to(devices[0], dtype)
 
     def row(self, name: str, device: torch.device) -> Tensor:
         """[layouts]: the parts of a sum, as a device has them."""
