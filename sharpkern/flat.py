@@ -258,6 +258,7 @@ class FlatBuffers:
         self.partials = torch.zeros(
             schema.partials_size(size, len(blocks)), dtype=schema.scalar_dtype(self.device), device=self.device
         )
+        self.coefficients = self.partials.new_zeros(2)  # of a g + b v, where there is a v
         self.step = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         if flatten:
             self._flatten()

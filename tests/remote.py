@@ -30,7 +30,7 @@ class Graphs:
     """CUDA graphs of Triton kernels in the interpreter: a capture notes copies and launches, and runs nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from sharpkern.ops.triton import adam, ascend, look, norm, restore, sgd
+        from triton.runtime.interpreter import InterpretedFunction
 
         self._tape: list[Callable[[], object]] | None = None
         self.sent: list[tuple[int, ...]] = []
@@ -52,17 +52,15 @@ class Graphs:
             self._tape.append(lambda: target[:count].copy_(pinned[:count]))
 
         patch.setattr(Sender, "send", noted_send)
-        for module in (adam, ascend, look, norm, restore, sgd):
-            patch.setattr(module, "launch", self._noted(module.launch))
+        launch = InterpretedFunction.run
 
-    def _noted(self, launch: Callable[..., None]) -> Callable[..., None]:
-        def noted(*args: Any, **kwargs: Any) -> None:
+        def noted_launch(*args: Any, **kwargs: Any) -> None:
             if self._tape is None:
                 launch(*args, **kwargs)
             else:
                 self._tape.append(lambda: launch(*args, **kwargs))
 
-        return noted
+        patch.setattr(InterpretedFunction, "run", noted_launch)
 
     def capture(self, step: Callable[[], object]) -> Callable[[], None]:
         """A function that replays what ``step`` would have done."""

@@ -510,9 +510,9 @@ class TwoPassOptimizer(Optimizer):
             rule.expose(flat, self.state, self.param_groups)
             direction, g_v_sq, alpha = self._mixed(flat)
             norms = self._norms[flat.device][passes]
-            coefficients = norms[0, :0]
+            coefficients = flat.empty
             if direction.numel():
-                coefficients = norms.new_empty(2)
+                coefficients = flat.coefficients
                 torch.ops.sharpkern.mix.default(
                     coefficients, norms[-1], g_v_sq[0], constant=(1.0, 0.0), slope=(0.0, alpha), root=True
                 )
