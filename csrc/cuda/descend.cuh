@@ -84,17 +84,12 @@ __device__ __forceinline__ void descend(
     const Rule<T>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned, Update&& update) {
   using A = arithmetic_t<T>;
   double scale = 1;
-  A a = 1;
-  A b = 0;
   bool skip = false;
   Count count = {};  // thread 0's: counted when the others have their work already
   if (threadIdx.x == 0) {
     const Norms norms = rule.squares.norms();
     scale = clip_factor(norms.last, rule.max_norm);
-    if constexpr (!std::is_void_v<V>) {
-      a = static_cast<A>(rule.coefficients[0]);
-      b = static_cast<A>(rule.coefficients[1]);
-    } else if (rule.coefficients != nullptr) {
+    if (std::is_void_v<V> && rule.coefficients != nullptr) {
       scale *= rule.coefficients[0];
     }
     skip = rule.skip_nonfinite && !norms.finite;
@@ -122,8 +117,8 @@ __device__ __forceinline__ void descend(
         }
         work.aligned = are_aligned(work.w, work.from, work.g) && aligned(work.slot);
         if constexpr (!std::is_void_v<V>) {
-          work.a = a;
-          work.b = b;
+          work.a = static_cast<A>(rule.coefficients[0]);  // here, not once: registers are what is short
+          work.b = static_cast<A>(rule.coefficients[1]);
           work.aligned = work.aligned && are_aligned(static_cast<const V*>(rule.direction) + work.slot);
         }
         return work;
