@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import pkgutil
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
@@ -34,7 +35,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
 JOBS = min(2, os.cpu_count() or 1)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -77,7 +77,6 @@ class Case(NamedTuple):
         return (len(loads & state), len(stores & state)) if beside_state and state else (len(loads), len(stores))
 
 
-_NO_V, _IN_PLACE = ("direction", "coefficients"), ("backup", "counters")
 CASES = {
     "norm": Case("norm", ("ema",)),
     "norm, statistics": Case("norm"),
@@ -96,15 +95,17 @@ CASES = {
     "mix": Case("mix"),
     "mix, two buffers": Case("mix", in_sam=False),
 }
-for _op, _plain, _full in (("sgd", ", no momentum", ""), ("adam", "", ", amsgrad")):
-    _least: tuple[str, ...] = ("max_exp_avg_sq",) if _op == "adam" else ()
-    _none = _least or ("momentum_buffer",)
-    CASES[f"{_op}, a g"] = Case(_op, (*_least, "direction"))
-    for _v, _without, _narrow in (("", _NO_V, False), (", along v", (), False), (", along a narrow v", (), True)):
-        CASES[f"{_op}{_v}{_plain}"] = Case(_op, (*_without, *_none), _narrow)
-        CASES[f"{_op}{_v}{_full}"] = Case(_op, _without, _narrow)
-        # In place nothing is copied from a backup: no wide copy can hide a narrow update.
-        CASES[f"{_op}{_v}, in place"] = Case(_op, (*_without, *_least, *_IN_PLACE), _narrow, in_sam=False)
+# Of the rules: with which direction v, without which state, where. In place nothing is copied from a backup: no wide
+# copy can hide a narrow update.
+for _op, _optional in (("sgd", "momentum_buffer"), ("adam", "max_exp_avg_sq")):
+    CASES[f"{_op}, a g"] = Case(_op, ("direction",))
+    for (_v, _no_v, _narrow), (_state, _no_state), (_place, _no_backup) in itertools.product(
+        (("", ("direction", "coefficients"), False), (", along v", (), False), (", along a narrow v", (), True)),
+        (("", ()), (f", no {_optional}", (_optional,))),
+        (("", ()), (", in place", ("backup", "counters"))),
+    ):
+        _without = (*_no_v, *_no_state, *_no_backup)
+        CASES[_op + _v + _state + _place] = Case(_op, _without, _narrow, in_sam=not _place)
 
 # The kernels of csrc/cuda by their template arguments after the dtype; without them where these do not matter.
 CUDA = {
@@ -119,9 +120,10 @@ CUDA = {
     "ascend<true, true, false>": Case("ascend_scaled"),
     "restore": Case("restore"),
     "mix": Case("mix"),
-    **{f"{op}<void>": Case(op, ("direction", "max_exp_avg_sq")) for op in ("sgd", "adam")},
+    "sgd<void>": Case("sgd", ("direction",)),
     "sgd": Case("sgd"),
-    "adam": Case("adam", ("max_exp_avg_sq",)),
+    "adam<void>": Case("adam", ("direction",)),
+    "adam": Case("adam"),
 }
 
 
@@ -132,15 +134,13 @@ class Access(NamedTuple):
     """The widest of some instructions: bytes, and how many are so wide."""
 
     bytes: int = 0
-    count: int = 0
+    times: int = 0
 
     def __str__(self) -> str:
-        return f"{self.bytes} x{self.count}" if self.count else "-"
+        return f"{self.bytes} x{self.times}" if self.times else "-"
 
 
-def widest(bits: Sequence[str]) -> Access:
-    """Of instructions with so many bits each; "": 32 or fewer."""
-    widths = [int(number or 32) // 8 for number in bits]
+def widest(widths: Sequence[int]) -> Access:
     return Access(max(widths), widths.count(max(widths))) if widths else Access()
 
 
@@ -177,34 +177,35 @@ class Row(NamedTuple):
         for what, access, least in (("load", usage.load, self.loads), ("store", usage.store, self.stores)):
             if least and access.bytes < WIDE:
                 rules.append(f"{what}s {access.bytes} bytes at most")
-            elif access.count < least:
-                rules.append(f"has {access.count} {what}s of {access.bytes} bytes for {least} arrays")
+            elif access.times < least:
+                rules.append(f"has {access.times} {what}s of {access.bytes} bytes for {least} arrays")
         return [f"{' '.join(self[:4])} {rule}" for rule in rules]
 
 
-# Rows, and what went wrong.
-Result = tuple[list[Row], list[str]]
+# What goes into the report: a row, or what went wrong.
+Line = Row | str
 
 
 _RESOURCES = re.compile(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # After the address and perhaps a predicate. LD and ST are those whose address only the running kernel knows to be
-# global memory's; LDS and STS, shared memory's, are none of these.
-_SASS = re.compile(r"\*/\s+(?:@!?\w+ )?(LDG|LD|STG|ST|LDL|STL)(?:\.(?:(64|128|256)\b|\w+))* ")
+# global memory's; LDS and STS, shared memory's, are none of these. What has no number moves 4 bytes at most.
+_SASS = re.compile(r"\*/\s+(?:@!?\w+ )?(LD|ST)(G|L|)(?:\.(?:(64|128|256)\b|\w+))* ")
 
 
-def read_cubins(dump: str) -> list[tuple[str, str, Usage]]:
+def read_cubins(dump: str) -> Iterator[tuple[str, str, Usage]]:
     """(target, function, usage) of everything in the output of ``cuobjdump -res-usage -sass``."""
-    functions = []
     for section in dump.split("Resource usage:")[1:]:
         target = re.findall(r"code for (\w+)", section)[0]
         code = dict(re.findall(r"Function : (.+)\n([^\0]*?)(?=\n\s*Function :|\Z)", section))
         for name, *numbers in _RESOURCES.findall(section):
             registers, stack, shared, local = map(int, numbers)
             found = _SASS.findall(code[name])
-            load, store = (widest([bits for it, bits in found if it in (kind, f"{kind}G")]) for kind in ("LD", "ST"))
-            spills = sum(instruction.endswith("L") for instruction, _ in found)
-            functions.append((target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store)))
-    return functions
+            load, store = (
+                widest([int(bits or 32) // 8 for kind, space, bits in found if kind == wanted and space != "L"])
+                for wanted in ("LD", "ST")
+            )
+            spills = sum(space == "L" for _, space, _ in found)
+            yield target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store)
 
 
 def dump_cubins(path: Path | str) -> str:
@@ -219,30 +220,27 @@ def dump_cubins(path: Path | str) -> str:
 
 
 _AMD = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(?:dwordx(\d)|[a-z]+(\d+)\b)?", re.MULTILINE)
-_AMD_NUMBERS = (
-    "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size"
-)  # fmt: skip
 
 
 def read_amdgcn(text: str) -> Usage:
     """Of the one kernel in an assembly file."""
-    numbers = []
-    for name in _AMD_NUMBERS:
-        found = re.search(rf"^ *-? *\.{name}: +(\d+)$", text, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"the assembly does not tell its {name}")
-        numbers.append(int(found[1]))
-    bits: dict[str, list[str]] = {"load": [], "store": []}
-    for kind, words, number in _AMD.findall(text):
-        bits[kind].append(f"{32 * int(words)}" if words else number)
-    return Usage(*numbers, widest(bits["load"]), widest(bits["store"]))
+    metadata = dict(re.findall(r"^ *-? *\.(\w+): +(\d+)$", text, re.MULTILINE))
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size",
+             "group_segment_fixed_size")  # fmt: skip
+    registers, spills, sspills, stack, shared = (int(metadata[name]) for name in names)
+    found = _AMD.findall(text)
+    load, store = (
+        widest([4 * int(words) if words else int(bits or 32) // 8 for kind, words, bits in found if kind == wanted])
+        for wanted in ("load", "store")
+    )
+    return Usage(registers, spills, sspills, stack, shared, load, store)
 
 
 # The Triton half. What imports torch and Triton does so late: main first sees to the environment.
 
 
-def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of an op like those that the optimizers have for it on a device."""
+def arguments(case: Case, dtype: Any) -> dict[str, Any]:
+    """Arguments of an op, in the order of its schema, like those that the optimizers have for it on a device."""
     import torch
 
     from sharpkern.ops import schema
@@ -259,10 +257,8 @@ def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
         "partials": doubles(schema.partials_size(schema.BLOCK, rows)),
-        "radius": doubles(1, 2),
         "values": doubles(1, len(getattr(schema, case.op.upper(), ()))),
-        "coefficients": doubles(2),
-        "products": doubles(3, 1),
+        **{name: doubles(*n) for name, n in {"radius": (1, 2), "products": (3, 1), "coefficients": (2,)}.items()},
         "ema": doubles(len(schema.EMA)),
         "sq": written.get(case.op, squares),
         "numerator": squares[0],
@@ -270,18 +266,13 @@ def arguments(case: Case, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
         "dtype": dtype,
     }
     by_type = {"List[Tensor]": [], "float": 0.5, "List[float]": [1.0, 0.5], "int": 0, "bool": case.in_sam}
-    positional, named = [], {}
+    values = {}
     for argument in getattr(torch.ops.sharpkern, case.op).default._schema.arguments:
         value = known.get(argument.name, by_type.get(str(argument.type)))
         if value is None:
             value = torch.zeros(schema.BLOCK, dtype=state)
-        if argument.name in case.without:
-            value = value[:0]
-        if argument.kwarg_only:
-            named[argument.name] = value
-        else:
-            positional.append(value)
-    return positional, named
+        values[argument.name] = value[:0] if argument.name in case.without else value
+    return values
 
 
 def launch_of(case: Case, dtype: str, backend: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -300,29 +291,28 @@ def launch_of(case: Case, dtype: str, backend: str) -> tuple[Any, tuple[Any, ...
     def run(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         launched.append((kernel, args, kwargs))
 
-    positional, named = arguments(case, getattr(torch, dtype))
+    values = arguments(case, getattr(torch, dtype))
+    named = {
+        argument.name: values.pop(argument.name)
+        for argument in getattr(torch.ops.sharpkern, case.op).default._schema.arguments
+        if argument.kwarg_only
+    }
     with mock.patch.object(walk, "_options", options), mock.patch.object(JITFunction, "run", run):
-        triton.IMPLEMENTATIONS[case.op](*positional, **named)
+        triton.IMPLEMENTATIONS[case.op](*values.values(), **named)
     (launch,) = launched  # an op is one launch
     return launch
 
 
 def uncovered() -> list[str]:
     """Ops and kernels of sharpkern.ops.triton that no case launches."""
-    from triton.runtime.jit import JITFunction
-
     from sharpkern.ops import triton
 
-    ops = {case.op for case in CASES.values()}
-    launched = {launch_of(case, "float32", "cuda")[0].__name__ for case in CASES.values()}
+    covered = {case.op for case in CASES.values()}
+    covered |= {launch_of(case, "float32", "cuda")[0].__name__ for case in CASES.values()}
     there = set(triton.IMPLEMENTATIONS)
     for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if name.endswith("_kernel"):
-                if not isinstance(value, JITFunction):
-                    raise RuntimeError(f"{name} is not compiled in this process: TRITON_INTERPRET was set too early")
-                there.add(name)
-    return [f"triton {name} is not in the report: no case launches it" for name in sorted(there - ops - launched)]
+        there |= {name for name in vars(importlib.import_module(module.name)) if name.endswith("_kernel")}
+    return [f"triton {name} is not in the report: no case launches it" for name in sorted(there - covered)]
 
 
 def compile_case(name: str, dtype: str, target: str) -> Row:
@@ -330,8 +320,7 @@ def compile_case(name: str, dtype: str, target: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    nvidia = target.startswith("sm_")
-    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", target, 64)
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     # In place of the driver of a GPU: Triton asks it only what to compile for, and keeps what it has by device.
     device = {"get_current_device": lambda: str(gpu), "get_current_stream": lambda device: 0}
     driver.set_active(SimpleNamespace(get_current_target=lambda: gpu, **device))
@@ -340,26 +329,27 @@ def compile_case(name: str, dtype: str, target: str) -> Row:
     if "amdgcn" in compiled.asm:
         usage = read_amdgcn(compiled.asm["amdgcn"])
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernel.cubin"
-            path.write_bytes(compiled.asm["cubin"])
-            ((_, _, usage),) = read_cubins(dump_cubins(path))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            ((_, _, usage),) = read_cubins(dump_cubins(file.name))
     usage = usage._replace(shared=usage.shared + compiled.metadata.shared)
     return Row("triton", name, dtype, target, usage, *CASES[name].accesses(beside_state=dtype.endswith("float16")))
 
 
-def triton_job(job: tuple[str, str, str]) -> Result:
+def triton_job(job: tuple[str, str, str]) -> Line:
     """``compile_case``; an exception is one line of the report."""
     try:
-        return [compile_case(*job)], []
+        return compile_case(*job)
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no reason was given"]
-        telling = [line for line in lines if re.search(r"\b(fatal|error) *:", line)] or lines[-1:]
-        return [], [f"triton {' '.join(job)} was not compiled: {type(error).__name__}: {telling[0].strip()}"]
+        telling = [line for word in ("fatal", "error") for line in lines if re.search(rf"\b{word} *:", line)]
+        reason = (telling or lines[-1:])[0].strip()
+        return f"triton {' '.join(job)} was not compiled: {type(error).__name__}: {reason}"
 
 
-def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Result:
+def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:
     """Every case, for every dtype and target."""
+    yield from uncovered()
     jobs = [
         (name, dtype, target)
         for name, case in CASES.items()
@@ -367,65 +357,44 @@ def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Result:
         for target in targets
         for dtype in (DTYPES[:1] if case.op == "mix" else DTYPES[2:] if case.narrow else DTYPES)
     ]
-    problems = uncovered()
-    rows = []
     # Triton has one driver in a process.
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
-        for i, (row, problem) in enumerate(pool.map(triton_job, jobs), 1):
-            rows += row
-            problems += problem
-            if sys.stderr.isatty():
-                print(f"\rTriton kernels: {i} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-    return rows, problems
+        yield from pool.map(triton_job, jobs)
 
 
 # The CUDA half.
-
-
-def load_setup() -> Any:
-    """setup.py as a module: it finds nvcc, and compiles csrc/cuda as in the package's build."""
-    spec = importlib.util.spec_from_file_location("sharpkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, SHARPKERN_EXT="0"):
-        spec.loader.exec_module(module)
-    return module
 
 
 # What C++ calls the dtypes.
 _CPP = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 
-def name_and_dtype(function: str) -> tuple[str, str]:
-    """``void a::(anonymous namespace)::b_kernel<c10::Half, true>(int)``: ("b<true>", "float16")."""
-    found = re.search(r"(\w+)_kernel(?:<([^()]*)>)?\(", function)
-    if found is None:
-        return function, "-"
-    first, *rest = (found[2] or "-").split(", ")
-    return found[1] + (f"<{', '.join(rest)}>" if rest else ""), _CPP.get(first, first)
-
-
-def read_object(path: Path | str, ops: Sequence[str]) -> Result:
+def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
     """Every kernel of some ops in an object file."""
     dump = subprocess.run(["c++filt"], input=dump_cubins(path), check=True, capture_output=True, text=True).stdout
-    functions = read_cubins(dump)
-    rows, problems = [], [] if functions else [f"cuda {Path(path).name} has no kernels"]
+    functions = list(read_cubins(dump))
+    if not functions:
+        yield f"cuda {path} has no kernels"
     for target, function, usage in functions:
-        kernel, dtype = name_and_dtype(function)
-        case = CUDA.get(kernel, CUDA.get(kernel.partition("<")[0]))
+        # void a::(anonymous namespace)::b_kernel<c10::Half, true>(int)  is b<true> for float16.
+        found = re.search(r"(\w+)_kernel(?:<([^()]*)>)?\(", function)
+        name, template = found.groups() if found else (function, None)
+        first, *rest = (template or "-").split(", ")
+        kernel, dtype = name + (f"<{', '.join(rest)}>" if rest else ""), _CPP.get(first, first)
+        case = CUDA.get(kernel, CUDA.get(name))
         if case is None:
-            problems.append(f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known")
+            yield f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known"
         elif case.op in ops:
-            rows.append(Row("cuda", kernel, dtype, target, usage, *case.accesses()))
-    return sorted(rows), problems
+            yield Row("cuda", kernel, dtype, target, usage, *case.accesses())
 
 
-def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> tuple[list[Row], list[str], list[str]]:
-    """Every file of csrc/cuda: rows, what went wrong, and what was left out."""
+def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:
+    """Every file of csrc/cuda."""
     from torch.utils.cpp_extension import include_paths
 
-    setup = load_setup()
+    # setup.py finds nvcc, and compiles as in the package's build.
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, SHARPKERN_EXT="0"):
+        setup = importlib.import_module("setup")
     # Nothing is linked, so torch may be of another CUDA.
     any_torch = SimpleNamespace(version=SimpleNamespace(cuda=None, hip=None))
     architectures = " ".join(re.sub(r"sm_(\d+)(\d)", r"\1.\2", target) for target in targets)
@@ -433,69 +402,50 @@ def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> tuple[list[Row], li
     with mock.patch.dict(os.environ, environment), redirect_stdout(sys.stderr):
         toolkit = setup.find_toolkit(any_torch)
         if toolkit is None:
-            return [], [], ["nvcc was not found: the CUDA files were left out."]
+            print("nvcc was not found: the CUDA files are left out.")
+            return
         try:
             objects = setup.compile_cuda(toolkit, Path("build/kernels"), include_paths())
         except SystemExit as error:  # nvcc has said why
-            return [], [str(error)], []
-    results = [read_object(path, ops) for path in objects]
-    rows = [row for more, _ in results for row in more]
-    missing = sorted(set(targets) - {row.target for row in rows})
-    notes = [f"nvcc {toolkit.version} does not compile for {', '.join(missing)}: left out."] if missing else []
-    return [row for row in rows if row.target in targets], [line for _, more in results for line in more], notes
+            yield str(error)
+            return
+    for path in objects:
+        # Where nvcc does not know a target, setup.py has said so, and taken others.
+        yield from (line for line in read_object(path, ops) if isinstance(line, str) or line.target in targets)
 
 
 # The report.
 
-HEAD = ("", "kernel", "dtype", "target", *Usage._fields, "")
-
 
 def render(rows: Sequence[Row]) -> str:
     """The table; an exclamation mark behind a row that breaks a rule."""
-    lines = [HEAD, *((*row[:4], *map(str, row.usage), "!" * bool(row.broken())) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 4 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def target(text: str) -> str:
-    if not re.fullmatch(r"sm_\d{2,3}|gfx\w+", text):
-        raise argparse.ArgumentTypeError(f"{text} is neither sm_NN nor gfxNNN")
-    return text
+    head = ("", "kernel", "dtype", "target", *Usage._fields, "")
+    lines = [head, *((*row[:4], *map(str, row.usage), "!" * bool(row.broken())) for row in rows)]
+    return "\n".join(("{:6} {:48} {:8} {:6}" + 8 * "{:>10}").format(*line).rstrip() for line in lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", nargs="+", type=target, default=TARGETS, help="default: %(default)s")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="default: %(default)s")
     parser.add_argument("--kernels", nargs="+", choices=ARRAYS, default=list(ARRAYS), help="ops; default: all")
     parser.add_argument("--only", choices=["triton", "cuda"], help="default: both")
     args = parser.parse_args()
-    if args.only != "cuda" and importlib.util.find_spec("triton") is None:
-        parser.error("Triton is not installed; --only cuda does without")
     # Read when the kernels are imported, here and in the processes that compile them: they are not to be interpreted.
     for name in ("TRITON_INTERPRET", "SHARPKERN_BACKEND"):
         os.environ.pop(name, None)
 
-    rows: list[Row] = []
-    broken: list[str] = []
-    notes: list[str] = []
+    lines: list[Line] = []
     if args.only != "cuda":
-        rows, broken = triton_half(args.targets, args.kernels)
+        lines += triton_half(args.targets, args.kernels)
     nvidia = [name for name in args.targets if name.startswith("sm_")]
     if args.only != "triton" and nvidia:
-        more_rows, more_broken, notes = cuda_half(nvidia, args.kernels)
-        rows += more_rows
-        broken += more_broken
-    broken += [line for row in rows for line in row.broken()]
+        lines += cuda_half(nvidia, args.kernels)
+    rows = [line for line in lines if isinstance(line, Row)]
+    broken = [line for line in lines if isinstance(line, str)] + [rule for row in rows for rule in row.broken()]
     verdict = f"{len(broken)} times a rule is broken" if broken else "nothing spilled, no stack, 16 bytes wide"
-    print(render(rows), "", *notes, *broken, f"{len(rows)} kernels: {verdict}.", sep="\n")
+    print(render(rows), "", *broken, f"{len(rows)} kernels: {verdict}.", sep="\n")
     return int(bool(broken))
 
 

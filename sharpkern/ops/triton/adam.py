@@ -51,14 +51,15 @@ def power(x, t):
 
 @triton.jit
 def update(
-    piece, param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, a, b, shrink, weight_decay,
-    one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
+    piece, param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, a, b, sign, shrink,
+    weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
     T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     w = load(source, piece, T).to(A)
-    d = a * load(grad, piece, T).to(A) + weight_decay * w
+    d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
+    d = sign * d + weight_decay * w
     m = load(exp_avg, piece, A)
     m = m + one_minus_beta1 * (d - m)
     store(exp_avg, m, piece, A)
@@ -81,7 +82,7 @@ def adam_kernel(
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
-    along_g, along_v = scales(norm, max_norm, coefficients, MIXED)
+    a, b = scales(norm, max_norm, coefficients, A, MIXED)
     i, end = share(n_blocks)
     while i < end:
         at = stretch(table, stride_row, stride_column, blocks, i, end)
@@ -100,9 +101,7 @@ def adam_kernel(
             beta2 = tl.load(x + BETA2)
             decay = tl.load(x + WEIGHT_DECAY)
             decoupled = tl.load(x + DECOUPLED) != 0
-            sign = tl.where(tl.load(x + MAXIMIZE) != 0, -1.0, 1.0)
-            a = (sign * along_g).to(A)
-            b = (sign * along_v).to(A)
+            sign = tl.where(tl.load(x + MAXIMIZE) != 0, -1.0, 1.0).to(A)
             before = tl.load(step + at.row)
             t = before.to(tl.float64) + 1
             shrink = tl.where(decoupled, 1 - lr * decay, 1.0).to(A)
@@ -121,11 +120,11 @@ def adam_kernel(
             if amsgrad:
                 largest = address(max_exp_avg_sq, at.slot, A)
                 walk(update, addresses | largest, at,
-                     (param, source, grad, v, m, s, largest, a, b, shrink, weight_decay, one_minus_beta1,
+                     (param, source, grad, v, m, s, largest, a, b, sign, shrink, weight_decay, one_minus_beta1,
                       beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, True))  # fmt: skip
             else:
                 walk(update, addresses, at,
-                     (param, source, grad, v, m, s, None, a, b, shrink, weight_decay, one_minus_beta1,
+                     (param, source, grad, v, m, s, None, a, b, sign, shrink, weight_decay, one_minus_beta1,
                       beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, False))  # fmt: skip
             advance(step, before, at)
         elif source != param:

@@ -27,8 +27,8 @@ from .walk import (
 
 
 @triton.jit
-def scales(norm, max_norm, coefficients, MIXED: tl.constexpr):
-    """clip a and clip b, float64: a rule steps along  clip (a g + b v).  clip is the factor of
+def scales(norm, max_norm, coefficients, A: tl.constexpr, MIXED: tl.constexpr):
+    """clip a and clip b: a rule steps along  clip (a g + b v).  clip is the factor of
     torch.nn.utils.clip_grad_norm_; a NaN norm gives NaN, as there."""
     limit = float64(max_norm)
     # 1e-6 would be a float32.
@@ -38,7 +38,7 @@ def scales(norm, max_norm, coefficients, MIXED: tl.constexpr):
     if MIXED:
         b = a * tl.load(coefficients + 1)
         a *= tl.load(coefficients)
-    return a, b
+    return a.to(A), b.to(A)
 
 
 @triton.jit

@@ -23,13 +23,14 @@ LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.const
 
 @triton.jit
 def update(
-    piece, param, source, grad, direction, buffer, lr, weight_decay, a, b, momentum, intake, from_gradient,
-    from_buffer, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BUFFER: tl.constexpr,
+    piece, param, source, grad, direction, buffer, lr, weight_decay, a, b, sign, momentum, intake,
+    from_gradient, from_buffer, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     w = load(source, piece, T).to(A)
-    d = a * load(grad, piece, T).to(A) + weight_decay * w
+    d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
+    d = sign * d + weight_decay * w
     if BUFFER:
         buf = momentum * load(buffer, piece, A) + intake * d
         store(buffer, buf, piece, A)
@@ -45,7 +46,7 @@ def sgd_kernel(
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
-    along_g, along_v = scales(norm, max_norm, coefficients, MIXED)
+    a, b = scales(norm, max_norm, coefficients, A, MIXED)
     # Now: after the loop, without momentum, ptxas would spill what this needs.
     count_skipped(counters, go, COUNT)
     i, end = share(n_blocks)
@@ -64,9 +65,7 @@ def sgd_kernel(
             x = values + VALUES * at.group
             lr = tl.load(x + LR).to(A)
             weight_decay = tl.load(x + WEIGHT_DECAY).to(A)
-            sign = tl.where(tl.load(x + MAXIMIZE) != 0, -1.0, 1.0)
-            a = (sign * along_g).to(A)
-            b = (sign * along_v).to(A)
+            sign = tl.where(tl.load(x + MAXIMIZE) != 0, -1.0, 1.0).to(A)
             momentum = tl.load(x + MOMENTUM)
             buffered = tl.full((), 0, tl.int1)
             if BUFFER:
@@ -82,12 +81,12 @@ def sgd_kernel(
                 from_buffer = tl.where(nesterov, momentum, 1.0).to(A)
                 buffer = address(momentum_buffer, at.slot, A)
                 walk(update, addresses | buffer, at,
-                     (param, source, grad, v, buffer, lr, weight_decay, a, b, decay, intake, from_gradient,
-                      from_buffer, T, A, V, True))  # fmt: skip
+                     (param, source, grad, v, buffer, lr, weight_decay, a, b, sign, decay, intake,
+                      from_gradient, from_buffer, T, A, V, True))  # fmt: skip
                 advance(step, before, at)
             else:
                 walk(update, addresses, at,
-                     (param, source, grad, v, None, lr, weight_decay, a, b, None, None, None, None,
+                     (param, source, grad, v, None, lr, weight_decay, a, b, sign, None, None, None, None,
                       T, A, V, False))  # fmt: skip
         elif source != param:
             walk(copy, param | source, at, (param, source, T))
