@@ -1,12 +1,16 @@
-"""What sharpkern is measured against: SAM and ASAM as they are usually written, and as well as torch allows.
+"""What sharpkern is measured against: the family as it is usually written, and as well as torch allows.
 
 Every class here has ``first_step()`` and ``second_step()`` on gradients that already lie in ``p.grad``. ASAM
 scales tensors of two or more dimensions, as ``sharpkern.ASAM`` does without names.
+
+``Loop`` is not ``tests/naive.py``: that one is an oracle, which sums in float64 and reads a number of every tensor
+on the host. Nobody trains with it, and whatever is measured against it looks fast.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, cast
 
@@ -15,12 +19,16 @@ from torch import Tensor
 
 Algorithm = Literal["sam", "asam"]
 Base = Literal["sgd", "adamw"]
+Closure = Callable[[], Tensor]
 
 LR, MOMENTUM, SGD_DECAY = 0.1, 0.9, 5e-4
 ADAM_LR, BETA1, BETA2, ADAM_EPS, ADAM_DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
 RHO: dict[Algorithm, float] = {"sam": 0.05, "asam": 0.5}
 ETA = 0.01
 PERTURB_EPS = 1e-12
+# LookSAM's, AE-SAM's, and SALR's with that many steps each way.
+ALPHA, DECAY = 0.2, 0.99
+STEP_SIZE, BRANCH = 0.002, 5
 
 BASES: dict[Base, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM, "weight_decay": SGD_DECAY}),
@@ -42,7 +50,11 @@ class TwoStep(Protocol):
 
 
 class Loop:
-    """The loop over parameters that most training scripts carry along, with torch's optimizer as the base."""
+    """The loop over parameters that most training scripts carry along, with torch's optimizer as the base.
+
+    The methods beyond SAM take the norm of the gradient for their decision and once more for the radius, and that of
+    g_v whenever they need it, as scripts do.
+    """
 
     def __init__(self, params: Sequence[Tensor], algorithm: Algorithm, base: Base, fused: bool = False) -> None:
         self.params = list(params)
@@ -51,6 +63,11 @@ class Loop:
         self.saved: dict[Tensor, Tensor] = {}
         cls, options = BASES[base]
         self.base_optimizer = cls(self.params, **options, **({"fused": True} if fused else {}))
+        self.steps = 0
+        self.mean, self.var = 0.0, 1e-10
+        self.g_v: dict[Tensor, Tensor] = {}
+        self.history: list[float] = []
+        self.ratio = 1.0
 
     def _scale(self, p: Tensor) -> Tensor | float:
         # 1.0 where nothing is scaled: the copies multiply by it all the same.
@@ -74,6 +91,74 @@ class Loop:
             if p in self.saved:
                 p.data = self.saved.pop(p)
         self.base_optimizer.step()
+
+    @torch.no_grad()
+    def step(self, closure: Closure, every: int = 0, trigger: float | None = None, alpha: float | None = None) -> None:
+        """A second pass in every so many steps, or where the gradient is large for AE-SAM; a plain step otherwise.
+
+        Args:
+            every: 0: never.
+            trigger: standard deviations above the mean, in place of ``every``.
+            alpha: LookSAM's.
+        """
+        closure()
+        fires = every > 0 and self.steps % every == 0 if trigger is None else self._is_large(trigger)
+        self.steps += 1
+        grads = {p: p.grad for p in self.params if p.grad is not None}
+        if fires:
+            first = {} if alpha is None else {p: g.clone() for p, g in grads.items()}
+            self.first_step()
+            closure()
+            if first:
+                product = sum((g * p.grad).sum() for p, g in first.items() if p.grad is not None)
+                squared = sum(g.square().sum() for g in first.values())
+                self.g_v = {p: p.grad - product / squared * g for p, g in first.items() if p.grad is not None}
+            self.second_step()
+            return
+        if alpha is not None:
+            factor = alpha * _norm(list(grads.values())) / _norm(list(self.g_v.values()))
+            for p, g in grads.items():
+                p.grad = g + factor * self.g_v[p]
+        self.base_optimizer.step()
+
+    def _is_large(self, deviations: float) -> bool:
+        n = _norm([p.grad for p in self.params if p.grad is not None]) ** 2
+        self.mean = DECAY * self.mean + (1 - DECAY) * n
+        self.var = DECAY * self.var + (1 - DECAY) * (n - self.mean) ** 2
+        return n >= self.mean + deviations * math.sqrt(self.var)
+
+    @torch.no_grad()
+    def salr(self, closure: Closure, every: int) -> None:
+        """SALR, which measures the sharpness in every so many steps."""
+        closure()
+        if self.steps % every == 0:
+            first = {p: p.grad for p in self.params if p.grad is not None}
+            old = {p: p.clone() for p in self.params}
+            ends = []
+            for sign in (-1, 1):
+                for _ in range(BRANCH):
+                    grads = {p: p.grad for p in self.params if p.grad is not None}
+                    length = sign * STEP_SIZE / (_norm(list(grads.values())) + PERTURB_EPS)
+                    for p, g in grads.items():
+                        p.add_(g, alpha=length)
+                    ends.append(float(closure()))
+                for p, w in old.items():
+                    p.copy_(w)
+                for p, g in first.items():
+                    p.grad = g
+            sharpness = ends[-1] - ends[BRANCH - 1]
+            if sharpness > 0:
+                self.history.append(sharpness)
+                self.ratio = sharpness / statistics.median(self.history)
+        self.steps += 1
+        for group in self.base_optimizer.param_groups:
+            lr, group["lr"] = group["lr"], group["lr"] * self.ratio
+            self.base_optimizer.step()
+            group["lr"] = lr
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.norm(torch.stack([t.norm(p=2) for t in tensors]), p=2))
 
 
 # One pass each, over lists. They run eagerly and under torch.compile; a number that changes from step to step

@@ -1,0 +1,275 @@
+"""Cases of whole optimizer steps on gradients that are given, and of whole training iterations.
+
+``step``: both passes of SAM and ASAM, of every contender, steps following one another. ``graph``: the same replayed
+as a CUDA graph, which leaves the device's time. ``kind``: the family's kinds of step. ``iteration``: with forward and
+backward. A contender takes turns with ours; ours with a second instance of itself: how far that ratio is from one is
+the noise of the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .baselines import BASES, RHO, Algorithm, Base, Closure, Loop, TwoStep
+from .contenders import BARE, CONTENDERS, KINDS, OURS
+from .measure import Case, Cpu, Function, Run, Subject, compare, on
+from .models import Shape, Training, count
+
+
+def step(optimizer: TwoStep) -> None:
+    """What is timed: both passes, on the gradients that lie there."""
+    optimizer.first_step()
+    optimizer.second_step()
+
+
+class Problem:
+    """Weights and gradients of one set of shapes, and where steps of an algorithm must lead.
+
+    Gradients are shared by all contenders, which only read them; every contender gets weights of its own.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        algorithm: Algorithm,
+        base: Base,
+        machine: Cpu,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shapes, self.algorithm, self.base, self.machine = shapes, algorithm, base, machine
+        self.dtype = dtype
+
+    def _random(self, size: float, seed: int) -> list[Tensor]:
+        generator = torch.Generator(self.machine.device).manual_seed(seed)
+        random = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.machine.device)
+        return [random(shape).mul_(size) for shape in self.shapes]
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        return self._random(0.05, 0)
+
+    @cached_property
+    def grads(self) -> list[Tensor]:
+        return self._random(0.01, 1)
+
+    def leaves(self) -> list[Tensor]:
+        """Parameters for one contender."""
+        leaves = [w.clone().requires_grad_() for w in self.weights]
+        for leaf, grad in zip(leaves, self.grads, strict=True):
+            leaf.grad = grad
+        return leaves
+
+    @cached_property
+    def turned(self) -> list[Tensor]:
+        """The gradients of every other pass: with the first one's LookSAM would find no direction."""
+        return [g.flip(0) for g in self.grads]
+
+    def closure(self, leaves: Sequence[Tensor]) -> Closure:
+        """Gives one pass's gradients after the other's, and a loss that rises along them: no model in between."""
+        smallest = min(range(len(leaves)), key=lambda i: leaves[i].numel())  # so that the loss itself takes no time
+        passes = [self.turned, self.grads]
+
+        @torch.no_grad()
+        def closure() -> Tensor:
+            passes.reverse()
+            for p, g in zip(leaves, passes[0], strict=True):
+                p.grad = g
+            return ((leaves[smallest] - self.weights[smallest]) * self.grads[smallest]).sum()
+
+        return closure
+
+    def after(self, steps: int) -> list[Tensor]:
+        """The weights after so many steps of the plain loop."""
+        leaves = self.leaves()
+        plain = Loop(leaves, self.algorithm, self.base)
+        for _ in range(steps):
+            step(plain)
+        return [leaf.detach() for leaf in leaves]
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The weights after two steps of the plain loop."""
+        return self.after(2)
+
+    def make(self, contender: str) -> tuple[Function, list[Tensor]]:
+        """A step of a contender that did nothing yet, and its parameters."""
+        leaves = self.leaves()
+        return partial(step, CONTENDERS[contender].make(leaves, self.algorithm, self.base)), leaves
+
+    def build(self, contender: str, graph: bool = False) -> Function:
+        """A contender's step, or its replay as a graph, that came out where the plain loop does.
+
+        Raises:
+            WrongValues: when it came out somewhere else.
+            Unavailable: when it cannot run here.
+        """
+        function, leaves = self.make(contender)
+        if graph:
+            function = self.machine.capture(function)
+        function()
+        function()
+        expected = self.after(self.machine.WARM_UP + 2) if graph else self.reference
+        compare([leaf.detach() for leaf in leaves], expected, f"{contender}, CUDA graph" if graph else contender)
+        return function
+
+    def build_kind(self, name: str) -> tuple[Function, Function]:
+        """Ours and the loop's step of a kind, after two that led to the same weights.
+
+        Raises:
+            WrongValues: when they did not.
+        """
+        sides = []
+        for make in (KINDS[name].ours, KINDS[name].theirs):
+            leaves = self.leaves()
+            function = make(leaves, self.base, self.closure(leaves))
+            function()
+            function()
+            sides.append((function, [leaf.detach() for leaf in leaves]))
+        (ours, weights), (theirs, expected) = sides
+        compare(weights, expected, name)
+        return ours, theirs
+
+
+def _ours(run: Run) -> dict[str, tuple[str, str | None]]:
+    """Name in the rows, contender and backend: plain ``ours`` runs on the default one."""
+    return {f"{OURS}, {backend}" if i else OURS: (OURS, backend) for i, backend in enumerate(run.backends)}
+
+
+def _may_run(run: Run, shape: str, algorithm: str, base: str, slow_start: bool = False) -> bool:
+    """Whether a row takes no minutes; those that would are left out, and said so."""
+    reason = ""
+    if shape in run.plan.adamw_only and base != "adamw":
+        reason = "GPT-2 small is timed with AdamW only (with SGD: --every)"
+    elif slow_start and not run.plan.compile_seconds:
+        reason = "torch.compile is left out where numbers mean nothing (all rows: --every)"
+    elif slow_start and (algorithm, base) != ("sam", "sgd"):
+        reason = "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)"
+    elif slow_start and run.compiling > run.plan.compile_seconds:
+        reason = f"torch.compile, {shape}: too much time went into compiling (all rows: --every)"
+    if reason and not run.every:
+        run.leave_out(reason)
+    return run.every or not reason
+
+
+def steps(run: Run) -> Iterator[Case]:
+    """Every shape, algorithm, base rule and contender."""
+    # Ours on each backend, its variants on the default one, the others on none.
+    others = {name: (name, run.backends[0] if name.startswith(OURS) else None) for name in CONTENDERS if name != OURS}
+    for shape, shapes in run.plan.steps.items():
+        for algorithm in RHO:
+            for base in BASES:
+                problem = Problem(shapes, algorithm, base, run.machine)
+                for name, (key, backend) in {**_ours(run), **others}.items():
+                    contender = CONTENDERS[key]
+                    if not _may_run(run, shape, algorithm, base, contender.slow_start):
+                        continue
+                    size = contender.bytes_per_param(algorithm, base, run.machine.device.type)
+                    for kind in ("step", *["graph"] * (run.cuda and base in contender.captured)):
+                        labels = {"kind": kind, "shape": shape, "method": algorithm, "base": base, "contender": name}
+                        prepare = partial(_step, run, problem, key, backend, kind == "graph")
+                        yield Case(labels, count(shapes), size, prepare)
+
+
+def _step(
+    run: Run, problem: Problem, contender: str, backend: str | None, graph: bool
+) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
+    start = time.perf_counter()
+    host = None
+    with on(backend):
+        function = problem.build(contender, graph)
+        if CONTENDERS[contender].slow_start:  # for its host time it would have to be compiled again
+            run.compiling += time.perf_counter() - start
+        elif graph:
+            host = run.until_return_us(function)
+        else:
+            host = run.until_return_us(_on_ones(problem, contender))
+    beside: dict[str, Subject] = {}
+    with run.attempt(OURS, f"beside {contender}"), on(run.backends[0]):  # without ours there is nothing to relate to
+        beside[OURS] = Subject(problem.build(OURS, graph), run.backends[0])
+    return Subject(function, backend), beside, {"tensors": len(problem.shapes), "host_us": host}
+
+
+def _on_ones(problem: Problem, contender: str) -> Function:
+    """A step on as many tensors of one element each: the work around the kernels."""
+    ones = [(1,) * len(shape) for shape in problem.shapes]
+    function, _ = Problem(ones, problem.algorithm, problem.base, problem.machine).make(contender)
+    function()
+    return function
+
+
+def kinds(run: Run) -> Iterator[Case]:
+    """Every kind of step, beside the loop's and beside the base rule's step alone."""
+
+    def prepare(problem: Problem, method: str) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
+        backend = run.backends[0]
+        with on(backend):
+            (ours, theirs), (bare, _) = problem.build_kind(method), problem.build_kind(BARE)
+        beside = {"loop": Subject(theirs), BARE: Subject(bare, backend)}
+        return Subject(ours, backend), beside, {"tensors": len(problem.shapes)}
+
+    for shape in run.plan.kinds:
+        for base in BASES:
+            if _may_run(run, shape, "sam", base):
+                problem = Problem(run.plan.steps[shape], "sam", base, run.machine)
+                for method, kind in KINDS.items():
+                    labels = {"kind": "kind", "shape": shape, "method": method, "base": base, "contender": OURS}
+                    size = kind.bytes_per_param(base)
+                    yield Case(labels, count(problem.shapes), size, partial(prepare, problem, method))
+
+
+def iterations(run: Run) -> Iterator[Case]:
+    """Every model: a SAM iteration beside two plain forward and backward passes; one would be for free."""
+    # As whoever trains on images of one size does.
+    torch.backends.cudnn.benchmark = True
+    for model, training in run.plan.iterations.items():
+        with torch.device("meta"):
+            params = count([p.size() for p in training.make().parameters()])
+        for name, (contender, backend) in {**_ours(run), **{name: (name, None) for name in run.plan.others}}.items():
+            labels = {"kind": "iteration", "shape": model, "method": "sam", "base": training.base, "contender": name}
+            yield Case(labels, params, None, partial(_iteration, run, training, contender, backend))
+
+
+def _iteration(
+    run: Run, training: Training, contender: str, backend: str | None
+) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
+    torch.manual_seed(0)
+    device = run.machine.device
+    order = torch.channels_last if training.channels_last else torch.contiguous_format
+    model = training.make().to(device).to(memory_format=order)
+    images = torch.randn(training.batch, 3, training.size, training.size, device=device).contiguous(memory_format=order)
+    targets = torch.randint(10, (training.batch,), device=device)
+    losses: list[Tensor] = []
+
+    def evaluate() -> None:
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast):
+            loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        losses[:] = [loss.detach()]
+
+    def plain() -> None:
+        evaluate()
+        evaluate()
+
+    def sam() -> None:
+        evaluate()
+        optimizer.first_step()
+        evaluate()
+        optimizer.second_step()
+
+    copy = 8 * run.plan.copy  # bytes that lie there beside the model
+    plain()
+    memory = {"plain_peak_gib": max(0, run.machine.peak_bytes(plain) - copy) / 2**30}
+    with on(backend):
+        optimizer = CONTENDERS[contender].make(list(model.parameters()), "sam", training.base)
+        sam()
+        memory["peak_gib"] = max(0, run.machine.peak_bytes(sam) - copy) / 2**30
+    info = {"batch": training.batch, "finite": bool(losses[0].isfinite()), **(memory if training.autocast else {})}
+    return Subject(sam, backend), {"plain": Subject(plain)}, info
