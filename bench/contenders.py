@@ -25,30 +25,21 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Contender:
-    """One column of the table of steps.
-
-    Args:
-        make: builds it on parameters.
-        first: bytes of the first pass, by algorithm.
-        second: bytes of the second pass, by base rule.
-        on_device: further bytes where the host must not wait for a number.
-        slow_start: minutes of compilation for some shapes.
-        captured: base rules under which a CUDA graph can hold a step. Others swap pointers or number their steps on
-            the host, as foreach does for Adam's bias corrections: a graph would repeat the first ones.
-    """
+    """One column of the table of steps."""
 
     make: Callable[[Sequence[Tensor], Algorithm, Base], TwoStep]
-    first: Mapping[Algorithm, int]
-    second: Mapping[Base, int]
-    on_device: int = 0
-    slow_start: bool = False
+    first: Mapping[Algorithm, int]  # bytes of the first pass
+    second: Mapping[Base, int]  # bytes of the second pass
+    on_device: int = 0  # further bytes where the host must not wait for a number
+    slow_start: bool = False  # minutes of compilation
+    # Base rules with which a CUDA graph can hold a step. Others swap pointers or number their steps on the host, as
+    # foreach does for Adam's bias corrections: a graph would repeat the first ones.
     captured: tuple[Base, ...] = ()
 
     def bytes_per_param(self, algorithm: Algorithm, base: Base, device_type: str = "cpu") -> int | None:
         """None where this contender has no such algorithm."""
-        if algorithm not in self.first:
-            return None
-        return self.first[algorithm] + self.second[base] + (0 if device_type == "cpu" else self.on_device)
+        further = self.on_device if device_type != "cpu" else 0
+        return self.first[algorithm] + self.second[base] + further if algorithm in self.first else None
 
 
 def _make(cls: Any, params: Sequence[Tensor], base: Base, **own: Any) -> Any:
@@ -87,7 +78,9 @@ CONTENDERS: dict[str, Contender] = {
     # Restore 8; SGD: buf *= m 8, += g 12, += wd w 12, w -= lr buf 12; AdamW as torch's without the division.
     "foreach": Contender(baselines.Foreach, _FOREACH, {"sgd": 52, "adamw": 80}, on_device=8, captured=("sgd",)),
     # Restore 8.
-    "foreach, fused base": Contender(baselines.ForeachFused, _FOREACH, {"sgd": 28, "adamw": 36}, on_device=8),
+    "foreach, fused base": Contender(
+        partial(baselines.Foreach, fused=True), _FOREACH, {"sgd": 28, "adamw": 36}, on_device=8
+    ),
     # Inductor fuses everything but the norm, which stays aten's: SAM 4 + (reads w, g, writes w, backup) 16; ASAM
     # writes T g for it, 12 more.
     "compile": Contender(baselines.make_compiled, {"sam": 20, "asam": 32}, _FUSED, slow_start=True),
@@ -102,18 +95,12 @@ CONTENDERS: dict[str, Contender] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of step of the family, ours and the loop's, by a closure.
+    """One kind of step of the family, ours and the loop's, by a closure."""
 
-    Args:
-        cls, own: our class and its arguments.
-        loop: the arguments of ``Loop.step``, or of ``Loop.salr`` for SALR.
-        bytes: a parameter, with SGD-momentum; AdamW's second moment adds 8.
-    """
-
-    cls: Any
-    own: Mapping[str, Any]
-    loop: Mapping[str, Any]
-    bytes: int
+    cls: Any  # ours
+    own: Mapping[str, Any]  # its arguments
+    loop: Mapping[str, Any]  # those of ``Loop.step``, for SALR of ``Loop.salr``
+    bytes: int  # a parameter, with SGD-momentum
 
     def bytes_per_param(self, base: Base) -> int:
         return self.bytes + _FUSED[base] - _FUSED["sgd"]

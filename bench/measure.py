@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -129,30 +130,19 @@ class Gpu(Cpu):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures, and how long: see ``plans.py``.
+    """What a run measures, and how long: see ``plans.py``."""
 
-    Args:
-        steps: shapes that whole steps run on, by name; ``kinds``: those that the family's kinds of step run on.
-        kernels: label, shapes and dtype of the parameters that single ops run on.
-        iterations: models of whole iterations, by name; ``others``: who runs them beside ours.
-        copy: float32 elements of the copy that is timed beside everything.
-        seconds: that the rounds of one measurement take; ``rounds``: the least and the most of them.
-        region: seconds that one timed region takes at least, of so many calls at most.
-        compile_seconds: no further contender is compiled once so much time went into it.
-        adamw_only: shapes that take minutes, and so are timed with one base rule.
-    """
-
-    steps: dict[str, list[Shape]]
-    kinds: tuple[str, ...]
-    kernels: list[tuple[str, list[Shape], torch.dtype]]
-    iterations: dict[str, Training]
-    others: tuple[str, ...]
-    copy: int
-    seconds: float
-    rounds: tuple[int, int]
-    region: tuple[float, int]
-    compile_seconds: float
-    adamw_only: tuple[str, ...] = ()
+    steps: dict[str, list[Shape]]  # that whole steps run on
+    kinds: tuple[str, ...]  # those of them that the family's kinds of step run on
+    kernels: list[tuple[str, list[Shape], torch.dtype]]  # label, shapes and dtype that single ops run on
+    iterations: dict[str, Training]  # whole ones
+    others: tuple[str, ...]  # contenders that train beside ours
+    copy: int  # float32 elements of the copy that is timed beside everything
+    seconds: float  # of all rounds of a measurement
+    rounds: tuple[int, int]  # the least and the most of them
+    region: tuple[float, int]  # seconds of one timed region at least, calls in it at most
+    compile_seconds: float  # once so many were spent on it, no further contender is compiled
+    adamw_only: tuple[str, ...]  # shapes that take minutes with every base rule
 
 
 @dataclass(frozen=True)
@@ -163,22 +153,19 @@ class Subject:
     backend: str | None = None
 
 
+# The subject of a case, those that take turns with it, and further columns.
+Prepared = tuple[Subject, dict[str, Subject], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Case:
-    """One row.
+    """One row."""
 
-    Args:
-        labels: its kind, shape, method, ... and contender.
-        params: parameters in all; ``size``: bytes a parameter, where they are known.
-        prepare: builds the subject, those that take turns with it, and further columns.
-        device_only: the device's time alone.
-    """
-
-    labels: Mapping[str, str]
+    labels: Mapping[str, str]  # kind of the row, shape, method, ..., contender
     params: int
-    size: int | None
-    prepare: Callable[[], tuple[Subject, Mapping[str, Subject], Mapping[str, Any]]]
-    device_only: bool = False
+    size: int | None  # bytes a parameter, where they are known
+    prepare: Callable[[], Prepared]
+    device_only: bool = False  # the device's time alone
 
 
 def on(backend: str | None) -> AbstractContextManager[None]:
@@ -188,29 +175,20 @@ def on(backend: str | None) -> AbstractContextManager[None]:
 
 @dataclass
 class Run:
-    """What was measured so far.
-
-    Args:
-        dry: the CPU stands in for a GPU.
-        every: leave no row out for its minutes.
-        only: a regular expression that a row's name has to contain.
-        out: where the JSON goes, anew after each row; None: nowhere.
-        say: told about each row.
-    """
+    """What was measured so far."""
 
     plan: Plan
     machine: Cpu
-    dry: bool = False
-    every: bool = False
-    only: str = ""
+    dry: bool = False  # the CPU stands in for a GPU
+    every: bool = False  # leave no row out for its minutes
+    only: str = ""  # a regular expression that a row's name has to contain
     command: str = ""
-    out: Path | None = None
+    out: Path | None = None  # where the JSON goes, anew after each row
     say: Callable[[str], object] = print
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    # Seconds that went into compiling.
-    compiling: float = 0.0
+    compiling: float = 0.0  # seconds that went into it
 
     def __post_init__(self) -> None:
         device, elements = self.machine.device, self.plan.copy
@@ -230,6 +208,7 @@ class Run:
 
     def measure(self, cases: Iterable[Case]) -> None:
         """Rows of cases that were asked for; one that fails costs its own row."""
+        gc.freeze()  # what is there already is not looked through after every case
         for case in cases:
             if re.search(self.only, " ".join(case.labels.values())):
                 with self.attempt(*case.labels.values()):
@@ -237,6 +216,7 @@ class Run:
                 gc.collect()  # optimizers sit in reference cycles
                 if self.machine.device.type == "cuda":
                     torch.cuda.empty_cache()
+        gc.unfreeze()
 
     def _measure(self, case: Case) -> None:
         """The median of a subject's rounds, in which it took turns with those beside it.
@@ -291,13 +271,10 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """What ``bench.render`` reads."""
-        return {
-            "environment": {**self.environment, "left_out": self.left_out, "failed": self.failed},
-            "rows": self.rows,
-        }
+        notes = {"left_out": self.left_out, "failed": self.failed}
+        return {"environment": {**self.environment, **notes}, "rows": self.rows}
 
     def save(self) -> None:
-        """Write the JSON, where it is wanted."""
         if self.out is not None:
             self.out.write_text(json.dumps(self.results(), indent=1) + "\n", encoding="utf-8")
 
@@ -320,18 +297,16 @@ class Run:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = importlib.util.find_spec(package)
+    return importlib.metadata.version(package) if found else None
 
 
 def _output(*command: str) -> str | None:
-    where = Path(__file__).parent
     try:
-        return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def environment(command: str, machine: Cpu) -> dict[str, Any]:
@@ -341,12 +316,12 @@ def environment(command: str, machine: Cpu) -> dict[str, Any]:
     if commit != "unknown" and _output("git", "status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
     device, versions = machine.describe()
-    versions = {name: _version(name) for name in ("triton", "pytorch_optimizer")} | versions
+    packages = {name: _version(name) for name in ("triton", "pytorch_optimizer")}
     return {
         "device": device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages, **versions},
         "commit": commit,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .measure import Plan
-from .models import MODELS, SHAPES, TINY, Shape, Training, VisionTransformer, resnet, shapes_of
+from .models import MODELS, SHAPES, TINY, Training, VisionTransformer, resnet, shapes_of
 
 CPU = ("small400", "resnet18", "vit_s16", "resnet50", "gpt2_small")
 GPU = ("resnet50", "vit_b16", "gpt2_small", "small400")
@@ -17,25 +17,15 @@ KINDS = ("small400", "resnet18", "resnet50")
 OPS = [(f"{millions}M", [(millions * 1_000_000,)]) for millions in (1, 5, 25, 100, 500)]
 
 
-def _chosen(names: str, default: tuple[str, ...]) -> dict[str, list[Shape]]:
-    wanted = [name for name in names.split(",") if name] or default
-    if unknown := set(wanted) - set(SHAPES):
-        raise ValueError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
-    return {name: shapes_of(name) for name in wanted}
-
-
 def plan(cuda: bool, tiny: bool = False, shapes: str = "", every: bool = False) -> Plan:
-    """The plan for a device.
+    """The plan for a device; ``tiny``: in sizes that the Triton interpreter gets through in seconds.
 
-    Args:
-        tiny: sizes that the Triton interpreter gets through in seconds.
-        shapes: comma-separated, of whole steps; empty: the default ones.
-        every: leave no shape out for its minutes.
-
-    Raises:
-        ValueError: for shapes that are not there.
+    Raises ValueError for shapes that are not there.
     """
-    steps = {"tiny": TINY} if tiny else _chosen(shapes, GPU if cuda else CPU)
+    if unknown := set(filter(None, shapes.split(","))) - set(SHAPES):
+        raise ValueError(f"--shapes: no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    names = shapes.split(",") if shapes else GPU if cuda else CPU
+    steps = {"tiny": TINY} if tiny else {name: shapes_of(name) for name in names}
     kinds = tuple(name for name in steps if every or tiny or name in KINDS)
     if tiny:
         kernels = [("3k", [(3000,)], torch.float32), ("tiny", TINY, torch.float32), ("3k", [(3000,)], torch.bfloat16)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ GPU_STEPS = (
 )
 GRAPHS = "The same step replayed as a CUDA graph. Host is the time until a replay returns."
 HOSTS = "Host time of a step, us: until it returns, on an idle device and as many tensors of one element."
-OPS = "Each op alone, over buffers that no cache holds."
+OPS = "Each op alone, over parameters that no cache holds; on a GPU the device's time."
 KINDS = (
     "Every kind of step, gradients given. Loop: its time relative to ours. The last column: ours relative to one "
     "launch of the same fused rule, without check, norm or second pass."
 )
-ITERATIONS = "A whole SAM iteration{}, against two plain forward and backward passes."
 
 Row = dict[str, Any]
 
@@ -44,76 +42,68 @@ def _word(name: str) -> str:
     return WORDS.get(name, name)
 
 
-def _count(n: int) -> str:
-    return f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
-
-
-def _table(text: str, head: list[str], body: list[list[str]]) -> list[str]:
-    if not body:
-        return []
-    align = ["---" if i < 2 else "---:" for i in range(len(head))]
-    return [text, "", *("| " + " | ".join(line) + " |" for line in (head, align, *body)), ""]
+def _size(row: Row) -> str:
+    n = row["params"]
+    return f"{_word(row['shape'])} ({n / 1e6:.1f}M" if n >= 1e6 else f"{_word(row['shape'])} ({n / 1e3:.0f}k"
 
 
 def _rate(row: Row) -> str:
     return f"{row['gb_per_s']:.1f} ({row['copy_share']:.0%})"
 
 
-def _relative(row: Row, to: str) -> float | None:
+def _ratio(row: Row, to: str) -> float | None:
     """A row's time relative to one that it took turns with; None where that one failed."""
     return row["ms"] / row["beside_ms"][to] if to in row["beside_ms"] else None
 
 
-def _grouped(rows: list[Row], keys: tuple[str, ...]) -> tuple[dict[tuple[str, ...], dict[str, Row]], list[str]]:
-    """Rows by these keys and by contender, and the contenders in order."""
+def _table(text: str, head: list[str], body: list[list[str]]) -> list[str]:
+    align = ["---" if i < 2 else "---:" for i in range(len(head))]
+    return [text, "", *("| " + " | ".join(line) + " |" for line in (head, align, *body)), ""]
+
+
+def _grouped(rows: list[Row], *keys: str) -> tuple[list[dict[str, Row]], list[str]]:
+    """Rows that agree in these keys, by contender; and the contenders in order."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), {})[row["contender"]] = row
-    return groups, list(dict.fromkeys(row["contender"] for row in rows))
+    return list(groups.values()), list(dict.fromkeys(row["contender"] for row in rows))
 
 
-def _labels(row: Row) -> list[str]:
-    label = f"{_word(row['shape'])} ({_count(row['params'])}, {row['tensors']} tensors)"
-    return [label, f"{_word(row['method'])} + {_word(row['base'])}"]
-
-
-def _contest(rows: list[Row], text: str) -> list[str]:
-    groups, names = _grouped(rows, ("shape", "method", "base"))
+def _contests(rows: list[Row], text: str, hosts: bool = False) -> list[str]:
+    """A row a shape, method and base rule, a column a contender; with ``hosts`` their host times."""
+    groups, names = _grouped(rows, "shape", "method", "base")
     others = [name for name in names if name != OURS]
     body = []
-    for group in groups.values():
-        cells = ["-", "-", "-"]
-        if ours := group.get(OURS):
-            cells = [f"{ours['ms']:.2f}", _rate(ours), f"{ours['host_us']:.0f}"]
+    for group in groups:
+        row = next(iter(group.values()))
+        cells = [f"{_size(row)}, {row['tensors']} tensors)", f"{_word(row['method'])} + {_word(row['base'])}"]
+        if hosts:
+            times = [group[name]["host_us"] if name in group else None for name in names]
+            body.append([*cells, *("-" if us is None else f"{us:.0f}" for us in times)])
+            continue
+        ours = group.get(OURS)
+        cells += [f"{ours['ms']:.2f}", _rate(ours), f"{ours['host_us']:.0f}"] if ours else ["-", "-", "-"]
         for name in others:
-            if row := group.get(name):
-                ratio = _relative(row, OURS)
-                cells.append(f"{row['ms']:.2f} ms" if ratio is None else f"{ratio:.2f}")
-            else:
-                cells.append("-")
-        body.append([*_labels(next(iter(group.values()))), *cells])
-    noise = [ratio for row in rows if row["contender"] == OURS if (ratio := _relative(row, OURS)) is not None]
+            ratio = _ratio(group[name], OURS) if name in group else None
+            # Without ours there is nothing to relate to.
+            alone = f"{group[name]['ms']:.2f} ms" if name in group else "-"
+            cells.append(alone if ratio is None else f"{ratio:.2f}")
+        body.append(cells)
+    if hosts:
+        return _table(text, ["model", "step", *names], body)
+    noise = [ratio for row in rows if row["contender"] == OURS if (ratio := _ratio(row, OURS)) is not None]
     if noise:
         text += f" Ours against itself: {min(noise):.2f} to {max(noise):.2f}."
     return _table(text, ["model", "step", "ours, ms", "GB/s (of a copy)", "host, us", *others], body)
 
 
-def _hosts(rows: list[Row]) -> list[str]:
-    groups, names = _grouped(rows, ("shape", "method", "base"))
-    body = []
-    for group in groups.values():
-        times = [group[name]["host_us"] if name in group else None for name in names]
-        body.append([*_labels(next(iter(group.values()))), *("-" if us is None else f"{us:.0f}" for us in times)])
-    return _table(HOSTS, ["model", "step", *names], body)
-
-
 def _kernels(rows: list[Row]) -> list[str]:
-    groups, backends = _grouped(rows, ("method", "shape", "dtype"))
+    groups, backends = _grouped(rows, "method", "shape", "dtype")
     body = []
-    for (op, shape, dtype), group in groups.items():
-        first = next(iter(group.values()))
-        label = f"{_word(shape)}, {dtype}" + (f", {first['tensors']} tensors" * (first["tensors"] > 1))
-        cells = [op, label, f"{first['bytes_per_param']}"]
+    for group in groups:
+        row = next(iter(group.values()))
+        label = f"{_word(row['shape'])}, {row['dtype']}" + (f", {row['tensors']} tensors" * (row["tensors"] > 1))
+        cells = [row["method"], label, f"{row['bytes_per_param']}"]
         for backend in backends:
             cells += [f"{1e3 * row['ms']:.1f}", _rate(row)] if (row := group.get(backend)) else ["-", "-"]
         body.append(cells)
@@ -124,38 +114,33 @@ def _kernels(rows: list[Row]) -> list[str]:
 def _kinds(rows: list[Row]) -> list[str]:
     body = []
     for row in rows:
-        label = f"{_word(row['shape'])} ({_count(row['params'])}), {_word(row['base'])}"
-        cells = [f"{row['bytes_per_param']}", f"{row['ms']:.2f}", _rate(row)]
-        ratios = [f"{row['beside_ms']['loop'] / row['ms']:.2f}", f"{row['ms'] / row['beside_ms'][BARE]:.2f}"]
-        body.append([label, row["method"], *cells, *ratios])
+        cells = [f"{_size(row)}), {_word(row['base'])}", row["method"], f"{row['bytes_per_param']}"]
+        ratios = [row["beside_ms"]["loop"] / row["ms"], row["ms"] / row["beside_ms"][BARE]]
+        body.append([*cells, f"{row['ms']:.2f}", _rate(row), *(f"{ratio:.2f}" for ratio in ratios)])
     head = ["model", "step", "bytes a parameter", "ours, ms", "GB/s (of a copy)", "loop", "over the base step alone"]
     return _table(KINDS, head, body)
 
 
 def _iterations(rows: list[Row]) -> list[str]:
-    with_peak = any("peak_gib" in row for row in rows)
+    peaks = any("peak_gib" in row for row in rows)
     body = []
     for row in rows:
-        label = f"{_word(row['shape'])} ({_count(row['params'])}), batch {row['batch']}"
-        cells = [f"{row['ms']:.1f}", f"{row['beside_ms']['plain']:.1f}", f"{row['ms'] / row['beside_ms']['plain']:.3f}"]
-        if with_peak:
-            label += f", {_word(row['base'])}"
-            cells += [f"{row['peak_gib']:.2f}", f"{row['plain_peak_gib']:.2f}"]
+        label = f"{_size(row)}), batch {row['batch']}" + f", {_word(row['base'])}" * peaks
         label += ", loss not finite" * (not row.get("finite", True))
-        body.append([label, row["contender"], *cells])
+        plain = row["beside_ms"]["plain"]
+        cells = [label, row["contender"], f"{row['ms']:.1f}", f"{plain:.1f}", f"{row['ms'] / plain:.3f}"]
+        body.append(cells + ([f"{row['peak_gib']:.2f}", f"{row['plain_peak_gib']:.2f}"] if peaks else []))
     head = ["model", "optimizer", "SAM iteration, ms", "two forward and backward, ms", "ratio"]
-    head += ["peak, GiB", "peak of the two, GiB"] * with_peak
-    text = "A whole SAM iteration, bf16 autocast, against" if with_peak else "A whole SAM iteration (SGD-m) against"
-    return _table(f"{text} two plain forward and backward passes.", head, body)
+    head += ["peak, GiB", "peak of the two, GiB"] * peaks
+    how = ", bf16 autocast," if peaks else " (SGD-m)"
+    return _table(f"A whole SAM iteration{how} against two plain forward and backward passes.", head, body)
 
 
 def _environment(results: dict[str, Any]) -> list[str]:
     env = results["environment"]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in env["versions"].items())
-    line = (
-        f"{env['device']}, {env['cores']} cores, {env['threads']} threads; {versions}; "
-        f"commit {env['commit']}; {env['date']}; `{env['command']}`"
-    )
+    line = f"{env['device']}, {env['cores']} cores, {env['threads']} threads; {versions}; "
+    line += f"commit {env['commit']}; {env['date']}; `{env['command']}`"
     if rates := [row["copy_gb_per_s"] for row in results["rows"] if row["copy_gb_per_s"] is not None]:
         line += f"; a copy of {env['copy_mb']} MB, beside each row: {min(rates):.1f} to {max(rates):.1f} GB/s"
     notes = [f"Left out: {reason}." for reason in env["left_out"]] + [f"Failed: {what}." for what in env["failed"]]
@@ -164,43 +149,35 @@ def _environment(results: dict[str, Any]) -> list[str]:
 
 def render(results: dict[str, Any]) -> str:
     """The tables of a run; every row that was measured, whoever won it."""
-    env, on_gpu = results["environment"], results["environment"]["device_type"] == "cuda"
-    lines: list[str] = []
-    if env["dry_run"]:
-        lines += ["Dry run on a CPU: these numbers mean nothing.", ""]
-    if on_gpu:
-        lines += [f"Ours runs on its backend {env['backends'][0]} where none is named.", ""]
-
-    def add(kind: str, table: Callable[[list[Row]], list[str]]) -> None:
-        lines.extend(table([row for row in results["rows"] if row["kind"] == kind]))
-
-    add("kernel", _kernels)
-    add("step", lambda rows: _contest(rows, GPU_STEPS if on_gpu else STEPS))
-    if on_gpu:
-        add("step", _hosts)
-        add("graph", lambda rows: _contest(rows, GRAPHS))
-    add("kind", _kinds)
-    add("iteration", _iterations)
+    env = results["environment"]
+    kinds: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        kinds.setdefault(row["kind"], []).append(row)
+    cuda = env["device_type"] == "cuda"
+    lines = ["Dry run on a CPU: these numbers mean nothing.", ""] * env["dry_run"]
+    lines += [f"Ours runs on its backend {env['backends'][0]} where none is named.", ""] * cuda
+    if rows := kinds.get("kernel"):
+        lines += _kernels(rows)
+    if rows := kinds.get("step"):
+        lines += _contests(rows, GPU_STEPS if cuda else STEPS) + (_contests(rows, HOSTS, hosts=True) if cuda else [])
+    if rows := kinds.get("graph"):
+        lines += _contests(rows, GRAPHS)
+    if rows := kinds.get("kind"):
+        lines += _kinds(rows)
+    if rows := kinds.get("iteration"):
+        lines += _iterations(rows)
     return "\n".join([*lines, *_environment(results)])
 
 
 def markers(results: dict[str, Any]) -> tuple[str, str]:
-    """Where the tables of a run belong.
-
-    Raises:
-        ValueError: for a dry run, which belongs nowhere.
-    """
+    """Where the tables of a run belong; ValueError for a dry run, which belongs nowhere."""
     if results["environment"]["dry_run"]:
         raise ValueError("a dry run's numbers mean nothing: they do not go into a README")
     return (GPU_BEGIN, GPU_END) if results["environment"]["device_type"] == "cuda" else (BEGIN, END)
 
 
 def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """``readme`` with ``table`` between its markers.
-
-    Raises:
-        ValueError: when there are no markers.
-    """
+    """``readme`` with ``table`` between its markers; ValueError when there are none."""
     before, found_begin, rest = readme.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:

@@ -9,9 +9,9 @@ the noise of the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .baselines import BASES, RHO, Algorithm, Base, Closure, Loop, TwoStep
 from .contenders import BARE, CONTENDERS, KINDS, OURS
-from .measure import Case, Cpu, Function, Run, Subject, compare, on
+from .measure import Case, Cpu, Function, Prepared, Run, Subject, compare, on
 from .models import Shape, Training, count
 
 
@@ -36,28 +36,12 @@ class Problem:
     """
 
     def __init__(
-        self,
-        shapes: Sequence[Shape],
-        algorithm: Algorithm,
-        base: Base,
-        machine: Cpu,
-        dtype: torch.dtype = torch.float32,
+        self, shapes: Sequence[Shape], algorithm: Algorithm, base: Base, machine: Cpu, dtype: torch.dtype = torch.float
     ) -> None:
         self.shapes, self.algorithm, self.base, self.machine = shapes, algorithm, base, machine
-        self.dtype = dtype
-
-    def _random(self, size: float, seed: int) -> list[Tensor]:
-        generator = torch.Generator(self.machine.device).manual_seed(seed)
-        random = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.machine.device)
-        return [random(shape).mul_(size) for shape in self.shapes]
-
-    @cached_property
-    def weights(self) -> list[Tensor]:
-        return self._random(0.05, 0)
-
-    @cached_property
-    def grads(self) -> list[Tensor]:
-        return self._random(0.01, 1)
+        generator = torch.Generator(machine.device).manual_seed(0)
+        random = partial(torch.randn, generator=generator, dtype=dtype, device=machine.device)
+        self.weights, self.grads = ([random(shape).mul_(size) for shape in shapes] for size in (0.05, 0.01))
 
     def leaves(self) -> list[Tensor]:
         """Parameters for one contender."""
@@ -66,15 +50,11 @@ class Problem:
             leaf.grad = grad
         return leaves
 
-    @cached_property
-    def turned(self) -> list[Tensor]:
-        """The gradients of every other pass: with the first one's LookSAM would find no direction."""
-        return [g.flip(0) for g in self.grads]
-
     def closure(self, leaves: Sequence[Tensor]) -> Closure:
-        """Gives one pass's gradients after the other's, and a loss that rises along them: no model in between."""
+        """Gives gradients, and a loss that rises along them: no model in between."""
         smallest = min(range(len(leaves)), key=lambda i: leaves[i].numel())  # so that the loss itself takes no time
-        passes = [self.turned, self.grads]
+        # Others in every other pass: with the first pass's gradient LookSAM would find no direction.
+        passes = [[g.flip(0) for g in self.grads], self.grads]
 
         @torch.no_grad()
         def closure() -> Tensor:
@@ -95,7 +75,6 @@ class Problem:
 
     @cached_property
     def reference(self) -> list[Tensor]:
-        """The weights after two steps of the plain loop."""
         return self.after(2)
 
     def make(self, contender: str) -> tuple[Function, list[Tensor]]:
@@ -104,12 +83,7 @@ class Problem:
         return partial(step, CONTENDERS[contender].make(leaves, self.algorithm, self.base)), leaves
 
     def build(self, contender: str, graph: bool = False) -> Function:
-        """A contender's step, or its replay as a graph, that came out where the plain loop does.
-
-        Raises:
-            WrongValues: when it came out somewhere else.
-            Unavailable: when it cannot run here.
-        """
+        """A contender's step, or its replay as a graph, that came out where the plain loop does, or WrongValues."""
         function, leaves = self.make(contender)
         if graph:
             function = self.machine.capture(function)
@@ -120,11 +94,7 @@ class Problem:
         return function
 
     def build_kind(self, name: str) -> tuple[Function, Function]:
-        """Ours and the loop's step of a kind, after two that led to the same weights.
-
-        Raises:
-            WrongValues: when they did not.
-        """
+        """Ours and the loop's step of a kind, after two that led to the same weights, or WrongValues."""
         sides = []
         for make in (KINDS[name].ours, KINDS[name].theirs):
             leaves = self.leaves()
@@ -162,34 +132,26 @@ def steps(run: Run) -> Iterator[Case]:
     """Every shape, algorithm, base rule and contender."""
     # Ours on each backend, its variants on the default one, the others on none.
     others = {name: (name, run.backends[0] if name.startswith(OURS) else None) for name in CONTENDERS if name != OURS}
-    for shape, shapes in run.plan.steps.items():
-        for algorithm in RHO:
-            for base in BASES:
-                problem = Problem(shapes, algorithm, base, run.machine)
-                for name, (key, backend) in {**_ours(run), **others}.items():
-                    contender = CONTENDERS[key]
-                    if not _may_run(run, shape, algorithm, base, contender.slow_start):
-                        continue
-                    size = contender.bytes_per_param(algorithm, base, run.machine.device.type)
-                    for kind in ("step", *["graph"] * (run.cuda and base in contender.captured)):
-                        labels = {"kind": kind, "shape": shape, "method": algorithm, "base": base, "contender": name}
-                        prepare = partial(_step, run, problem, key, backend, kind == "graph")
-                        yield Case(labels, count(shapes), size, prepare)
+    for (shape, shapes), algorithm, base in product(run.plan.steps.items(), RHO, BASES):
+        problem = cache(partial(Problem, shapes, algorithm, base, run.machine))
+        for name, (key, backend) in {**_ours(run), **others}.items():
+            contender = CONTENDERS[key]
+            if _may_run(run, shape, algorithm, base, contender.slow_start):
+                size = contender.bytes_per_param(algorithm, base, run.machine.device.type)
+                for kind in ("step", *["graph"] * (run.cuda and base in contender.captured)):
+                    labels = {"kind": kind, "shape": shape, "method": algorithm, "base": base, "contender": name}
+                    prepare = partial(_step, run, problem, key, backend, kind == "graph")
+                    yield Case(labels, count(shapes), size, prepare)
 
 
-def _step(
-    run: Run, problem: Problem, contender: str, backend: str | None, graph: bool
-) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
-    start = time.perf_counter()
-    host = None
+def _step(run: Run, make_problem: Callable[[], Problem], contender: str, backend: str | None, graph: bool) -> Prepared:
+    problem, start, host = make_problem(), time.perf_counter(), None
     with on(backend):
         function = problem.build(contender, graph)
         if CONTENDERS[contender].slow_start:  # for its host time it would have to be compiled again
             run.compiling += time.perf_counter() - start
-        elif graph:
-            host = run.until_return_us(function)
         else:
-            host = run.until_return_us(_on_ones(problem, contender))
+            host = run.until_return_us(function if graph else _on_ones(problem, contender))
     beside: dict[str, Subject] = {}
     with run.attempt(OURS, f"beside {contender}"), on(run.backends[0]):  # without ours there is nothing to relate to
         beside[OURS] = Subject(problem.build(OURS, graph), run.backends[0])
@@ -206,22 +168,22 @@ def _on_ones(problem: Problem, contender: str) -> Function:
 
 def kinds(run: Run) -> Iterator[Case]:
     """Every kind of step, beside the loop's and beside the base rule's step alone."""
+    backend = run.backends[0]
 
-    def prepare(problem: Problem, method: str) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
-        backend = run.backends[0]
+    def prepare(make_problem: Callable[[], Problem], method: str) -> Prepared:
+        problem = make_problem()
         with on(backend):
             (ours, theirs), (bare, _) = problem.build_kind(method), problem.build_kind(BARE)
         beside = {"loop": Subject(theirs), BARE: Subject(bare, backend)}
         return Subject(ours, backend), beside, {"tensors": len(problem.shapes)}
 
-    for shape in run.plan.kinds:
-        for base in BASES:
-            if _may_run(run, shape, "sam", base):
-                problem = Problem(run.plan.steps[shape], "sam", base, run.machine)
-                for method, kind in KINDS.items():
-                    labels = {"kind": "kind", "shape": shape, "method": method, "base": base, "contender": OURS}
-                    size = kind.bytes_per_param(base)
-                    yield Case(labels, count(problem.shapes), size, partial(prepare, problem, method))
+    for shape, base in product(run.plan.kinds, BASES):
+        if _may_run(run, shape, "sam", base):
+            problem = cache(partial(Problem, run.plan.steps[shape], "sam", base, run.machine))
+            for method, kind in KINDS.items():
+                labels = {"kind": "kind", "shape": shape, "method": method, "base": base, "contender": OURS}
+                params, size = count(run.plan.steps[shape]), kind.bytes_per_param(base)
+                yield Case(labels, params, size, partial(prepare, problem, method))
 
 
 def iterations(run: Run) -> Iterator[Case]:
@@ -236,9 +198,7 @@ def iterations(run: Run) -> Iterator[Case]:
             yield Case(labels, params, None, partial(_iteration, run, training, contender, backend))
 
 
-def _iteration(
-    run: Run, training: Training, contender: str, backend: str | None
-) -> tuple[Subject, dict[str, Subject], dict[str, Any]]:
+def _iteration(run: Run, training: Training, contender: str, backend: str | None) -> Prepared:
     torch.manual_seed(0)
     device = run.machine.device
     order = torch.channels_last if training.channels_last else torch.contiguous_format
