@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 Algorithm = Literal["sam", "asam"]
 Base = Literal["sgd", "adamw"]
 Closure = Callable[[], Tensor]
+TwoStep = Any  # has first_step() and second_step()
 
 LR, MOMENTUM, SGD_DECAY = 0.1, 0.9, 5e-4
 ADAM_LR, BETA1, BETA2, ADAM_EPS, ADAM_DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
@@ -38,12 +39,6 @@ BASES: dict[Base, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 class Unavailable(Exception):
     """A contender that cannot run here, or does something else; the message says why."""
-
-
-class TwoStep(Protocol):
-    def first_step(self) -> object: ...
-
-    def second_step(self) -> object: ...
 
 
 class Loop:
@@ -241,8 +236,8 @@ class Foreach:
         self.states = [[torch.zeros_like(p) for p in self.params] for _ in range(states)]
 
     @property
-    def _grads(self) -> list[Tensor]:
-        return [cast(Tensor, p.grad) for p in self.leaves]
+    def _grads(self) -> Tensors:
+        return [p.grad for p in self.leaves]
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -286,4 +281,4 @@ def make_pytorch_optimizer(
     if algorithm == "asam":
         raise Unavailable("pytorch_optimizer has no ASAM: its adaptive=True scales every tensor, without eta")
     cls, options = BASES[base]
-    return cast(TwoStep, SAM(params, cls, rho=RHO["sam"], perturb_eps=PERTURB_EPS, foreach=foreach, **options))
+    return SAM(params, cls, rho=RHO["sam"], perturb_eps=PERTURB_EPS, foreach=foreach, **options)

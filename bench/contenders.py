@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def _make(cls: Any, params: Sequence[Tensor], base: Base, **own: Any) -> Any:
 
 def _ours(params: Sequence[Tensor], algorithm: Algorithm, base: Base, **own: Any) -> TwoStep:
     cls = sk.SAM if algorithm == "sam" else sk.ASAM
-    return cast(TwoStep, _make(cls, params, base, rho=RHO[algorithm], **own))
+    return _make(cls, params, base, rho=RHO[algorithm], **own)
 
 
 # torch.optim one operation at a time, with a loop or with foreach.

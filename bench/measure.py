@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,72 +46,48 @@ def compare(have: Sequence[Tensor], want: Sequence[Tensor], what: str, rtol: flo
             raise WrongValues(f"{what}: tensor {i} is off by {float((h - w).abs().max()):.3g}")
 
 
-class Cpu:
-    """The CPU, also where it stands in for a GPU in a dry run: nothing is asynchronous."""
+class Machine:
+    """The CPU, which also stands in for a GPU in a dry run, or the current CUDA device."""
 
-    device = torch.device("cpu")
-    # Calls of a function before it is captured.
-    WARM_UP = 3
+    WARM_UP = 3  # calls of a function before it is captured
 
-    def clock(self, function: Function) -> Clock:
-        """Of calls that follow one another: the host's time or the device's, whichever is longer."""
+    def __init__(self, cuda: bool = False) -> None:
+        self.cuda = cuda
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.synchronize = torch.cuda.synchronize if cuda else lambda: None
+
+    def clock(self, function: Function, device_only: bool = False) -> Clock:
+        """Of calls that follow one another: the host's time or the device's, whichever is longer.
+
+        Of the device alone, where that is wanted and there is one: between events around every call, each behind a
+        launch that overwrites the L2 cache, so that the host is ahead.
+        """
+        if device_only and self.cuda:
+            from triton.testing import do_bench
+
+            return lambda calls: 1e-3 * do_bench(function, warmup=1, rep=5, return_mode="median")
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return lambda calls: timer.timeit(calls).mean
 
-    def device_clock(self, function: Function) -> Clock:
-        """Of the device alone, its cache cold; on a CPU the same as ``clock``."""
-        return self.clock(function)
-
-    def synchronize(self) -> None:
-        """Wait for everything that was launched."""
-
-    def until_return(self, function: Function) -> float:
-        """Seconds until one call returns to the host, on an idle device."""
-        self.synchronize()
-        start = time.perf_counter()
-        function()
-        seconds = time.perf_counter() - start
-        self.synchronize()
-        return seconds
-
-    def capture(self, function: Function) -> Function:
-        """A replay of ``function``, which was called ``WARM_UP`` times before."""
-        for _ in range(self.WARM_UP):
+    def until_return(self, function: Function, rounds: int) -> float:
+        """Seconds until a call returns to the host, on an idle device: the median."""
+        times = []
+        for _ in range(rounds):
+            self.synchronize()
+            start = time.perf_counter()
             function()
-        return function
-
-    def peak_bytes(self, function: Function) -> int:
-        """The most memory that tensors took during a call; 0 where nothing counts it."""
-        function()
-        return 0
-
-    def describe(self) -> tuple[str, dict[str, str | None]]:
-        """Its name, and the versions of what runs it."""
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-        return found[1] if found else platform.processor() or platform.machine(), {}
-
-
-class Gpu(Cpu):
-    """The current CUDA device."""
-
-    device = torch.device("cuda")
-
-    def device_clock(self, function: Function) -> Clock:
-        # Events around every call, behind a launch that overwrites the L2 cache: the host is ahead by then.
-        from triton.testing import do_bench
-
-        return lambda calls: 1e-3 * do_bench(function, warmup=1, rep=5, return_mode="median")
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     def capture(self, function: Function) -> Function:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            super().capture(function)
-        torch.cuda.current_stream().wait_stream(side)
+        """A replay of ``function``, which was called ``WARM_UP`` times before; on a CPU the function itself."""
+        self.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()) if self.cuda else nullcontext():
+            for _ in range(self.WARM_UP):
+                function()
+        self.synchronize()
+        if not self.cuda:
+            return function
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function()
@@ -118,14 +95,21 @@ class Gpu(Cpu):
         return lambda captured=function: graph.replay()  # type: ignore[misc]
 
     def peak_bytes(self, function: Function) -> int:
+        """The most memory that tensors took during a call; 0 where nothing counts it."""
+        if not self.cuda:
+            return 0
         torch.cuda.reset_peak_memory_stats()
         function()
-        self.synchronize()
         return torch.cuda.max_memory_allocated()
 
     def describe(self) -> tuple[str, dict[str, str | None]]:
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return torch.cuda.get_device_name(), {"cuda": torch.version.cuda, "driver": driver and driver.split("\n")[0]}
+        """Its name, and the versions of what runs it."""
+        if self.cuda:
+            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            return torch.cuda.get_device_name(), {"cuda": torch.version.cuda, "driver": driver}
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+        return found[1] if found else platform.processor() or platform.machine(), {}
 
 
 @dataclass(frozen=True)
@@ -178,33 +162,34 @@ class Run:
     """What was measured so far."""
 
     plan: Plan
-    machine: Cpu
+    machine: Machine
     dry: bool = False  # the CPU stands in for a GPU
     every: bool = False  # leave no row out for its minutes
     only: str = ""  # a regular expression that a row's name has to contain
     command: str = ""
     out: Path | None = None  # where the JSON goes, anew after each row
-    say: Callable[[str], object] = print
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     compiling: float = 0.0  # seconds that went into it
 
     def __post_init__(self) -> None:
-        device, elements = self.machine.device, self.plan.copy
-        self.cuda = self.dry or device.type == "cuda"
+        device = self.machine.device
+        self.cuda = self.dry or self.machine.cuda  # what is measured, not where
         available = sk.available_backends(device)
         # The one that runs by default first; the reference only where there is nothing else, no interpreter on a CPU.
         self.backends = ([name for name in available if name != "reference"] or available)[: None if self.cuda else 1]
-        self.environment = environment(self.command, self.machine)
-        self.environment |= {"device_type": "cuda" if self.cuda else "cpu", "dry_run": self.dry}
-        self.environment |= {"backends": self.backends, "copy_mb": round(4 * elements / 1e6)}
-        source, target = (torch.empty(elements, device=device).uniform_() for _ in range(2))
-        self._copy = self.machine.clock(lambda: target.copy_(source))
+        self.environment = {
+            **environment(self.command, self.machine), "device_type": "cuda" if self.cuda else "cpu",
+            "dry_run": self.dry, "backends": self.backends, "copy_mb": round(4e-6 * self.plan.copy),
+        }  # fmt: skip
+        self._copied = [torch.empty(self.plan.copy, device=device).uniform_() for _ in range(2)]
 
-    def copy_rate(self) -> float:
-        """Bytes a second of ``target.copy_(source)``, 8 an element, now: a machine's may change during a run."""
-        return 8 * self.plan.copy / statistics.median(self._copy(1) for _ in range(5))
+    def copy_rate(self, device_only: bool) -> float:
+        """Bytes a second of a plain copy, 8 an element, now: a machine's may change during a run."""
+        source, target = self._copied
+        clock = self.machine.clock(lambda: target.copy_(source), device_only)
+        return 8 * self.plan.copy / statistics.median(clock(4) for _ in range(3))
 
     def measure(self, cases: Iterable[Case]) -> None:
         """Rows of cases that were asked for; one that fails costs its own row."""
@@ -214,7 +199,7 @@ class Run:
                 with self.attempt(*case.labels.values()):
                     self._measure(case)
                 gc.collect()  # optimizers sit in reference cycles
-                if self.machine.device.type == "cuda":
+                if self.machine.cuda:
                     torch.cuda.empty_cache()
         gc.unfreeze()
 
@@ -226,8 +211,7 @@ class Run:
         """
         subject, beside, info = case.prepare()
         subjects = {"": subject, **beside}
-        make = self.machine.device_clock if case.device_only else self.machine.clock
-        clocks = {name: make(each.function) for name, each in subjects.items()}
+        clocks = {name: self.machine.clock(each.function, case.device_only) for name, each in subjects.items()}
         calls: dict[str, int] = {}
 
         def turn(name: str) -> float:
@@ -237,50 +221,38 @@ class Run:
                     calls[name] = max(1, min(most, round(region / clocks[name](1))))
                 return 1e3 * clocks[name](calls[name])
 
-        copy_rate = self.copy_rate()
+        copy_rate = self.copy_rate(case.device_only)
         start = time.perf_counter()
         for name in subjects:
             turn(name)
         times: dict[str, list[float]] = {name: [] for name in subjects}
-        for i in range(self.rounds(time.perf_counter() - start)):
+        least, most = self.plan.rounds
+        rounds = max(least, min(most, int(self.plan.seconds / (time.perf_counter() - start))))
+        for i in range(rounds):
             for name in list(subjects)[:: -1 if i % 2 else 1]:
                 times[name].append(turn(name))
         own = times[""]
         rate = None if case.size is None else 1e3 * case.size * case.params / statistics.median(own)
         row = {
             **case.labels, "params": case.params, "backend": subject.backend,
-            "ms": statistics.median(own), "min_ms": min(own), "max_ms": max(own), "rounds": len(own),
+            "ms": statistics.median(own), "min_ms": min(own), "max_ms": max(own), "rounds": rounds,
             "beside_ms": {name: statistics.median(times[name]) for name in beside},
             "bytes_per_param": case.size, "gb_per_s": None if rate is None else rate / 1e9,
             "copy_gb_per_s": copy_rate / 1e9, "copy_share": None if rate is None else rate / copy_rate,
             **info,
         }  # fmt: skip
         self.rows.append(row)
-        self.say(f"{', '.join(case.labels.values())}: {row['ms']:.4g} ms")
+        print(f"{', '.join(case.labels.values())}: {row['ms']:.4g} ms", file=sys.stderr)
         self.save()
-
-    def rounds(self, seconds: float, share: float = 1.0) -> int:
-        """How many rounds of so many seconds there is time for, in a share of a measurement's."""
-        least, most = self.plan.rounds
-        return max(least, min(most, int(share * self.plan.seconds / seconds)))
-
-    def until_return_us(self, function: Function) -> float:
-        """Microseconds until a call returns: the median."""
-        rounds = self.rounds(self.machine.until_return(function), share=0.1)
-        return 1e6 * statistics.median(self.machine.until_return(function) for _ in range(rounds))
 
     def results(self) -> dict[str, Any]:
         """What ``bench.render`` reads."""
-        notes = {"left_out": self.left_out, "failed": self.failed}
+        notes = {"left_out": list(dict.fromkeys(self.left_out)), "failed": self.failed}
         return {"environment": {**self.environment, **notes}, "rows": self.rows}
 
     def save(self) -> None:
         if self.out is not None:
             self.out.write_text(json.dumps(self.results(), indent=1) + "\n", encoding="utf-8")
-
-    def leave_out(self, reason: str) -> None:
-        if reason not in self.left_out:
-            self.left_out.append(reason)
 
     @contextmanager
     def attempt(self, *labels: str) -> Iterator[None]:
@@ -288,17 +260,11 @@ class Run:
         try:
             yield
         except Unavailable as reason:
-            self.leave_out(str(reason))
+            self.left_out.append(str(reason))
         except Exception as error:  # whatever a contender or the device does
             traceback.print_exc()
             message = str(error).strip().partition("\n")[0]
             self.failed.append(f"{', '.join(labels)}: {type(error).__name__}: {message}")
-            self.say(f"FAILED {self.failed[-1]}")
-
-
-def _version(package: str) -> str | None:
-    found = importlib.util.find_spec(package)
-    return importlib.metadata.version(package) if found else None
 
 
 def _output(*command: str) -> str | None:
@@ -309,20 +275,17 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def environment(command: str, machine: Cpu) -> dict[str, Any]:
+def environment(command: str, machine: Machine) -> dict[str, Any]:
     """Where, when and with what a run is made; no host name and no path."""
     # A copy of the tree without its history is told its commit.
     commit = _output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown"
     if commit != "unknown" and _output("git", "status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
     device, versions = machine.describe()
-    packages = {name: _version(name) for name in ("triton", "pytorch_optimizer")}
+    installed = [name for name in ("triton", "pytorch_optimizer") if importlib.util.find_spec(name)]
+    packages = {name: importlib.metadata.version(name) for name in installed}
     return {
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages, **versions},
-        "commit": commit,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
-    }
+        "commit": commit, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command,
+    }  # fmt: skip

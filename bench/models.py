@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,8 @@ class Residual(nn.Module):
 
 def resnet(depths: Sequence[int], bottleneck: bool, width: int = 64, small: bool = False) -> nn.Module:
     """ResNet v1.5: 1000 classes; ``small``: for 32 x 32 images, ten classes."""
-    layers = [*_conv(3, width, 3 if small else 7, 1 if small else 2), nn.ReLU()]
-    if not small:
-        layers.append(nn.MaxPool2d(3, 2, 1))
-    inputs = width
+    stem = _conv(3, width, 3) if small else [*_conv(3, width, 7, 2), nn.MaxPool2d(3, 2, 1)]
+    layers, inputs = [*stem, nn.ReLU()], width
     for stage, depth in enumerate(depths):
         inner = width << stage
         outputs = 4 * inner if bottleneck else inner
@@ -89,18 +87,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 TINY: list[Shape] = [(8, 3, 3, 3), (8,), (8,), (10, 8), (10,), (1, 1, 8), (40, 50)]
-# 400 tensors of a few hundred elements: what is left is the work around the kernels.
-SMALL400: list[Shape] = [(20, 20), (300,)] * 200
 SHAPES = ("small400", *MODELS)
 
 
-@cache
 def shapes_of(name: str) -> list[Shape]:
-    """The parameters' shapes; no memory is taken for them."""
-    if name == "small400":
-        return SMALL400
+    """The parameters' shapes; no memory is taken for them. ``small400``: what is left is the work around kernels."""
     with torch.device("meta"):
-        return [tuple(p.size()) for p in MODELS[name]().parameters()]
+        return [tuple(p.size()) for p in MODELS[name]().parameters()] if name in MODELS else [(20, 20), (300,)] * 200
 
 
 def count(shapes: Sequence[Shape]) -> int:
@@ -110,15 +103,11 @@ def count(shapes: Sequence[Shape]) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """A whole iteration: how the model is made, its base rule, its batch of square images.
-
-    Args:
-        autocast: bf16, and the peak memory beside the time.
-    """
+    """A whole iteration's model."""
 
     make: Callable[[], nn.Module]
     base: Base
     batch: int
-    size: int
-    autocast: bool = False
+    size: int  # of the square images
+    autocast: bool = False  # bf16, and the peak memory beside the time
     channels_last: bool = False

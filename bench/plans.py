@@ -59,7 +59,7 @@ def plan(cuda: bool, tiny: bool = False, shapes: str = "", every: bool = False) 
         copy=100_000 if tiny else 128_000_000 if cuda else 25_600_000,
         seconds=0.0 if tiny else 0.05 if cuda else 1.0,
         rounds=(2, 2) if tiny else (9, 9) if cuda else (4, 100),
-        region=(0.0, 1) if tiny else (1e-3, 50),
+        region=(0.0, 1) if tiny else (5e-3 if cuda else 1e-3, 50),
         compile_seconds=0.0 if tiny else 90.0 if cuda else 600.0,
         adamw_only=() if cuda else ("gpt2_small",),
     )

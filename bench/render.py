@@ -34,6 +34,7 @@ KINDS = (
     "Every kind of step, gradients given. Loop: its time relative to ours. The last column: ours relative to one "
     "launch of the same fused rule, without check, norm or second pass."
 )
+DRY = "DRY RUN on the CPU: the numbers mean nothing."
 
 Row = dict[str, Any]
 
@@ -154,7 +155,7 @@ def render(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         kinds.setdefault(row["kind"], []).append(row)
     cuda = env["device_type"] == "cuda"
-    lines = ["Dry run on a CPU: these numbers mean nothing.", ""] * env["dry_run"]
+    lines = [DRY, ""] * env["dry_run"]
     lines += [f"Ours runs on its backend {env['backends'][0]} where none is named.", ""] * cuda
     if rows := kinds.get("kernel"):
         lines += _kernels(rows)
@@ -166,7 +167,8 @@ def render(results: dict[str, Any]) -> str:
         lines += _kinds(rows)
     if rows := kinds.get("iteration"):
         lines += _iterations(rows)
-    return "\n".join([*lines, *_environment(results)])
+    lines += _environment(results)
+    return "\n".join(lines + ["", DRY] * env["dry_run"])
 
 
 def markers(results: dict[str, Any]) -> tuple[str, str]:

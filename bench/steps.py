@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from .baselines import BASES, RHO, Algorithm, Base, Closure, Loop, TwoStep
 from .contenders import BARE, CONTENDERS, KINDS, OURS
-from .measure import Case, Cpu, Function, Prepared, Run, Subject, compare, on
+from .measure import Case, Function, Machine, Prepared, Run, Subject, compare, on
 from .models import Shape, Training, count
+
+HOST_ROUNDS = 20
 
 
 def step(optimizer: TwoStep) -> None:
@@ -36,7 +38,12 @@ class Problem:
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], algorithm: Algorithm, base: Base, machine: Cpu, dtype: torch.dtype = torch.float
+        self,
+        shapes: Sequence[Shape],
+        algorithm: Algorithm,
+        base: Base,
+        machine: Machine,
+        dtype: torch.dtype = torch.float,
     ) -> None:
         self.shapes, self.algorithm, self.base, self.machine = shapes, algorithm, base, machine
         generator = torch.Generator(machine.device).manual_seed(0)
@@ -112,20 +119,18 @@ def _ours(run: Run) -> dict[str, tuple[str, str | None]]:
     return {f"{OURS}, {backend}" if i else OURS: (OURS, backend) for i, backend in enumerate(run.backends)}
 
 
-def _may_run(run: Run, shape: str, algorithm: str, base: str, slow_start: bool = False) -> bool:
+def _may_run(run: Run, shape: str, algorithm: str, base: str, slow: bool = False) -> bool:
     """Whether a row takes no minutes; those that would are left out, and said so."""
-    reason = ""
-    if shape in run.plan.adamw_only and base != "adamw":
-        reason = "GPT-2 small is timed with AdamW only (with SGD: --every)"
-    elif slow_start and not run.plan.compile_seconds:
-        reason = "torch.compile is left out where numbers mean nothing (all rows: --every)"
-    elif slow_start and (algorithm, base) != ("sam", "sgd"):
-        reason = "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)"
-    elif slow_start and run.compiling > run.plan.compile_seconds:
-        reason = f"torch.compile, {shape}: too much time went into compiling (all rows: --every)"
-    if reason and not run.every:
-        run.leave_out(reason)
-    return run.every or not reason
+    reasons = {
+        "GPT-2 small is timed with AdamW only (with SGD: --every)": shape in run.plan.adamw_only and base != "adamw",
+        "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)": slow
+        and (algorithm, base) != ("sam", "sgd"),
+        "torch.compile: further rows, for the time that compiling takes (all rows: --every)": slow
+        and run.compiling >= run.plan.compile_seconds,
+    }
+    left_out = [reason for reason, applies in reasons.items() if applies and not run.every]
+    run.left_out += left_out[:1]
+    return not left_out
 
 
 def steps(run: Run) -> Iterator[Case]:
@@ -151,7 +156,7 @@ def _step(run: Run, make_problem: Callable[[], Problem], contender: str, backend
         if CONTENDERS[contender].slow_start:  # for its host time it would have to be compiled again
             run.compiling += time.perf_counter() - start
         else:
-            host = run.until_return_us(function if graph else _on_ones(problem, contender))
+            host = 1e6 * run.machine.until_return(function if graph else _on_ones(problem, contender), HOST_ROUNDS)
     beside: dict[str, Subject] = {}
     with run.attempt(OURS, f"beside {contender}"), on(run.backends[0]):  # without ours there is nothing to relate to
         beside[OURS] = Subject(problem.build(OURS, graph), run.backends[0])
