@@ -13,7 +13,7 @@ import torch
 from . import render
 from .measure import Machine, Run
 from .ops import kernels
-from .plans import plan
+from .plans import Plan
 from .steps import iterations, kinds, steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +43,7 @@ def main() -> int:
     if cuda and not tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run runs the same code on the CPU")
     try:
-        chosen = plan(cuda, tiny, args.shapes, args.every)
+        plan = Plan(cuda, tiny, args.shapes, args.every)
     except ValueError as error:
         parser.error(str(error))
 
@@ -58,7 +58,7 @@ def main() -> int:
     words = ["python -m bench", *["--device cuda"] * cuda, *["--quick"] * args.quick, *["--dry-run"] * args.dry_run]
     words += ["--every"] * args.every
     words += [f"--{name} {shlex.quote(x)}" for name in ("sections", "shapes", "only") if (x := getattr(args, name))]
-    run = Run(chosen, machine, args.dry_run, args.every, args.only, " ".join(words), args.out)
+    run = Run(plan, machine, args.dry_run, args.only, " ".join(words), args.out)
     for section in sections:
         run.measure(SECTIONS[section](run))
     run.save()  # failures after the last row, too

@@ -86,12 +86,7 @@ class Loop:
 
     @torch.no_grad()
     def step(self, closure: Closure, every: int = 0, trigger: float | None = None, alpha: float | None = None) -> None:
-        """A second pass in every so many steps (0: never), or where the gradient is large; plain steps otherwise.
-
-        Args:
-            trigger: AE-SAM's standard deviations above the mean, in place of ``every``.
-            alpha: LookSAM's.
-        """
+        """A second pass in every so many steps (0: never), or where AE-SAM's trigger fires; LookSAM has an alpha."""
         closure()
         fires = every > 0 and self.steps % every == 0 if trigger is None else self._is_large(trigger)
         self.steps += 1

@@ -28,11 +28,12 @@ from torch.utils.benchmark import Timer
 import sharpkern as sk
 
 from .baselines import Unavailable
-from .models import Shape, Training
+from .plans import Plan
 
 Function = Callable[[], object]
-# Seconds a call, over so many calls.
-Clock = Callable[[int], float]
+Clock = Callable[[int], float]  # seconds a call, over so many calls
+Subject = tuple[Function, str | None]  # and the backend that our ops run on in it; None where it has none of them
+Prepared = tuple[Subject, dict[str, Subject], dict[str, Any]]  # a case's, those that take turns with it, more columns
 
 
 class WrongValues(Exception):
@@ -113,35 +114,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run measures, and how long: see ``plans.py``."""
-
-    steps: dict[str, list[Shape]]  # that whole steps run on
-    kinds: tuple[str, ...]  # those of them that the family's kinds of step run on
-    kernels: list[tuple[str, list[Shape], torch.dtype]]  # label, shapes and dtype that single ops run on
-    iterations: dict[str, Training]  # whole ones
-    others: tuple[str, ...]  # contenders that train beside ours
-    copy: int  # float32 elements of the copy that is timed beside everything
-    seconds: float  # of all rounds of a measurement
-    rounds: tuple[int, int]  # the least and the most of them
-    region: tuple[float, int]  # seconds of one timed region at least, calls in it at most
-    compile_seconds: float  # once so many were spent on it, no further contender is compiled
-    adamw_only: tuple[str, ...]  # shapes that take minutes with every base rule
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A function, and the backend that our ops run on in it; None where it has none of them."""
-
-    function: Function
-    backend: str | None = None
-
-
-# The subject of a case, those that take turns with it, and further columns.
-Prepared = tuple[Subject, dict[str, Subject], dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class Case:
     """One row."""
 
@@ -164,7 +136,6 @@ class Run:
     plan: Plan
     machine: Machine
     dry: bool = False  # the CPU stands in for a GPU
-    every: bool = False  # leave no row out for its minutes
     only: str = ""  # a regular expression that a row's name has to contain
     command: str = ""
     out: Path | None = None  # where the JSON goes, anew after each row
@@ -211,11 +182,11 @@ class Run:
         """
         subject, beside, info = case.prepare()
         subjects = {"": subject, **beside}
-        clocks = {name: self.machine.clock(each.function, case.device_only) for name, each in subjects.items()}
+        clocks = {name: self.machine.clock(function, case.device_only) for name, (function, _) in subjects.items()}
         calls: dict[str, int] = {}
 
         def turn(name: str) -> float:
-            with on(subjects[name].backend):
+            with on(subjects[name][1]):
                 if name not in calls:
                     region, most = self.plan.region
                     calls[name] = max(1, min(most, round(region / clocks[name](1))))
@@ -234,7 +205,7 @@ class Run:
         own = times[""]
         rate = None if case.size is None else 1e3 * case.size * case.params / statistics.median(own)
         row = {
-            **case.labels, "params": case.params, "backend": subject.backend,
+            **case.labels, "params": case.params, "backend": subject[1],
             "ms": statistics.median(own), "min_ms": min(own), "max_ms": max(own), "rounds": rounds,
             "beside_ms": {name: statistics.median(times[name]) for name in beside},
             "bytes_per_param": case.size, "gb_per_s": None if rate is None else rate / 1e9,

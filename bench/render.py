@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,7 @@ STEPS = (
     "One step, both passes, gradients given. The columns after ours are times relative to ours: 2.00 takes "
     "twice as long, below 1.00 it is faster. Host is the time of a step on as many tensors of one element."
 )
-GPU_STEPS = (
-    "One step, both passes, gradients given, steps following one another: the time of the device or of the host, "
-    "whichever is slower. The columns after ours are times relative to ours: 2.00 takes twice as long, below 1.00 it "
-    "is faster. Host is the time until a step returns, on as many tensors of one element."
-)
+GPU_STEPS = STEPS + " Steps follow one another: the time is the device's or the host's, whichever is longer."
 GRAPHS = "The same step replayed as a CUDA graph. Host is the time until a replay returns."
 HOSTS = "Host time of a step, us: until it returns, on an idle device and as many tensors of one element."
 OPS = "Each op alone, over parameters that no cache holds; on a GPU the device's time."
@@ -70,32 +67,35 @@ def _grouped(rows: list[Row], *keys: str) -> tuple[list[dict[str, Row]], list[st
     return list(groups.values()), list(dict.fromkeys(row["contender"] for row in rows))
 
 
-def _contests(rows: list[Row], text: str, hosts: bool = False) -> list[str]:
-    """A row a shape, method and base rule, a column a contender; with ``hosts`` their host times."""
+def _labels(row: Row) -> list[str]:
+    return [f"{_size(row)}, {row['tensors']} tensors)", f"{_word(row['method'])} + {_word(row['base'])}"]
+
+
+def _contests(rows: list[Row], text: str) -> list[str]:
     groups, names = _grouped(rows, "shape", "method", "base")
-    others = [name for name in names if name != OURS]
     body = []
     for group in groups:
-        row = next(iter(group.values()))
-        cells = [f"{_size(row)}, {row['tensors']} tensors)", f"{_word(row['method'])} + {_word(row['base'])}"]
-        if hosts:
-            times = [group[name]["host_us"] if name in group else None for name in names]
-            body.append([*cells, *("-" if us is None else f"{us:.0f}" for us in times)])
-            continue
         ours = group.get(OURS)
-        cells += [f"{ours['ms']:.2f}", _rate(ours), f"{ours['host_us']:.0f}"] if ours else ["-", "-", "-"]
-        for name in others:
-            ratio = _ratio(group[name], OURS) if name in group else None
+        cells = [f"{ours['ms']:.2f}", _rate(ours), f"{ours['host_us']:.0f}"] if ours else ["-", "-", "-"]
+        for row in [group.get(name) for name in names if name != OURS]:
             # Without ours there is nothing to relate to.
-            alone = f"{group[name]['ms']:.2f} ms" if name in group else "-"
-            cells.append(alone if ratio is None else f"{ratio:.2f}")
-        body.append(cells)
-    if hosts:
-        return _table(text, ["model", "step", *names], body)
+            ratio = None if row is None else _ratio(row, OURS)
+            cells.append("-" if row is None else f"{row['ms']:.2f} ms" if ratio is None else f"{ratio:.2f}")
+        body.append([*_labels(next(iter(group.values()))), *cells])
     noise = [ratio for row in rows if row["contender"] == OURS if (ratio := _ratio(row, OURS)) is not None]
     if noise:
         text += f" Ours against itself: {min(noise):.2f} to {max(noise):.2f}."
-    return _table(text, ["model", "step", "ours, ms", "GB/s (of a copy)", "host, us", *others], body)
+    head = ["model", "step", "ours, ms", "GB/s (of a copy)", "host, us"]
+    return _table(text, head + [name for name in names if name != OURS], body)
+
+
+def _hosts(rows: list[Row]) -> list[str]:
+    groups, names = _grouped(rows, "shape", "method", "base")
+    body = []
+    for group in groups:
+        times = [group[name]["host_us"] if name in group else None for name in names]
+        body.append([*_labels(next(iter(group.values()))), *("-" if us is None else f"{us:.0f}" for us in times)])
+    return _table(HOSTS, ["model", "step", *names], body)
 
 
 def _kernels(rows: list[Row]) -> list[str]:
@@ -150,23 +150,15 @@ def _environment(results: dict[str, Any]) -> list[str]:
 
 def render(results: dict[str, Any]) -> str:
     """The tables of a run; every row that was measured, whoever won it."""
-    env = results["environment"]
-    kinds: dict[str, list[Row]] = {}
-    for row in results["rows"]:
-        kinds.setdefault(row["kind"], []).append(row)
-    cuda = env["device_type"] == "cuda"
+    env, cuda = results["environment"], results["environment"]["device_type"] == "cuda"
     lines = [DRY, ""] * env["dry_run"]
     lines += [f"Ours runs on its backend {env['backends'][0]} where none is named.", ""] * cuda
-    if rows := kinds.get("kernel"):
-        lines += _kernels(rows)
-    if rows := kinds.get("step"):
-        lines += _contests(rows, GPU_STEPS if cuda else STEPS) + (_contests(rows, HOSTS, hosts=True) if cuda else [])
-    if rows := kinds.get("graph"):
-        lines += _contests(rows, GRAPHS)
-    if rows := kinds.get("kind"):
-        lines += _kinds(rows)
-    if rows := kinds.get("iteration"):
-        lines += _iterations(rows)
+    tables = [("kernel", _kernels), ("step", partial(_contests, text=GPU_STEPS if cuda else STEPS))]
+    tables += [("step", _hosts)] * cuda
+    tables += [("graph", partial(_contests, text=GRAPHS)), ("kind", _kinds), ("iteration", _iterations)]
+    for kind, table in tables:
+        if rows := [row for row in results["rows"] if row["kind"] == kind]:
+            lines += table(rows)
     lines += _environment(results)
     return "\n".join(lines + ["", DRY] * env["dry_run"])
 

@@ -9,7 +9,7 @@ the noise of the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property, partial
 from itertools import product
 
@@ -21,8 +21,6 @@ from .baselines import BASES, RHO, Algorithm, Base, Closure, Loop, TwoStep
 from .contenders import BARE, CONTENDERS, KINDS, OURS
 from .measure import Case, Function, Machine, Prepared, Run, Subject, compare, on
 from .models import Shape, Training, count
-
-HOST_ROUNDS = 20
 
 
 def step(optimizer: TwoStep) -> None:
@@ -37,14 +35,7 @@ class Problem:
     Gradients are shared by all contenders, which only read them; every contender gets weights of its own.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[Shape],
-        algorithm: Algorithm,
-        base: Base,
-        machine: Machine,
-        dtype: torch.dtype = torch.float,
-    ) -> None:
+    def __init__(self, shapes: list[Shape], algorithm: Algorithm, base: Base, machine: Machine, dtype=torch.float32):
         self.shapes, self.algorithm, self.base, self.machine = shapes, algorithm, base, machine
         generator = torch.Generator(machine.device).manual_seed(0)
         random = partial(torch.randn, generator=generator, dtype=dtype, device=machine.device)
@@ -114,32 +105,32 @@ class Problem:
         return ours, theirs
 
 
-def _ours(run: Run) -> dict[str, tuple[str, str | None]]:
-    """Name in the rows, contender and backend: plain ``ours`` runs on the default one."""
-    return {f"{OURS}, {backend}" if i else OURS: (OURS, backend) for i, backend in enumerate(run.backends)}
+def _who(run: Run, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Name in the rows, contender and backend: ours on each, its variants on the default one, the others on none."""
+    for name in names:
+        for i, backend in enumerate(run.backends if name == OURS else run.backends[:1]):
+            yield f"{name}, {backend}" if i else name, name, backend if name.startswith(OURS) else None
 
 
 def _may_run(run: Run, shape: str, algorithm: str, base: str, slow: bool = False) -> bool:
     """Whether a row takes no minutes; those that would are left out, and said so."""
-    reasons = {
-        "GPT-2 small is timed with AdamW only (with SGD: --every)": shape in run.plan.adamw_only and base != "adamw",
-        "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)": slow
-        and (algorithm, base) != ("sam", "sgd"),
-        "torch.compile: further rows, for the time that compiling takes (all rows: --every)": slow
-        and run.compiling >= run.plan.compile_seconds,
-    }
-    left_out = [reason for reason, applies in reasons.items() if applies and not run.every]
-    run.left_out += left_out[:1]
-    return not left_out
+    if shape in run.plan.adamw_only and base != "adamw":
+        run.left_out.append("GPT-2 small is timed with AdamW only (with SGD: --every)")
+    elif slow and run.compiling >= run.plan.compile_seconds:
+        run.left_out.append("torch.compile: further rows, for the time that compiling takes (all rows: --every)")
+    elif slow and not run.plan.compile_all and (algorithm, base) != ("sam", "sgd"):
+        what = "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)"
+        run.left_out.append(what)
+    else:
+        return True
+    return False
 
 
 def steps(run: Run) -> Iterator[Case]:
     """Every shape, algorithm, base rule and contender."""
-    # Ours on each backend, its variants on the default one, the others on none.
-    others = {name: (name, run.backends[0] if name.startswith(OURS) else None) for name in CONTENDERS if name != OURS}
     for (shape, shapes), algorithm, base in product(run.plan.steps.items(), RHO, BASES):
         problem = cache(partial(Problem, shapes, algorithm, base, run.machine))
-        for name, (key, backend) in {**_ours(run), **others}.items():
+        for name, key, backend in _who(run, CONTENDERS):
             contender = CONTENDERS[key]
             if _may_run(run, shape, algorithm, base, contender.slow_start):
                 size = contender.bytes_per_param(algorithm, base, run.machine.device.type)
@@ -156,19 +147,13 @@ def _step(run: Run, make_problem: Callable[[], Problem], contender: str, backend
         if CONTENDERS[contender].slow_start:  # for its host time it would have to be compiled again
             run.compiling += time.perf_counter() - start
         else:
-            host = 1e6 * run.machine.until_return(function if graph else _on_ones(problem, contender), HOST_ROUNDS)
+            # As many tensors of one element each: the work around the kernels.
+            ones = Problem([(1,) * len(s) for s in problem.shapes], problem.algorithm, problem.base, run.machine)
+            host = 1e6 * run.machine.until_return(function if graph else ones.make(contender)[0], 20)
     beside: dict[str, Subject] = {}
     with run.attempt(OURS, f"beside {contender}"), on(run.backends[0]):  # without ours there is nothing to relate to
-        beside[OURS] = Subject(problem.build(OURS, graph), run.backends[0])
-    return Subject(function, backend), beside, {"tensors": len(problem.shapes), "host_us": host}
-
-
-def _on_ones(problem: Problem, contender: str) -> Function:
-    """A step on as many tensors of one element each: the work around the kernels."""
-    ones = [(1,) * len(shape) for shape in problem.shapes]
-    function, _ = Problem(ones, problem.algorithm, problem.base, problem.machine).make(contender)
-    function()
-    return function
+        beside[OURS] = (problem.build(OURS, graph), run.backends[0])
+    return (function, backend), beside, {"tensors": len(problem.shapes), "host_us": host}
 
 
 def kinds(run: Run) -> Iterator[Case]:
@@ -179,8 +164,8 @@ def kinds(run: Run) -> Iterator[Case]:
         problem = make_problem()
         with on(backend):
             (ours, theirs), (bare, _) = problem.build_kind(method), problem.build_kind(BARE)
-        beside = {"loop": Subject(theirs), BARE: Subject(bare, backend)}
-        return Subject(ours, backend), beside, {"tensors": len(problem.shapes)}
+        beside = {"loop": (theirs, None), BARE: (bare, backend)}
+        return (ours, backend), beside, {"tensors": len(problem.shapes)}
 
     for shape, base in product(run.plan.kinds, BASES):
         if _may_run(run, shape, "sam", base):
@@ -198,7 +183,7 @@ def iterations(run: Run) -> Iterator[Case]:
     for model, training in run.plan.iterations.items():
         with torch.device("meta"):
             params = count([p.size() for p in training.make().parameters()])
-        for name, (contender, backend) in {**_ours(run), **{name: (name, None) for name in run.plan.others}}.items():
+        for name, contender, backend in _who(run, (OURS, *run.plan.others)):
             labels = {"kind": "iteration", "shape": model, "method": "sam", "base": training.base, "contender": name}
             yield Case(labels, params, None, partial(_iteration, run, training, contender, backend))
 
@@ -237,4 +222,4 @@ def _iteration(run: Run, training: Training, contender: str, backend: str | None
         sam()
         memory["peak_gib"] = max(0, run.machine.peak_bytes(sam) - copy) / 2**30
     info = {"batch": training.batch, "finite": bool(losses[0].isfinite()), **(memory if training.autocast else {})}
-    return Subject(sam, backend), {"plain": Subject(plain)}, info
+    return (sam, backend), {"plain": (plain, None)}, info

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ from bench import ops, render, steps
 from bench.__main__ import SECTIONS, main
 from bench.baselines import BASES, RHO, Algorithm, Base, Foreach, Unavailable
 from bench.contenders import BARE, CONTENDERS, KINDS, Contender
-from bench.measure import Case, Machine, Run, Subject, WrongValues
+from bench.measure import Case, Machine, Run, WrongValues
 from bench.models import MODELS, TINY, count, shapes_of
-from bench.plans import CPU, GPU, plan
+from bench.plans import CPU, GPU, Plan
 from bench.steps import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
-TOTALS = {"resnet18": 11_689_512, "resnet50": 25_557_032, "vit_s16": 22_050_664, "vit_b16": 86_567_656,
-          "gpt2_small": 124_439_808, "small400": 140_000}  # fmt: skip
+TOTALS = {"resnet18": (11_689_512, 62), "resnet50": (25_557_032, 161), "vit_s16": (22_050_664, 152),
+          "vit_b16": (86_567_656, 152), "gpt2_small": (124_439_808, 148), "small400": (140_000, 400)}  # fmt: skip
 EAGER = [name for name, contender in CONTENDERS.items() if not contender.slow_start]
 COMBINATIONS = [(algorithm, base) for algorithm in RHO for base in BASES]
 NEEDS_KERNELS = pytest.mark.skipif(sk.available_backends() == ["reference"], reason="only the reference")
@@ -37,25 +36,18 @@ NEEDS_KERNELS = pytest.mark.skipif(sk.available_backends() == ["reference"], rea
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_shapes_are_those_of_the_models(name: str) -> None:
-    tensors = {"resnet18": 62, "resnet50": 161, "vit_s16": 152, "vit_b16": 152, "gpt2_small": 148, "small400": 400}
-    assert (count(shapes_of(name)), len(shapes_of(name))) == (TOTALS[name], tensors[name])
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_b16"])
-def test_models_run(name: str) -> None:
-    with torch.device("meta"):
-        assert MODELS[name]()(torch.empty(2, 3, 224, 224)).size() == (2, 1000)
+    assert (count(shapes_of(name)), len(shapes_of(name))) == TOTALS[name]
+    if name in MODELS and "gpt2" not in name:
+        with torch.device("meta"):
+            assert MODELS[name]()(torch.empty(2, 3, 224, 224)).size() == (2, 1000)
 
 
 def test_what_runs_by_default() -> None:
-    assert tuple(plan(False).steps) == CPU == ("small400", "resnet18", "vit_s16", "resnet50", "gpt2_small")
-    assert tuple(plan(True).steps) == GPU == ("resnet50", "vit_b16", "gpt2_small", "small400")
-    sizes = [(count(shapes), dtype) for _, shapes, dtype in plan(True).kernels]
-    millions = [1_000_000, 5_000_000, 25_000_000, TOTALS["resnet50"], 100_000_000, 500_000_000]
-    assert sizes[:6] == [(size, torch.float32) for size in millions]
-    assert sizes[6:] == [(25_000_000, torch.bfloat16), (100_000_000, torch.bfloat16)]
-    with pytest.raises(ValueError, match="no vit; there are"):
-        plan(True, shapes="vit")
+    assert tuple(Plan(False).steps) == CPU == ("small400", "resnet18", "vit_s16", "resnet50", "gpt2_small")
+    assert tuple(Plan(True).steps) == GPU == ("resnet50", "vit_b16", "gpt2_small", "small400")
+    sizes = [f"{dtype}, {label}" for label, _, dtype in Plan(True).kernels]
+    floats = [f"torch.float32, {label}" for label in ("1M", "5M", "25M", "resnet50", "100M", "500M")]
+    assert sizes == [*floats, "torch.bfloat16, 25M", "torch.bfloat16, 100M"]
 
 
 @pytest.mark.parametrize(("algorithm", "base"), COMBINATIONS)
@@ -147,7 +139,7 @@ def test_a_kernel_that_does_nothing_is_not_timed(name: str) -> None:
     layout = ops.Layout(TINY, torch.float32, torch.device("cpu"))
     bind, calls = layout.bind, []
 
-    def lazy(*args: Any) -> tuple[Callable[[], object], list[torch.Tensor]]:
+    def lazy(*args: Any) -> Any:
         function, written = bind(*args)
         calls.append(function)
         return (function if len(calls) == 1 else lambda: None), written  # the first one is the reference's
@@ -173,7 +165,7 @@ def test_timed_kernels_stay_finite() -> None:
 def run_of(cuda: bool, **changed: Any) -> Run:
     """A run of tiny sizes on one backend: Triton's interpreter takes a minute."""
     with mock.patch.object(sk, "available_backends", return_value=["cpp"]):
-        return Run(plan(cuda, tiny=True), Machine(), dry=cuda, **changed)
+        return Run(Plan(cuda, tiny=True), Machine(), dry=cuda, **changed)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["cpu", "dry"])
@@ -203,24 +195,22 @@ def test_a_run_has_every_row(run: Run) -> None:
     tables = [(label, str(dtype).removeprefix("torch.")) for label, _, dtype in run.plan.kernels]
     assert found("kernel", "method", "shape", "dtype") == [(op, *t) for t in tables for op in ops.KERNELS]
     eager = [(*c, name) for c in COMBINATIONS for name in EAGER if c[0] == "sam" or "pytorch" not in name]
-    assert sorted(found("step", "method", "base", "contender")) == sorted(eager)
+    assert found("step", "method", "base", "contender") == eager
     graphs = [c for c in eager if c[2] in ("ours", "ours, no check") or c[1:] == ("sgd", "foreach")]
-    assert sorted(found("graph", "method", "base", "contender")) == (sorted(graphs) if run.cuda else [])
+    assert found("graph", "method", "base", "contender") == (graphs if run.cuda else [])
     assert all(row["host_us"] > 0 and row["beside_ms"]["ours"] > 0 for row in run.rows if row["kind"] == "step")
     assert found("kind", "base", "method") == [(base, kind) for base in BASES for kind in KINDS]
-    names = {model: training.base for model, training in run.plan.iterations.items()}
-    assert found("iteration", "shape", "base", "contender") == [
-        (model, base, contender) for model, base in names.items() for contender in ("ours", *run.plan.others)
-    ]
-    assert all(row["finite"] for row in run.rows if row["kind"] == "iteration")
+    models = [(model, training.base) for model, training in run.plan.iterations.items()]
+    trained = [(*model, name, True) for model in models for name in ("ours", *run.plan.others)]
+    assert found("iteration", "shape", "base", "contender", "finite") == trained
 
 
 def test_a_run_renders(run: Run) -> None:
     table = render.render(run.results())
-    for start in ("| adam | 3k, bfloat16 | 22 | ", "| sgd | tiny, float32, 7 tensors | 20 | ",
-                  "| tiny (2k), AdamW | LookSAM, in between | 36 | ", "| tiny (2k, 7 tensors) | ASAM + AdamW | "):  # fmt: skip
-        rows = sum(line.startswith(start) for line in table.splitlines())
-        assert rows == (3 if "ASAM" in start and run.cuda else 1), start
+    starts = ("| adam | 3k, bfloat16 | 22 | ", "| sgd | tiny, float32, 7 tensors | 20 | ",
+              "| tiny (2k), AdamW | LookSAM, in between | 36 | ", "| tiny (2k, 7 tensors) | ASAM + AdamW | ")  # fmt: skip
+    found = [sum(line.startswith(start) for line in table.splitlines()) for start in starts]
+    assert found == [1, 1, 1, 3 if run.cuda else 1]
     assert ("| ViT-B/16 (33k), batch 2, AdamW | ours | " in table) == run.cuda
     for block in table.split("\n\n"):
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
@@ -232,12 +222,10 @@ def test_a_run_renders(run: Run) -> None:
     readme = f"above\n{render.BEGIN}\nold\n{render.END}\n{render.GPU_BEGIN}\nold\n{render.GPU_END}\nbelow\n"
     once = render.insert(readme, table, *render.markers(results))
     assert once == render.insert(once, table, *render.markers(results))
-    assert once.count("\nold\n") == 1
-    assert once.startswith(f"above\n{render.BEGIN}\n{'old' if run.cuda else table}")
-    with pytest.raises(ValueError, match="no markers"):
-        render.insert("nothing here", table)
-    # Without ours.
-    results["rows"] = [row for row in results["rows"] if row.get("contender") == "loop" and row["kind"] == "step"]
+    begin = render.GPU_BEGIN if run.cuda else render.BEGIN
+    assert once == readme.replace(f"{begin}\nold", f"{begin}\n{table}")
+    # Without ours there is nothing to relate to.
+    results["rows"] = [row for row in results["rows"] if row["contender"] == "loop" and row["kind"] == "step"]
     for row in results["rows"]:
         row["beside_ms"] = {}
     assert f"| - | - | - | {results['rows'][0]['ms']:.2f} ms |" in render.render(results)
@@ -272,9 +260,10 @@ def test_failing_contenders_cost_their_rows_only(monkeypatch: pytest.MonkeyPatch
 
 def test_sides_take_turns() -> None:
     run, order = run_of(True), []
-    subjects = {name: Subject(partial(order.append, name)) for name in "abc"}
-    with mock.patch.object(Machine, "clock", lambda self, f, only: lambda calls: f() or 1.0):
-        run.measure([Case({"kind": "x"}, 1, 4, lambda: (subjects["a"], {k: subjects[k] for k in "bc"}, {}))])
+    sides = {name: (partial(order.append, name), None) for name in "abc"}
+    clock = mock.patch.object(Machine, "clock", lambda self, function, only: lambda calls: (function(), 1.0)[1])
+    with clock, mock.patch.object(Run, "copy_rate", return_value=1.0):
+        run.measure([Case({"kind": "x"}, 1, 4, lambda: (sides["a"], {k: sides[k] for k in "bc"}, {}))])
     assert "".join(order) == "aabbcc" + "abc" + "cba"
     assert run.rows[0]["beside_ms"] == {"b": 1e3, "c": 1e3}
 
