@@ -40,16 +40,16 @@ versions() {
 }
 
 build() { # for the GPU that is here and no other: minutes less
-    tool build build.log env SHARPKERN_CUDA=1 "$PYTHON" -c 'import os, runpy, sys, torch
-os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-sys.argv[:] = ["setup.py", "build_ext", "--inplace"]
-runpy.run_path("setup.py", run_name="__main__")'
+    local arch
+    arch=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)
+    tool "build for $arch" build.log env SHARPKERN_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" \
+        "$PYTHON" setup.py build_ext --inplace
     run "what was built" build.log "$PYTHON" -m sharpkern info
 }
 
 # shellcheck disable=SC2086  # TESTS and TOOLS are lists of words
-tests() { # tests NAME LOG ARGUMENTS...; one thread each is what the tests are written for
-    OMP_NUM_THREADS=1 run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}" $TESTS
+tests() { # tests LOG ARGUMENTS...; one thread each is what the tests are written for
+    OMP_NUM_THREADS=1 run "pytest ${*:2}" "$1" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:2}" $TESTS
 }
 
 sanitize() { # the caching allocator hides what lies outside a tensor
@@ -76,8 +76,8 @@ profile() { # the program starts the profiler itself, once everything is warm
 for step in "$@"; do
     case $step in
         versions | build | sanitize | bench | profile) "$step" ;;
-        gpu) tests "tests that need a GPU" test-gpu.log ${DRY_RUN:+tests/test_gpu.py} -m gpu ;;
-        test) tests "other tests" test.log ${DRY_RUN:+tests/test_bench.py} -m "not gpu" ;;
+        gpu) tests test-gpu.log ${DRY_RUN:+tests/test_gpu.py} -m gpu ;;
+        test) tests test.log ${DRY_RUN:+tests/test_bench.py} -m "not gpu" ;;
         *) echo "usage: see the top of bench/gpu_check.sh" >&2 && exit 2 ;;
     esac
 done

@@ -43,9 +43,9 @@ class Plan:
             first = Training(convolutions, "sgd", batch, size, autocast=True, channels_last=True)
             self.iterations = {"resnet50": first, "vit_b16": Training(attention, "adamw", batch, size, autocast=True)}
         else:
-            width, depth = (32, 1) if tiny else (256, 4)
-            first = Training(partial(resnet, (2, 2, 2, 2), False, width // 4, small=True), "sgd", 8, 32)
-            second = Training(partial(VisionTransformer, width, depth, 128), "sgd", 4, 128)
+            width, depth, batch = (16, 1, 1) if tiny else (256, 4, 4)
+            first = Training(partial(resnet, (2, 2, 2, 2), False, width // 4, small=True), "sgd", 2 * batch, 32)
+            second = Training(partial(VisionTransformer, width, depth, 128), "sgd", batch, 128)
             self.iterations = {"convnet": first, "transformer": second}
         self.others = ("loop", "foreach, fused base") if cuda else ("loop",)
 
