@@ -150,9 +150,19 @@ class Run:
         available = sk.available_backends(device)
         # The one that runs by default first; the reference only where there is nothing else, no interpreter on a CPU.
         self.backends = ([name for name in available if name != "reference"] or available)[: None if self.cuda else 1]
+        # Where, when and with what; no host name, no path. A copy of the tree without its history is told its commit.
+        commit = _output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown"
+        if commit != "unknown" and _output("git", "status", "--porcelain", "--untracked-files=no"):
+            commit += " with changes"
+        name, versions = self.machine.describe()
+        for package in filter(importlib.util.find_spec, ("pytorch_optimizer", "triton")):
+            versions = {package: importlib.metadata.version(package), **versions}
         self.environment = {
-            **environment(self.command, self.machine), "device_type": "cuda" if self.cuda else "cpu",
-            "dry_run": self.dry, "backends": self.backends, "copy_mb": round(4e-6 * self.plan.copy),
+            "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
+            "commit": commit, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": self.command, "device_type": "cuda" if self.cuda else "cpu", "dry_run": self.dry,
+            "backends": self.backends, "copy_mb": round(4e-6 * self.plan.copy),
         }  # fmt: skip
         self._copied = [torch.empty(self.plan.copy, device=device).uniform_() for _ in range(2)]
 
@@ -244,19 +254,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def environment(command: str, machine: Machine) -> dict[str, Any]:
-    """Where, when and with what a run is made; no host name and no path."""
-    # A copy of the tree without its history is told its commit.
-    commit = _output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown"
-    if commit != "unknown" and _output("git", "status", "--porcelain", "--untracked-files=no"):
-        commit += " with changes"
-    device, versions = machine.describe()
-    installed = [name for name in ("triton", "pytorch_optimizer") if importlib.util.find_spec(name)]
-    packages = {name: importlib.metadata.version(name) for name in installed}
-    return {
-        "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages, **versions},
-        "commit": commit, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command,
-    }  # fmt: skip

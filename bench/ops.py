@@ -134,7 +134,7 @@ def check(name: str, layout: Layout, backend: str) -> Function:
         call, _ = layout.bind(kernel.op, kernel.without)
         call()
     layout.radius[0, 0] = STILL
-    half = layout.flat.dtype.itemsize == 2
+    half = layout.params[0].dtype.itemsize == 2
     compare(tensors, expected, name, **({"rtol": 2**-7, "atol": 1e-4} if half else {}))
     return call
 

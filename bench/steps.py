@@ -119,8 +119,7 @@ def _may_run(run: Run, shape: str, algorithm: str, base: str, slow: bool = False
     elif slow and run.compiling >= run.plan.compile_seconds:
         run.left_out.append("torch.compile: further rows, for the time that compiling takes (all rows: --every)")
     elif slow and not run.plan.compile_all and (algorithm, base) != ("sam", "sgd"):
-        what = "torch.compile takes a minute or more a row: timed for SAM with SGD only (all rows: --every)"
-        run.left_out.append(what)
+        run.left_out.append("torch.compile takes a minute or more: timed for SAM with SGD only (all rows: --every)")
     else:
         return True
     return False

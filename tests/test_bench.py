@@ -61,7 +61,6 @@ def test_contenders_agree_in_float64(name: str, combination: tuple[Any, Any]) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_take_the_step_that_they_are_named_for(kind: str) -> None:
-    """After the two steps of the check."""
     step, _ = Problem(TINY, "sam", "sgd", Machine()).build_kind(kind)
     optimizer, (closure,), calls = step.func.__self__, step.args, []  # type: ignore[attr-defined]
     optimizer.step(lambda: (calls.append(1), closure())[1])
@@ -93,7 +92,6 @@ def test_bytes() -> None:
     without_rule = [0, 4, 4, 8 + of["ascend"], look, 4 + 4, look, 4 + 4, 4, salr]
     for base, rule in (("sgd", "sgd"), ("adamw", "adam")):
         assert 8 + of["ascend"] + of[rule] == CONTENDERS["ours"].bytes_per_param("sam", base)
-        assert of[f"{rule}, mixed"] == of[rule] + 4
         assert [kind.bytes_per_param(base) - of[rule] for kind in KINDS.values()] == without_rule
 
 
@@ -119,9 +117,6 @@ def test_timed_kernels_stay_finite() -> None:
         for _ in range(200):
             call()
         assert all(t.isfinite().all() for t in written)
-
-
-# Whole runs.
 
 
 def run_of(cuda: bool, **changed: Any) -> Run:
@@ -179,11 +174,8 @@ def test_a_run_renders(run: Run) -> None:
     assert begin == (render.GPU_BEGIN if run.cuda else render.BEGIN)
     once = render.insert(f"above\n{begin}\nold\n{end}\nbelow\n", table, begin, end)
     assert once == f"above\n{begin}\n{table}\n{end}\nbelow\n" == render.insert(once, table, begin, end)
-
-
-def test_the_readme_has_the_results() -> None:
-    results = json.loads((ROOT / "bench/results/cpu.json").read_text(encoding="utf-8"))
-    assert render.render(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+    written = json.loads((ROOT / "bench/results/cpu.json").read_text(encoding="utf-8"))
+    assert render.render(written) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_failing_contenders_cost_their_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +184,11 @@ def test_failing_contenders_cost_their_rows_only(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(CONTENDERS, name, dataclasses.replace(CONTENDERS[name], make=make))
     run = run_of(True, only="^(step|graph) tiny sam sgd")
     run.measure(steps.steps(run))
-    kept = ["ours", "ours", "ours, no check", "ours, no check", "loop, fused base", "foreach, fused base"]
-    assert [row["contender"] for row in run.rows][:6] == kept
     assert [what.partition(" tensor")[0] for what in run.failed] == [
         "step, tiny, sam, sgd, loop: RuntimeError: no kernel",
         "step, tiny, sam, sgd, foreach: WrongValues: foreach:",
         "graph, tiny, sam, sgd, foreach: WrongValues: foreach, CUDA graph:",
     ]
-    # Without ours there is nothing to relate to.
     (loop,) = [row for row in run.rows if row["contender"] == "loop, fused base"]
     run.rows[:] = [{**loop, "beside_ms": {}}]
     assert f"| - | - | - | {loop['ms']:.2f} ms |" in render.render(run.results())
@@ -225,26 +214,24 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "do_bench", mock.create_autospec(testing.do_bench, return_value=2.0))
     machine, calls = Machine(cuda=True), []
     assert machine.clock(lambda: None, device_only=True)(4) == pytest.approx(2e-3)
-    assert testing.do_bench.call_args.kwargs["return_mode"] == "median"
     machine.capture(lambda: calls.append(1))()
     assert len(calls) == machine.WARM_UP + 1
     cuda["CUDAGraph"].return_value.replay.assert_called_once_with()
     assert machine.peak_bytes(lambda: calls.append(1)) is cuda["max_memory_allocated"].return_value
-    assert machine.until_return(lambda: calls.append(1), 3) < 1
-    assert len(calls) == machine.WARM_UP + 5
-    assert machine.describe()[1].keys() == {"cuda", "driver"}
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    for words in ("--quick --only transformer.*loop", "--device cuda --dry-run --sections kernels --only norm.*cpp"):
+    for words in (
+        "--quick --only transformer.*loop",
+        "--device cuda --dry-run --sections kernels --only 3k.norm.float32",
+    ):
         out = tmp_path / words.split()[0] / "results.json"
         monkeypatch.setattr(sys, "argv", ["bench", *words.split(), "--out", str(out)])
         assert main() == 0
         text = out.read_text(encoding="utf-8")
         written, environment = json.loads(text)["rows"], json.loads(text)["environment"]
         assert {row["kind"] for row in written} == {"kernel" if "cuda" in words else "iteration"}
-        assert {"device", "versions", "commit", "date", "left_out"} <= environment.keys()
         assert environment["command"].replace("'", "") == f"python -m bench {words}"
         assert not any(str(path) in text for path in (tmp_path, ROOT))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -262,6 +249,5 @@ def test_gpu_check(tmp_path: Path) -> None:
     check = partial(subprocess.run, env=env, capture_output=True, text=True, timeout=300)
     done = check(["bash", str(ROOT / "bench" / "gpu_check.sh"), "build", "sanitize", "profile"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "0 failed"
     assert "cpu: " in (tmp_path / "build.log").read_text(encoding="utf-8")
     assert check(["bash", str(ROOT / "bench" / "gpu_check.sh"), "everything"]).returncode == 2
