@@ -1,93 +1,69 @@
-"""``python -m bench``: run the benchmarks, write the JSON, print the table."""
+"""``python -m bench``: run the benchmarks, write the JSON, print the tables."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import render
-from .device import Cpu, Gpu
-from .gpu import SECTIONS, Plan, Run, dry, full
+from .measure import Machine, Run
+from .ops import kernels
+from .plans import Plan
+from .steps import iterations, kinds, steps
 
-HERE = Path(__file__).parent
-NO_MEANING = "DRY RUN on the CPU: the numbers mean nothing."
-
-
-def run_on_cpu(args: argparse.Namespace) -> int:
-    """Under pytest-benchmark; see ``bench_*.py``."""
-    import pytest
-
-    out = args.out or HERE / "results" / ("quick.json" if args.quick else "cpu.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    options = [f"--{flag}" for flag in ("quick", "every") if getattr(args, flag)]
-    if args.shapes:
-        options.append(f"--shapes={args.shapes}")
-    code = pytest.main([str(HERE), "-c", str(HERE / "pytest.ini"), "-q", f"--benchmark-json={out}", *options])
-    if code == pytest.ExitCode.OK:
-        print(render.render(render.load(out)))
-    return int(code)
-
-
-def run_on_gpu(args: argparse.Namespace, plan: Plan, sections: list[str]) -> int:
-    """With the device's own clock; see ``gpu/``. Rows that failed are in the JSON, and make this return 1."""
-    machine = Cpu() if args.dry_run else Gpu()
-    out = args.out
-    if out is None and not args.dry_run:
-        out = HERE / "results" / f"{re.sub('[^a-z0-9]+', '-', machine.name.lower())}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    flags = {"dry-run": args.dry_run, "every": args.every}
-    words = ["python -m bench --device cuda", *(f"--{flag}" for flag, given in flags.items() if given)]
-    words += [f"--{option} {value}" for option in ("sections", "shapes") if (value := getattr(args, option))]
-    run = Run(plan, machine, " ".join(words), args.every, out, partial(print, file=sys.stderr, flush=True))
-    if args.dry_run:
-        print(NO_MEANING, flush=True)
-    for section in sections:
-        SECTIONS[section](run)
-    run.save()  # failures after the last row, too
-    print(render.render(run.results()))
-    if args.dry_run:
-        print(NO_MEANING)
-    return int(bool(run.failed))
+RESULTS = Path(__file__).parent / "results"
+# In this order: a run that is stopped loses the last ones.
+SECTIONS = {"kernels": kernels, "steps": steps, "iteration": iterations, "kinds": kinds}
 
 
 def main() -> int:
+    """Rows that failed are in the JSON, and make this return 1."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--every", action="store_true", help="torch.compile and GPT-2 in every row: many minutes more")
-    parser.add_argument("--shapes", default="", help="comma-separated, such as resnet50,small400; default: all")
-    parser.add_argument(
-        "--out", type=Path, help="default: bench/results/ and cpu.json, quick.json with --quick, the GPU's name"
-    )
-    cpu = parser.add_argument_group("--device cpu")
-    cpu.add_argument("--quick", action="store_true", help="tiny shapes: under a minute, numbers without meaning")
-    cuda = parser.add_argument_group("--device cuda")
-    cuda.add_argument("--sections", default="", help="comma-separated, of kernels,steps,iteration; default: all")
-    cuda.add_argument(
-        "--dry-run", action="store_true", help="the same code on the CPU in tiny sizes, no results file without --out"
-    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--every", action="store_true", help="torch.compile and GPT-2 in every row: many minutes more")
+    add("--shapes", default="", help="comma-separated, such as resnet50,small400; default: all")
+    add("--sections", default="", help=f"comma-separated, of {','.join(SECTIONS)}; default: all")
+    add("--only", default="", help="rows whose name has this regular expression, such as 'resnet50 sam sgd'")
+    add("--out", type=Path, help="default: cpu.json or the GPU's name in bench/results/; --dry-run writes none")
+    add("--quick", action="store_true", help="on the CPU in tiny sizes, quick.json: numbers without meaning")
+    add("--dry-run", action="store_true", help="what --device cuda does, on the CPU in tiny sizes")
     args = parser.parse_args()
-    if args.device == "cpu":
-        if args.sections or args.dry_run:
-            parser.error("--sections and --dry-run go with --device cuda")
-        return run_on_cpu(args)
-    if args.quick:
-        parser.error("--quick goes with --device cpu; --dry-run is its like")
+    cuda, tiny = args.device == "cuda", args.quick or args.dry_run
+    if tiny and args.dry_run != cuda:
+        parser.error("--quick goes with --device cpu, --dry-run goes with --device cuda")
     sections = [name for name in args.sections.split(",") if name] or list(SECTIONS)
     if unknown := set(sections) - SECTIONS.keys():
         parser.error(f"--sections: no {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if not args.dry_run and not torch.cuda.is_available():
+    if cuda and not tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run runs the same code on the CPU")
     try:
-        plan = dry() if args.dry_run else full(args.shapes)
+        plan = Plan(cuda, tiny, args.shapes, args.every)
     except ValueError as error:
         parser.error(str(error))
-    return run_on_gpu(args, plan, sections)
+
+    if tiny:
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine make minutes of seconds
+    machine = Machine(cuda and not tiny)
+    if args.out is None and not args.dry_run:
+        name = machine.describe()[0].lower() if cuda else "quick" if tiny else "cpu"
+        args.out = RESULTS / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    words = ["python -m bench", *["--device cuda"] * cuda, *["--quick"] * args.quick, *["--dry-run"] * args.dry_run]
+    words += ["--every"] * args.every
+    words += [f"--{name} {shlex.quote(x)}" for name in ("sections", "shapes", "only") if (x := getattr(args, name))]
+    run = Run(plan, machine, args.dry_run, args.only, " ".join(words), args.out)
+    for section in sections:
+        run.measure(SECTIONS[section](run))
+    run.save()  # failures after the last row, too
+    print(render.render(run.results()))
+    return int(bool(run.failed))
 
 
 if __name__ == "__main__":
