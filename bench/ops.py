@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sharpkern as sk
-from sharpkern.flat import FlatBuffers
+from sharpkern.memory.layout import Layout as Memory
 from sharpkern.rules import make_rule
 
 from .baselines import ALPHA, BASES, DECAY, ETA, PERTURB_EPS
@@ -40,44 +40,44 @@ class Layout:
             p.normal_(0, 0.05, generator=generator)
             p.grad = torch.empty_like(p).normal_(0, 0.01, generator=generator)
         n = len(self.params)
-        self.flat = flat = FlatBuffers(self.params, [f"parameter {i}" for i in range(n)], [0] * n, [True] * n)
-        flat.collect(lambda name, grad: RuntimeError(f"the gradient of {name} cannot be used"))
+        self.memory = memory = Memory(self.params, [f"parameter {i}" for i in range(n)], [0] * n, [True] * n)
+        memory.collect(lambda name, grad: RuntimeError(f"the gradient of {name} cannot be used"))
         scalars = partial(torch.tensor, dtype=torch.float64, device=device)
         self.radius = scalars([[STILL, ETA]])
         # Squared: of the first gradient, of the last one, their product, of g_v; one buffer.
         self.norms = norms = torch.zeros(4, 1, dtype=torch.float64, device=device)
-        self.sq = {"norm": norms[0, 0], "norm_scaled": norms[0, 0], "norm_ema": norms[0], "dots": norms[1:3, 0],
-                   "project": norms[3, 0], "ascend": norms[:1], "ascend_scaled": norms[:1], "sgd": norms[:2],
-                   "adam": norms[:2]}  # fmt: skip
+        self.sq = {"norm": norms[0], "norm_scaled": norms[0], "dots": norms[1:3, 0], "project": norms[3, 0],
+                   "ascend": norms[:1], "ascend_scaled": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
         self.values: dict[str, Tensor] = {}
         for op, (cls, options) in zip(("sgd", "adam"), BASES.values(), strict=True):
             rule = make_rule(cls, options, (), "")
             self.values[op] = scalars([rule.values(rule.defaults)])  # type: ignore[union-attr]
         self.named: dict[str, Any] = {
-            "partials": flat.partials, "blocks": flat.blocks, "step": flat.step, "max_exp_avg_sq": flat.empty,
+            "partials": memory.partials, "step": torch.zeros(n, device=device), "max_exp_avg_sq": memory.empty,
             "counters": torch.zeros(3, dtype=torch.int64, device=device), "ema": scalars([0.0, 1e-10, 0.0, 0.0]),
-            "radius": self.radius, "products": norms[:3], "g_v_sq": norms[3:],
-            "eps": PERTURB_EPS, "skip_nonfinite": True, "alpha": ALPHA, "max_norm": math.inf,
-            "buffer": 0, "decay": DECAY, "coefficient": 1.0, "dtype": dtype,
+            "radius": self.radius, "products": norms[:3], "coefficients": scalars([1.0, ALPHA]),
+            "eps": PERTURB_EPS, "skip_nonfinite": True, "max_norm": math.inf, "buffer": 0,
+            "decay": DECAY, "coefficient": 1.0, "dtype": dtype,
         }  # fmt: skip
         for name, spread in (("backup", 0.05), ("gradient", 0.01), ("g_v", 0.01)):
-            self.named[name] = flat.buffer(name).normal_(0, spread, generator=generator)
+            self.named[name] = memory.buffer(name).normal_(0, spread, generator=generator)
         for name in ("momentum_buffer", "exp_avg_sq"):
-            self.named[name] = flat.buffer(name).uniform_(1e-5, 1e-4, generator=generator)
+            self.named[name] = memory.buffer(name).uniform_(1e-5, 1e-4, generator=generator)
         self.named["exp_avg"] = self.named["momentum_buffer"]  # no op has both
+        self.named["direction"] = self.named["g_v"]  # nor these
         for row in norms:
-            self.sq["norm"] = row[0]
-            self.bind("norm")[0]()
-        self.sq["norm"] = norms[0, 0]
+            self.sq["norm"] = row
+            self.bind("norm", without=("ema",))[0]()
+        self.sq["norm"] = norms[0]
         norms[2] *= 0.5
         self.bind("ascend", without=("gradient",))[0]()
-        flat.ascended()
+        memory.table.after_ascent()
 
     def bind(self, op: str, without: Sequence[str] = ()) -> tuple[Function, list[Tensor]]:
         """A call of an op on the backend in charge, with empty buffers ``without``, and the tensors that it writes."""
-        params, grads = self.flat.lists
-        known = {**self.named, **dict.fromkeys(without, self.flat.empty), "table": self.flat.rows, "grads": grads}
-        known |= {"params": params, "sq": self.sq.get(op), "values": self.values.get(op)}
+        walk = dict(zip(("params", "grads", "table", "blocks"), self.memory.walk, strict=True))
+        known = {**self.named, **dict.fromkeys(without, self.memory.empty), **walk}
+        known |= {"sq": self.sq.get(op), "values": self.values.get(op)}
         call = getattr(torch.ops.sharpkern, op).default
         arguments = call._schema.arguments
         by_name = {a.name: known[a.name] for a in arguments if a.kwarg_only}
@@ -100,14 +100,14 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
-    "norm": Kernel("norm", 1),  # g
-    "norm_scaled": Kernel("norm_scaled", 2),  # w, g
+    "norm": Kernel("norm", 1, without=("ema",)),  # g
+    "norm_scaled": Kernel("norm_scaled", 2, without=("ema",)),  # w, g
     "ascend": Kernel("ascend", 4, without=("gradient",)),  # w, g -> w, backup
     "ascend_scaled": Kernel("ascend_scaled", 4),
     "restore": Kernel("restore", 2),  # backup -> w
-    "sgd": Kernel("sgd", 3, 2, ("g_v",)),  # backup, g, m -> w, m
-    "adam": Kernel("adam", 3, 4, ("g_v",)),  # backup, g, m, v -> w, m, v
-    "norm_ema": Kernel("norm_ema", 1),  # g
+    "sgd": Kernel("sgd", 3, 2, ("direction", "coefficients")),  # backup, g, m -> w, m
+    "adam": Kernel("adam", 3, 4, ("direction", "coefficients")),  # backup, g, m, v -> w, m, v
+    "norm, statistics": Kernel("norm", 1),  # g
     "ascend, in place": Kernel("ascend", 3, without=("backup", "gradient")),  # w, g -> w
     "dots": Kernel("dots", 2),  # gradient, g
     "project": Kernel("project", 2, 1),  # gradient, g -> g_v
