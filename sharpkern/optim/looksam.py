@@ -25,17 +25,18 @@ class LookSAM(SharpnessAwareOptimizer):
     One scalar product over all parameters of all groups together, as in the paper; not one a tensor. A zero gradient
     leaves :math:`g_v` as it was; a :math:`g_v` of norm 1e-12 or less is not added.
 
-    A refresh takes two forward and backward passes and five launches, a step in between one and two; ``first_step``
-    returns False for it.
+    A refresh takes two forward and backward passes and five launches, a step in between one pass and three launches;
+    ``first_step`` returns False for it.
 
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`. A wrapped one finds the mixed gradient in
             ``p.grad`` during its step.
         rho: radius of the ball; a group may have its own.
-        k: one step in k is a SAM step, the first one included. With k = 1 this is :class:`sharpkern.SAM`.
+        k: one step in k (5) is a SAM step, the first one included. With k = 1 this is :class:`sharpkern.SAM`.
         alpha: how much of :math:`g_v`, in norms of g. 0.7 was tuned for vision transformers; take 0.1 to 0.3 for
             convolutional networks with SGD.
+        policy: which steps refresh, in place of ``k``, a :mod:`sharpkern.policy`.
         perturb_eps, model, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
         max_grad_norm: clip the gradient of the last pass to this norm, before :math:`g_v` is added.
         **base_kwargs: options of the base optimizer.
