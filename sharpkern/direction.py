@@ -48,17 +48,14 @@ class Adaptive(Direction):
     options = ("rho", "adaptive")
 
     def check(self, group: Group) -> None:
-        """Raise for an option that is out of range."""
         check_number(group["rho"], "rho")
         if not isinstance(group["adaptive"], bool):
             raise TypeError(f"adaptive should be a bool, but got {group['adaptive']!r}")
 
     def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
-        """Whether T_w = abs(w) + eta on a parameter."""
         return bool(group["adaptive"])
 
     def key(self, groups: Sequence[Group]) -> Any:
-        """Changes when ``scaled`` may."""
         return tuple(group["adaptive"] for group in groups)
 
 
@@ -68,13 +65,10 @@ class Weights(Direction):
     options = ("rho", "eta")
 
     def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
-        """Whether T_w = abs(w) + eta on a parameter."""
         return "weight" in name if name is not None else param.dim() >= 2
 
     def key(self, groups: Sequence[Group]) -> Any:
-        """Changes when ``scaled`` may."""
         return tuple(tuple(group.get("param_names", ())) for group in groups)
 
     def radius(self, group: Group) -> tuple[float, float]:
-        """rho and eta."""
         return group["rho"], group["eta"]

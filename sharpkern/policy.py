@@ -12,26 +12,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_count, check_probability, check_real, warn
-
-
-class Step(Protocol):
-    """What a policy may ask of a step whose gradients are there: the step's verbs in ``optim/step.py``."""
-
-    @property
-    def t(self) -> int: ...
-
-    @property
-    def has_gradients(self) -> bool: ...
-
-    def norm(self, *, ema: tuple[float, float] | None = None) -> None: ...
-
-    def fired(self) -> bool: ...
 
 
 class Policy(ABC):
@@ -43,8 +29,9 @@ class Policy(ABC):
         return {}
 
     @abstractmethod
-    def decide(self, step: Step) -> bool:
-        """Whether this step does."""
+    def decide(self, step: Any) -> bool:
+        """Whether a step whose gradients are there looks at them twice. ``step.t`` is its number, from 0; what it
+        can measure is in ``optim/measure.py``."""
 
 
 class Scheduled(Policy):
@@ -54,8 +41,7 @@ class Scheduled(Policy):
     def second_pass(self, t: int) -> bool:
         """Whether step t (from 0) looks at the gradient twice."""
 
-    def decide(self, step: Step) -> bool:
-        """Whether this step does."""
+    def decide(self, step: Any) -> bool:
         return self.second_pass(step.t)
 
 
@@ -174,9 +160,8 @@ class Adaptive(Policy):
         """``ema``: the columns of ``ops.schema.EMA``."""
         return {"ema": torch.tensor([*Statistics(), 0.0], dtype=torch.float64, device="cpu")}
 
-    def decide(self, step: Step) -> bool:
-        """Whether this step does. The launch that finishes the norm updates the statistics on the device; the answer
-        is all that the host reads."""
+    def decide(self, step: Any) -> bool:
+        # The launch that finishes the norm updates the statistics on the device; the answer is all that the host reads.
         if not step.has_gradients:
             return False
         if step.t == self.total_steps:
@@ -185,7 +170,7 @@ class Adaptive(Policy):
                 "stays where it was to end"
             )
         step.norm(ema=(self.decay, self.coefficient(step.t)))
-        return step.fired()
+        return bool(step.fired())
 
     def update(self, statistics: Statistics, t: int, n: float) -> tuple[Statistics, bool]:
         """The statistics with the squared norm n of step t, and whether the step fires. This is the rule as data; in a

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,17 +20,23 @@ from .state import LayoutState, Names, check_shapes
 Group = dict[str, Any]
 
 
+class Direction(Protocol):
+    """What decides which parameters are scaled elementwise."""
+
+    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool: ...
+    def key(self, groups: list[Group]) -> Any: ...
+
+
 class Layouts:
     """Layouts of an optimizer's parameters, with their state and numbers.
 
     Args:
-        opt: the optimizer, for its groups and its state.
+        opt: for its groups and its state.
         scalars: the numbers that lie with the layouts.
-        rule_state: flat buffers of the base rule.
-        own_state: of the algorithm. A sum with its squared norm and a count of parameters go with each.
+        direction: says which parameters are scaled (``scaled``), and when that may have changed (``key``).
+        rule_state, own_state: flat buffers of the base rule and of the algorithm. A sum with its squared norm and a
+            count of parameters go with each of the latter.
         counted: whether parameters count their steps.
-        scaled: whether the elementwise scale applies, of (group, name, parameter).
-        scaled_for: changes when that may, of the groups.
         flatten: move weights and gradients into flat buffers too.
     """
 
@@ -38,16 +44,14 @@ class Layouts:
         self,
         opt: Optimizer,
         scalars: Scalars,
+        direction: Direction,
         rule_state: Names,
         own_state: Names,
         counted: bool,
-        scaled: Callable[[Group, str | None, Tensor], bool],
-        scaled_for: Callable[[list[Group]], Any],
         flatten: bool,
     ) -> None:
-        self._opt, self._scalars, self._counted = opt, scalars, counted
+        self._opt, self._scalars, self._direction, self._counted = opt, scalars, direction, counted
         self._names, self._own_state = (*rule_state, *own_state), own_state
-        self._scaled, self._scaled_key = scaled, scaled_for
         self.flatten = flatten
         # Whether backups hold the weights, and the parameters something else.
         self.away = False
@@ -101,7 +105,7 @@ class Layouts:
                 len(group["params"]) == len(members) and all(map(operator.is_, group["params"], members))
                 for group, members in zip(groups, self._members, strict=True)
             )
-            or self._scaled_for != self._scaled_key(groups)
+            or self._scaled_for != self._direction.key(groups)
             or any(p.requires_grad or p.grad is not None for p in self.idle)
         )
 
@@ -142,7 +146,9 @@ class Layouts:
         layouts = []
         for alike in members.values():
             params, indices, names, labels = zip(*alike, strict=True)
-            scaled = [self._scaled(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)]
+            scaled = [
+                self._direction.scaled(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
+            ]
             layouts.append(Layout(params, labels, indices, scaled, self.flatten))
         for layout in layouts:
             for i, p in enumerate(layout.params):
@@ -152,7 +158,7 @@ class Layouts:
         self.scaled = any(layout.any_scaled for layout in layouts)
         self.valid = False  # until the state has been taken over
         self._members = [list(group["params"]) for group in groups]
-        self._scaled_for = self._scaled_key(groups)
+        self._scaled_for = self._direction.key(groups)
         self._scalars.lie_with([layout.device for layout in layouts])
         self.take_state()
         self.valid = True

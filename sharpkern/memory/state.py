@@ -16,11 +16,9 @@ Names = tuple[str, ...]
 
 
 class LayoutState:
-    """The state of one layout's parameters.
+    """The state of one layout's parameters, taken from the optimizer's ``state``.
 
     Args:
-        layout: whose buffers the state lies in.
-        state: the optimizer's.
         names: of the buffers.
         counted: whether each parameter counts its own steps, too.
     """

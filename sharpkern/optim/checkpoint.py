@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..memory.layouts import entries
+from ..memory.scalars import saved_names
 from ..rules import FusedRule
 from .step import Step
 
@@ -18,6 +20,7 @@ class Checkpoints(Optimizer):
     """An optimizer whose state lies in flat buffers, and whose numbers go with its state dict."""
 
     _step: Step
+    scalars: Mapping[str, Any]  # numbers that the algorithm declares
     _knobs: tuple[str, ...]
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
     # another's leaves it out when it loads.
@@ -27,9 +30,6 @@ class Checkpoints(Optimizer):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         Checkpoints._family.update(cls.state_names)
-
-    def _make_step(self, rule: Any, settings: Any, flatten: bool) -> Step:
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with one more top-level key ``sharpkern``: the numbers of the algorithm.
@@ -82,9 +82,10 @@ class Checkpoints(Optimizer):
                 raise ValueError(
                     f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
                 )
-            found = step.declared & own.keys()
-            if found and found != step.declared:
-                raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(step.declared)} only")
+            declared = saved_names(self.scalars)
+            found = declared & own.keys()
+            if found and found != declared:
+                raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")
             step.scalars.check(own)
         step.loading = loaded
 
@@ -119,7 +120,7 @@ class Checkpoints(Optimizer):
         if "_knobs" in state:  # a copy
             numbers, settings = state.pop("numbers"), state.pop("settings")
             super().__setstate__(state)
-            self._step = self._make_step(*settings)
+            self._step = Step(self, *settings)
             self._step.scalars.load(numbers)
             return
         if self._step.loading is not None:

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ..direction import Direction
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
-from ..memory.scalars import BASE, Scalars, saved_names
+from ..memory.scalars import BASE, Scalars
 from ..memory.transfer import GroupTable, Receiver
 from ..rules import FusedRule, Rule
 
@@ -34,33 +32,17 @@ class Measurements:
     """Gradients and numbers of the step that is under way, and the memory that all steps of an optimizer share.
 
     Args:
-        opt: the optimizer, for its groups and its state.
+        opt: the optimizer: its groups and state, and what it declares (direction, state_names, scalars, policy).
         rule: how it moves.
-        direction: where it perturbs to.
-        state: names of the algorithm's own per-parameter state.
-        own, policy: numbers that the algorithm and the policy declare.
         flatten: move parameters and gradients into flat buffers.
     """
 
-    def __init__(
-        self,
-        opt: Optimizer,
-        rule: Rule,
-        direction: Direction,
-        state: tuple[str, ...],
-        own: Mapping[str, Any],
-        policy: Mapping[str, Any],
-        settings: Settings,
-        flatten: bool,
-    ) -> None:
-        self._opt, self.rule, self._direction, self.settings = opt, rule, direction, settings
-        self.state_names, self.declared = state, saved_names(own)
-        self.scalars = Scalars({**BASE, **own, **policy})
+    def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
+        self._opt, self.rule, self.settings = opt, rule, settings
+        self.scalars = Scalars({**BASE, **opt.scalars, **opt.policy.scalars})
         fused = isinstance(rule, FusedRule)
-        self.owns_state = fused or bool(state)  # whether any state lies in flat buffers
-        self.layouts = Layouts(
-            opt, self.scalars, rule.buffers, state, fused, direction.scaled, direction.key, flatten
-        )  # fmt: skip
+        self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
+        self.layouts = Layouts(opt, self.scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
         self._measured: str | None = None  # the sum that holds the norm of the gradients that are there
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._receiver = Receiver()
@@ -222,7 +204,7 @@ class Measurements:
         """[groups, 2]: how far, with the sign of the group, and eta."""
         rows: list[list[float | Tensor]] = []
         for group in self._opt.param_groups:
-            rho, eta = self._direction.radius(group) if length is None else (length, 0.0)
+            rho, eta = self._opt.direction.radius(group) if length is None else (length, 0.0)
             rows.append([-rho if group.get("maximize") else rho, eta])
         return self._group_table("radius" if length is None else f"length {length}", rows, device)
 

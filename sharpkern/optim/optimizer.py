@@ -18,7 +18,7 @@ from ..checks import check_number, check_params, warn_half
 from ..direction import Direction
 from ..memory.layouts import check_aliases, entries
 from ..policy import Always, Policy, choose
-from ..rules import Rule, make_rule
+from ..rules import make_rule
 from .checkpoint import Checkpoints
 from .measure import Settings
 from .step import Passes, Step, Wish
@@ -61,20 +61,15 @@ class SharpnessAwareOptimizer(Checkpoints):
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)
         max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
-        self._scalars = dict(scalars or {})
+        self.scalars = dict(scalars or {})
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
-        self._step = self._make_step(
-            rule, Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite)), bool(flatten)
-        )
+        settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
+        self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own})
         warn_half(p for p, *_ in entries(self.param_groups))
         rule.share(self, self.state_names)
         if flatten:
             self._step.layouts.lay_out()
-
-    def _make_step(self, rule: Rule, settings: Settings, flatten: bool) -> Step:
-        numbers = (self._scalars, self.policy.scalars)
-        return Step(self, rule, self.direction, self.state_names, *numbers, settings, flatten)
 
     def __init_subclass__(cls) -> None:
         """Show the shared keyword arguments in the signature of every class; they are spelled once, above."""

@@ -35,11 +35,7 @@ Passes = Generator[Wish, Any, None]
 
 
 class Step(Measurements):
-    """The step that is under way.
-
-    Args:
-        arguments: those of :class:`Measurements`.
-    """
+    """The step that is under way, with the arguments of :class:`Measurements`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -150,7 +146,7 @@ class Step(Measurements):
         if not math.isinf(max_norm):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
         coefficients = self.scalars.coefficients if mixed else {}
-        rule.step(self._opt, self.state_names, list(self.layouts), direction, coefficients, clip, lr_scale)
+        rule.step(self._opt, self._opt.state_names, list(self.layouts), direction, coefficients, clip, lr_scale)
 
     def skip(self) -> None:
         """Take no step, and count that."""
@@ -166,7 +162,7 @@ class Step(Measurements):
     def refresh(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
         self.layouts.refresh(self.is_open)
-        self.rule.share(self._opt, self.state_names)
+        self.rule.share(self._opt, self._opt.state_names)
 
     def send(self, loss: Any) -> Any:
         """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; None at its end."""
