@@ -152,10 +152,15 @@ each_method = pytest.mark.parametrize(
     ("method", "base"),
     [pytest.param(m, base, id=f"{m}-{base}") for m, base in zip(_LIST, itertools.cycle(BASES), strict=False)],
 )
-# Every call of a step under ``every`` (and whether its gradient is followed).
-every_call = pytest.mark.parametrize(
-    ("method", "call"), [pytest.param(m, call, id=f"{m}-{call}") for m in _LIST for call in range(m.calls)]
-)
-every_followed = pytest.mark.parametrize(
-    ("method", "call"), [pytest.param(m, call, id=f"{m}-{call}") for m in _LIST for call in m.followed]
-)
+
+
+def _over_calls(calls: Callable[[Method], Iterable[int]]) -> Any:
+    return pytest.mark.parametrize(
+        ("method", "call"), [pytest.param(m, call, id=f"{m}-{call}") for m in _LIST for call in calls(m)]
+    )
+
+
+# Of a step under ``every``: its calls of the closure, those after the first, those whose gradient is followed.
+every_call = _over_calls(lambda m: range(m.calls))
+every_later_call = _over_calls(lambda m: range(1, m.calls))
+every_followed = _over_calls(lambda m: m.followed)
