@@ -1,8 +1,8 @@
 """The family written from the papers, one parameter at a time, over torch's optimizers.
 
 Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package. A method is a
-two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass; ``mix``,
-what the rule gets of the two gradients. SALR is a step of its own.
+two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass;
+``mix``, what the rule gets of the two gradients. SALR is a step of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
 
 
 # Hooks: whether the second pass is taken, of (step, squared norm).
+
+
+def always(t: int, n: float) -> bool:
+    return True
 
 
 def every(k: int) -> Fires:
@@ -118,7 +122,7 @@ class Naive:
         base: type[torch.optim.Optimizer],
         own: dict[str, float],
         scale: Scale = plain,
-        fires: Fires = every(1),
+        fires: Fires = always,
         mix: Mix = last,
         max_grad_norm: float = float("inf"),
         **kwargs: Any,

@@ -15,8 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from methods import BY_HAND, LOOKING, METHODS, RULES, SGD, AdamW, Method, RMSprop, each_method, every_base, every_method
-from methods import over
+from methods import (
+    BY_HAND,
+    LOOKING,
+    METHODS,
+    RULES,
+    SGD,
+    AdamW,
+    Method,
+    RMSprop,
+    each_method,
+    every_base,
+    every_method,
+    over,
+)
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, state_of, train, weights
 from torch import Tensor, nn
 
@@ -319,7 +331,13 @@ def test_loaded_names_scale_what_they_name() -> None:
 
 # Dicts that do not fit.
 
-CLASSES = {"g_v": "aelooksam", "ema": "aelooksam", "g_v_squared_norm": "aelooksam", "history": "salr", "lr_scale": "salr"}
+CLASSES = {
+    "g_v": "aelooksam",
+    "ema": "aelooksam",
+    "g_v_squared_norm": "aelooksam",
+    "history": "salr",
+    "lr_scale": "salr",
+}
 BAD_DICTS: dict[str, Any] = {
     "groups": lambda s: s["param_groups"].append(dict(s["param_groups"][0])),
     "size": lambda s: s["param_groups"][0]["params"].pop(),

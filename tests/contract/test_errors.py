@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from methods import METHODS, SGD, AdamW, Method, each_method, every_base, every_call, every_followed, every_method, over
-from methods import LOOKING
+from methods import (
+    LOOKING,
+    METHODS,
+    SGD,
+    AdamW,
+    Method,
+    each_method,
+    every_base,
+    every_call,
+    every_followed,
+    every_method,
+    over,
+)
 from models import assert_same_bits, batches, make_closure, make_net, state_of, train, weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -104,7 +104,8 @@ def test_moved_between_passes(method: Method, call: int, base: str, flatten: boo
     act = {**SWAPS, "freeze_and_swap": freeze_and_swap}[move]
     model, still = make_net(), make_net()
     opt, reference = (
-        method.make(m.named_parameters(), base, flatten=f, **method.every) for m, f in ((model, flatten), (still, False))
+        method.make(m.named_parameters(), base, flatten=f, **method.every)
+        for m, f in ((model, flatten), (still, False))
     )
     for t, batch in enumerate(batches(4)):
         for m, each in ((model, opt), (still, reference)):

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from methods import BY_HAND, METHODS, SGD, AdamW, Method, each_method, every_base, every_by_hand, every_deciding
-from methods import every_method, over
+from methods import (
+    BY_HAND,
+    METHODS,
+    SGD,
+    AdamW,
+    Method,
+    each_method,
+    every_base,
+    every_by_hand,
+    every_deciding,
+    every_method,
+)
 from models import assert_same_bits, batches, make_closure, make_net, state_of, train, train_by_hand, weights
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

@@ -10,7 +10,6 @@ import pytest
 import torch
 from methods import BASES, METHODS, RULES, SGD, AdamW, Method, each_method, every_base, every_method
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, train, weights
-from naive import Naive
 from torch import Tensor, nn
 
 import sharpkern as sk
