@@ -181,7 +181,7 @@ def test_model_changes_dtype(method: Method, base: str, flatten: bool) -> None:
 @every_base
 @every_method
 def test_flat_has_the_same_bits(method: Method, base: str) -> None:
-    """The trajectory, with a group that joins, a layer that is frozen, and after unflatten(), in between and at last."""
+    """The trajectory, with a group that joins, a layer that is frozen, unflatten() in between or at the end."""
     models = [make_net(f32) for _ in range(3)]
     opts = [
         method.make([(n, p) for n, p in m.named_parameters() if not n.startswith("out")], base, flatten=i > 0)
