@@ -14,7 +14,10 @@ import torch
 from methods import TRIGGERED, Method, over
 from models import batches, make_closure, make_net, train
 
+import sharpkern as sk
 from sharpkern.policy import Adaptive, Always, Bernoulli, Every, Statistics
+
+DEVICE = torch.get_default_device()
 
 # Draws.
 
@@ -103,8 +106,15 @@ def test_a_spike_fires_and_nothing_infinite_counts() -> None:
 # In a step.
 
 
+# Triton's interpreter has the op's own tests.
+@pytest.mark.parametrize("backend_name", [name for name in sk.available_backends(DEVICE) if name != "triton"])
 @over(TRIGGERED)
-def test_the_statistics_are_those_of_the_policy(method: Method) -> None:
+def test_the_statistics_are_those_of_the_policy(method: Method, backend_name: str) -> None:
+    with sk.use_backend(backend_name):
+        follow(method)
+
+
+def follow(method: Method) -> None:
     model = make_net()
     opt = method.make(model.named_parameters(), "momentum", 6)
     policy = Adaptive(6, method.options["lambda_start"], method.options["lambda_end"], 0.9)

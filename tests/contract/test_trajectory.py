@@ -78,9 +78,9 @@ def compare(method: Method, rule: str, dtype: torch.dtype, groups: bool, steps: 
     return opt
 
 
-@pytest.mark.parametrize(("backend_", "method", "rule", "dtype", "groups", "steps"), list(cases()))
-def test_trajectory(backend_: str, method: str, rule: str, dtype: torch.dtype, groups: bool, steps: int) -> None:
-    with sk.use_backend(backend_):
+@pytest.mark.parametrize(("backend_name", "method", "rule", "dtype", "groups", "steps"), list(cases()))
+def test_trajectory(backend_name: str, method: str, rule: str, dtype: torch.dtype, groups: bool, steps: int) -> None:
+    with sk.use_backend(backend_name):
         compare(METHODS[method], rule, dtype, groups, steps, RTOL[dtype])
 
 
