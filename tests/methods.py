@@ -50,6 +50,7 @@ class Method:
         calls: of the closure in a step under ``every``.
         followed: those of them whose gradient is followed.
         by_hand: it has ``first_step`` and ``second_step``.
+        radius: the argument that says how far the weights move between two passes.
         state: names of its own in ``opt.state[p]``.
     """
 
@@ -65,6 +66,7 @@ class Method:
     calls: int = 2
     followed: tuple[int, ...] = (0, 1)
     by_hand: bool = True
+    radius: str = "rho"
     state: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -128,7 +130,7 @@ _LIST = [
     Method(
         "salr", sk.SALR, dict(n_ascent=2, n_descent=3, step_size=0.02, every=2),
         lambda o: {key: o[key] for key in ("n_ascent", "n_descent", "step_size", "every")}, NaiveSALR,
-        every={"every": 1}, calls=6, followed=(0, 1, 2, 4), by_hand=False,
+        every={"every": 1}, calls=6, followed=(0, 1, 2, 4), by_hand=False, radius="step_size",
     ),
 ]  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _LIST}

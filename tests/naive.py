@@ -154,10 +154,16 @@ class Naive:
         return {p: p.grad.clone() for p, _, _ in self.entries()}
 
     @torch.no_grad()
+    def norm(self) -> float:
+        """Of T g."""
+        scaled = [self.scale(name, p, group) * p.grad for p, name, group in self.entries()]
+        return sum(float(x.double().pow(2).sum()) for x in scaled) ** 0.5
+
+    @torch.no_grad()
     def move(self, length: Callable[[dict[str, Any]], float]) -> None:
         """Every weight by length T^2 g / norm(T g)."""
+        norm = self.norm()
         scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
-        norm = sum(float((t * p.grad).double().pow(2).sum()) for p, t in scaled.items()) ** 0.5
         for p, _, group in self.entries():
             sign = -1.0 if group["maximize"] else 1.0
             p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods import BASES, METHODS, RULES, SGD, AdamW, Method, each_method, every_base, every_method
+from methods import BASES, METHODS, RULES, SGD, AdamW, Method, each_method, every_base, every_deciding, every_method
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, train, weights
 from torch import Tensor, nn
 
@@ -134,8 +134,8 @@ def test_lr_zero_gives_the_same_bits_back(method: Method, base: str, dtype: torc
     options = {"eps": 1e-3} if base == "wrapped" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # half precision
-        opt = method.make(model.named_parameters(), base, **{**options, **method.every, "rho": 0.5, "lr": 0.0}
-                          if method.by_hand else {**options, **method.every, "step_size": 0.1, "lr": 0.0})  # fmt: skip
+        options = {**options, **method.every, method.radius: 0.5, "lr": 0.0}
+        opt = method.make(model.named_parameters(), base, **options)
     before = weights(model)
     for batch in batches(3, dtype):
         seen = []
@@ -193,17 +193,17 @@ def test_the_other_classes_at_their_limits_are_sam_or_the_base_rule(method: Meth
         assert int(opt.stats["steps"]) == 5
 
 
-@every_method
+@every_deciding
 def test_rho_0_changes_no_decision(method: Method) -> None:
     taken: list[list[int]] = []
-    for rho in (0.0, 1e-9) if method.by_hand else ():
+    for rho in (0.0, 1e-9):
         model = make_net()
         opt = method.make(model.named_parameters(), rho=rho, lr=0.05)
         taken.append([])
         for batch in batches(20):
             opt.step(make_closure(model, batch))
             taken[-1].append(int(opt.stats["second_passes"]))
-    assert taken[:1] == taken[1:]
+    assert taken[0] == taken[1]
 
 
 # Dtypes.
