@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from models import assert_same_bits, batches, make_closure, make_net, relative_e
 from torch import Tensor, nn
 
 import sharpkern as sk
-from sharpkern.ops import current_backend, schema
+from sharpkern.ops import current_backend
 
 DEVICE = torch.get_default_device()
 slow = pytest.mark.slow
@@ -108,17 +109,12 @@ def test_clipping_the_last_gradient(method: Method, base: str) -> None:
 @each_method
 def test_devices_without_float64(method: Method, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on mps: norms, group values and bias corrections in float32, by the reference."""
-    for module in (schema, *(m for m in _modules() if hasattr(m, "scalar_dtype"))):
-        monkeypatch.setattr(module, "scalar_dtype", lambda device: torch.float32)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sharpkern.") and "scalar_dtype" in vars(module):
+            monkeypatch.setattr(module, "scalar_dtype", lambda device: torch.float32)
     with sk.use_backend("reference"):
         opt = compare(method, base, torch.float32, False, 30, 1e-5, max_grad_norm=0.5)
     assert opt.stats["grad_norm"].dtype == torch.float32
-
-
-def _modules() -> list[Any]:
-    import sys
-
-    return [module for name, module in sys.modules.items() if name.startswith("sharpkern.") and module is not None]
 
 
 # Limits.
