@@ -14,8 +14,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 demo: $(VENV)/demo
 	$(BIN)/python examples/compare.py $(ARGS)
 
+# The first tier of the tests: every kind of check, on what is quick. tests/conftest.py tells what is where.
 test: $(VENV)/test
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(VENV)/bench
 	$(BIN)/python -m bench $(ARGS)
@@ -24,6 +25,7 @@ bench: $(VENV)/bench
 kernels: $(VENV)/bench
 	$(BIN)/python -m bench.kernels $(ARGS)
 
+# What CI runs. Both tiers.
 check: $(VENV)/check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

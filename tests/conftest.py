@@ -1,8 +1,16 @@
-"""Fixtures of every test: both backends, and no luck with uninitialised memory."""
+"""Fixtures of every test: both backends, and no luck with uninitialised memory. And the two tiers.
+
+``make test`` takes the first tier, minutes: every kind of check at least once. Every op on the CPU's kernels; every
+optimizer with every kind of base rule through the contract (tests/contract), its trajectories on the reference, too;
+one trajectory an op set in Triton's interpreter; some of all that through the emulated CUDA kernels.
+``make check`` takes everything: what is marked ``slow``, here or where it stands, is the same on more layouts, dtypes,
+rules and backends, or a whole command that others take in pieces.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import emulation
@@ -29,6 +37,23 @@ if "SHARPKERN_TEST_REMOTE" in os.environ:
 # The CUDA kernels, run on the CPU, in place of the CPU's own: see test_cuda_emulated.py.
 if "SHARPKERN_EMULATED" in os.environ:
     emulation.load(os.environ["SHARPKERN_EMULATED"])
+
+
+# Beside what is marked where it stands. In Triton's interpreter a block costs milliseconds.
+SLOW = {
+    "test_ops.py": r"(many|unaligned|lengths)-.*triton|test_norm_meets_what_is_not_finite.*triton|test_options.*triton"
+    r"|test_skip.*(float64|bfloat16|float16).*triton|number_of_threads.*reference|big_buffers.*bfloat16",
+    "test_device.py": r"test_steps_of_every_kind|test_a_decision_is_all_that_is_read\[(sssam|looksam)",
+    "test_bench.py": r"test_quick_run|test_command_line\b|test_gpu_check",
+    "test_compare.py": r"test_script\b|test_subset\[.*[^0]\]",
+    "test_kernels.py": r"test_report|test_a_bad_cuda_file",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if re.search(SLOW.get(item.path.name, "$^"), item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

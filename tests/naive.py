@@ -1,74 +1,36 @@
-"""SAM, ASAM and the rest of the family written from the papers, one parameter at a time, over torch's optimizers.
+"""The family written from the papers, one parameter at a time, over torch's optimizers.
 
-Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package.
+Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package. A method is a
+two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass;
+``mix``, what the rule gets of the two gradients. SALR is a step of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+Gradients = dict[Tensor, Tensor]
+Scale = Callable[[str, Tensor, dict[str, Any]], Tensor | float]
+Fires = Callable[[int, float], bool]
+Mix = Callable[[Gradients, Gradients | None], Gradients]
 
 
-class Naive:
-    """Two-pass step over ``torch.optim``: Foret et al. 2021 and Kwon et al. 2021.
+def dot(a: Gradients, b: Gradients) -> float:
+    """Over everything that is in both, in float64."""
+    return sum(float((x.double() * b[p].double()).sum()) for p, x in a.items() if p in b)
 
-    Args:
-        groups: torch parameter groups, with ``rho`` (and ``eta``).
-        base: torch optimizer class.
-        scale: T_w of (name, weights, group).
-        names: one a parameter.
-    """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        base: type[torch.optim.Optimizer],
-        scale: Callable[[str, Tensor, dict[str, Any]], Tensor | float],
-        names: dict[Tensor, str],
-        max_grad_norm: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs = {"foreach": False, **kwargs} if base.__module__.startswith("torch.") else kwargs
-        self.base = base([{k: v for k, v in g.items() if k not in ("rho", "eta")} for g in groups], **kwargs)
-        self.own = groups
-        self.scale = scale
-        self.names = names
-        self.max_grad_norm = max_grad_norm
-
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        self.base.zero_grad()
-        loss = closure()
-        with torch.no_grad():
-            entries = []
-            total = 0.0
-            for group, options in zip(self.own, self.base.param_groups, strict=True):
-                for p in options["params"]:
-                    if p.grad is None:
-                        continue
-                    t = self.scale(self.names[p], p, group)
-                    total += float((t * p.grad).double().pow(2).sum())
-                    sign = -1.0 if options["maximize"] else 1.0
-                    entries.append((p, p.detach().clone(), sign * group["rho"] * t * t * p.grad))
-            norm = total**0.5
-            for p, _, direction in entries:
-                p.add_(direction / (norm + 1e-12))
-        self.base.zero_grad()
-        closure()
-        with torch.no_grad():
-            for p, old, _ in entries:
-                p.copy_(old)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_([p for g in self.base.param_groups for p in g["params"]], self.max_grad_norm)
-        self.base.step()
-        return loss
+# Hooks: T_w of (name, weights, group).
 
 
 def plain(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
-    """SAM: T_w = 1."""
+    """SAM (Foret et al. 2021): T_w = 1."""
     return 1.0
 
 
@@ -78,77 +40,33 @@ def magnitude(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
 
 
 def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
-    """The authors' ASAM: T_w = |w| + eta on weights."""
+    """ASAM (Kwon et al. 2021), as its authors have it: T_w = |w| + eta on weights."""
     return w.abs() + group["eta"] if "weight" in name else 1.0
 
 
-class NaiveFamily:
-    """The methods that take their second pass now and then, and SALR: Jiang et al. 2023, Liu et al. 2022, Zhao et al.
-    2022, Yue et al. 2020. One parameter at a time, with everything that is summed over them in float64.
-
-    Args:
-        groups: torch parameter groups, with ``rho``.
-        base: torch optimizer class.
-        fires: of (step, squared norm) whether the second pass is taken.
-        alpha: LookSAM's; None: a step without a second pass is a plain one.
-    """
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        base: type[torch.optim.Optimizer],
-        fires: Callable[[int, float], bool],
-        alpha: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.base = base([{k: v for k, v in g.items() if k != "rho"} for g in groups], foreach=False, **kwargs)
-        self.rho = [group["rho"] for group in groups]
-        self.fires = fires
-        self.alpha = alpha
-        self.t = 0
-        self.decisions: list[bool] = []
-        self.g_v: dict[Tensor, Tensor] = {}
-
-    def gradients(self) -> dict[Tensor, Tensor]:
-        return {p: p.grad.clone() for g in self.base.param_groups for p in g["params"] if p.grad is not None}
-
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        self.base.zero_grad()
-        loss = closure()
-        g = self.gradients()
-        n = sum(float(x.double().pow(2).sum()) for x in g.values())
-        fired = self.fires(self.t, n)
-        self.t += 1
-        self.decisions.append(fired)
-        if fired:
-            old = {p: p.detach().clone() for p in g}
-            for group, rho in zip(self.base.param_groups, self.rho, strict=True):
-                for p in group["params"]:
-                    if p in g:
-                        p.data.add_(g[p], alpha=(-rho if group["maximize"] else rho) / (n**0.5 + 1e-12))
-            self.base.zero_grad()
-            closure()
-            for p, w in old.items():
-                p.data.copy_(w)
-            if self.alpha is not None and n > 0:
-                g_s = self.gradients()
-                product = sum(float((g[p].double() * g_s[p].double()).sum()) for p in g if p in g_s)
-                self.g_v = {
-                    p: g_s.get(p, torch.zeros_like(p)) - product / n * g.get(p, torch.zeros_like(p))
-                    for p in {**g, **g_s}
-                }
-        elif self.alpha is not None:
-            norm = sum(float(v.double().pow(2).sum()) for v in self.g_v.values()) ** 0.5
-            if norm > 1e-12:
-                for p, v in self.g_v.items():
-                    if p.grad is not None:
-                        p.grad = p.grad + self.alpha * n**0.5 / norm * v
-        self.base.step()
-        return loss
+# Hooks: whether the second pass is taken, of (step, squared norm).
 
 
-def ae_sam(total_steps: int, start: float, end: float, decay: float) -> Callable[[int, float], bool]:
-    """AE-SAM's rule, with the mean first and the variance around the new mean."""
+def always(t: int, n: float) -> bool:
+    return True
+
+
+def every(k: int) -> Fires:
+    return lambda t, n: t % k == 0
+
+
+def draws(p: float | Callable[[int], float], seed: int) -> Fires:
+    """SS-SAM (Zhao et al. 2022): a number in [0, 1) made of the seed and the step is below p."""
+
+    def fires(t: int, n: float) -> bool:
+        digest = hashlib.blake2b(f"{seed}:{t}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2**53 < (p(t) if callable(p) else p)
+
+    return fires
+
+
+def ae_sam(total_steps: int, start: float, end: float, decay: float = 0.9) -> Fires:
+    """AE-SAM (Jiang et al. 2023): the mean first, the variance around the new mean."""
     mean, var = 0.0, 1e-10
 
     def fires(t: int, n: float) -> bool:
@@ -161,56 +79,159 @@ def ae_sam(total_steps: int, start: float, end: float, decay: float) -> Callable
     return fires
 
 
-class NaiveSALR:
-    """SALR over a torch optimizer, whose groups' learning rate is scaled for each step."""
+# Hooks: the gradient that the rule takes, of (the first, the second or None).
+
+
+def last(g: Gradients, g_s: Gradients | None) -> Gradients:
+    return g if g_s is None else g_s
+
+
+def look(alpha: float) -> Mix:
+    """LookSAM (Liu et al. 2022): what the second gradient has beside the first one is used again."""
+    g_v: Gradients = {}
+
+    def mix(g: Gradients, g_s: Gradients | None) -> Gradients:
+        n = dot(g, g)
+        if g_s is not None:
+            if n > 0:
+                along = dot(g, g_s) / n
+                g_v.clear()
+                g_v.update({p: g_s.get(p, 0 * g.get(p, 0)) - along * g.get(p, 0) for p in {**g, **g_s}})
+            return g_s
+        norm = dot(g_v, g_v) ** 0.5
+        return {p: x + alpha * n**0.5 / norm * g_v.get(p, 0) for p, x in g.items()} if norm > 1e-12 else g
+
+    return mix
+
+
+class Naive:
+    """A two-pass step.
+
+    Args:
+        params: as torch takes them, (name, tensor) pairs where ``scale`` asks for names.
+        base: torch optimizer class.
+        own: options of the method that a group may have of its own: ``rho``, ``eta``.
+        scale, fires, mix: the hooks.
+        max_grad_norm: of the gradient of the last pass.
+        kwargs: of the base optimizer.
+    """
 
     def __init__(
         self,
-        params: list[Tensor],
+        params: Any,
         base: type[torch.optim.Optimizer],
-        n_ascent: int = 5,
-        n_descent: int = 5,
-        step_size: float = 0.002,
-        every: int = 2,
+        own: dict[str, float],
+        scale: Scale = plain,
+        fires: Fires = always,
+        mix: Mix = last,
+        max_grad_norm: float = float("inf"),
         **kwargs: Any,
     ) -> None:
-        self.params = params
-        self.base = base(params, foreach=False, **kwargs)
-        self.lr = [group["lr"] for group in self.base.param_groups]
-        self.branches = {-1.0: n_descent, 1.0: n_ascent}
-        self.step_size = step_size
-        self.every = every
+        params = list(params)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        kwargs = {"foreach": False, **kwargs} if base.__module__.startswith("torch.") else kwargs
+        self.own = own
+        self.base = base([{**own, **group} for group in groups], **kwargs)
+        self.param_groups = self.base.param_groups
+        self.scale, self.fires, self.mix = scale, fires, mix
+        self.max_grad_norm = max_grad_norm
         self.t = 0
+        self.decisions: list[bool] = []
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        self.base.add_param_group({**self.own, **group})
+
+    def entries(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
+        """Every parameter that has a gradient, with its name and its group."""
+        return [
+            (p, name, group)
+            for group in self.param_groups
+            for p, name in zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True)
+            if p.grad is not None
+        ]
+
+    def gradients(self) -> Gradients:
+        return {p: p.grad.clone() for p, _, _ in self.entries()}
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Of T g."""
+        scaled = [self.scale(name, p, group) * p.grad for p, name, group in self.entries()]
+        return sum(float(x.double().pow(2).sum()) for x in scaled) ** 0.5
+
+    @torch.no_grad()
+    def move(self, length: Callable[[dict[str, Any]], float]) -> None:
+        """Every weight by length T^2 g / norm(T g)."""
+        norm = self.norm()
+        scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
+        for p, _, group in self.entries():
+            sign = -1.0 if group["maximize"] else 1.0
+            p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))
+
+    def put_back(self, weights: Gradients) -> None:
+        for p, w in weights.items():
+            p.data.copy_(w)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        self.base.zero_grad()
+        loss = closure()
+        g, g_s = self.gradients(), None
+        fired = self.fires(self.t, dot(g, g))
+        self.t += 1
+        self.decisions.append(fired)
+        if fired:
+            old = {p: p.detach().clone() for p in g}
+            self.move(lambda group: group["rho"])
+            self.base.zero_grad()
+            closure()
+            self.put_back(old)
+            g_s = self.gradients()
+        taken = last(g, g_s)
+        clip = min(1.0, self.max_grad_norm / (dot(taken, taken) ** 0.5 + 1e-6))
+        for p, x in self.mix(g, g_s).items():
+            p.grad = clip * x
+        self.base.step()
+        return loss
+
+
+class NaiveSALR(Naive):
+    """SALR (Yue et al. 2020): the learning rate of a step is scaled by its sharpness over the median."""
+
+    def __init__(self, *args: Any, n_ascent: int, n_descent: int, step_size: float, every: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.branches = {-1.0: n_descent, 1.0: n_ascent}
+        self.step_size, self.every = step_size, every
         self.history: list[float] = []
         self.ratio = 1.0
 
     def branch(self, sign: float, closure: Callable[[], Tensor]) -> float:
-        """The loss at the end of a branch."""
+        """The loss at the end of a branch; the weights are back afterwards."""
+        old = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
         for _ in range(self.branches[sign]):
             self.base.zero_grad()
             closure()
-            norm = sum(float(p.grad.double().pow(2).sum()) for p in self.params if p.grad is not None) ** 0.5
-            for p in self.params:
-                if p.grad is not None:
-                    p.data.add_(p.grad, alpha=sign * self.step_size / (norm + 1e-12))
-        return float(closure().detach())
+            self.move(lambda group: sign * self.step_size)
+        end = float(closure().detach())
+        self.put_back(old)
+        return -end if self.param_groups[0]["maximize"] else end
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         if self.t % self.every == 0:
-            old = [p.detach().clone() for p in self.params]
-            ends = []
-            for sign in self.branches:
-                ends.append(self.branch(sign, closure))
-                for p, w in zip(self.params, old, strict=True):
-                    p.data.copy_(w)
-            sharpness = ends[1] - ends[0]
+            sharpness = -self.branch(-1.0, closure) + self.branch(1.0, closure)
             if sharpness > 0:
                 self.history.append(sharpness)
                 self.ratio = sharpness / statistics.median(self.history)
         self.t += 1
         self.base.zero_grad()
         loss = closure()
-        for group, lr in zip(self.base.param_groups, self.lr, strict=True):
-            group["lr"] = lr * self.ratio
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * self.ratio
+        taken = self.gradients()
+        clip = min(1.0, self.max_grad_norm / (dot(taken, taken) ** 0.5 + 1e-6))
+        for p, x in taken.items():
+            p.grad = clip * x
         self.base.step()
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            group["lr"] = lr
         return loss

@@ -1,11 +1,13 @@
 """The CUDA kernels without a GPU: the very sources of csrc/cuda, run on the CPU by tests/emulation.
 
-The emulation is built here, and the tests of the ops and of the optimizers run through it, in processes of
-their own, in which it takes the place of the CPU kernels; so do the tests of emulation/on_device.py.
+The emulation is built here, and the tests of the ops and of the optimizers' contract run through it, in processes of
+their own, in which it takes the place of the CPU kernels; so do the tests of emulation/on_device.py. The contract runs
+on a layout as a device has it, besides: tables go up, and marks come from the kernels (remote.py).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,53 +16,61 @@ from pathlib import Path
 import emulation
 import pytest
 
+HERE = Path(__file__).parent
+CONTRACT = sorted(path.name for path in (HERE / "contract").glob("test_*.py"))
+# The reference and Triton are no part of this.
+OURS = "not reference and not triton"
+# Of the contract, in the first tier: where marks and tables have a say, with one rule.
+MARKED = f"{OURS} and momentum and not flat and (moved_between or some_passes or exception or interrupt or groups or " \
+    "by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def library() -> Path:
     if emulation.compiler() is None:
         pytest.skip("no C++ compiler")
-    return emulation.build()
+    (emulation.ROOT / "build").mkdir(exist_ok=True)
+    with open(emulation.ROOT / "build/emulation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others find it built
+        return emulation.build()
 
 
 def pytest_through(library: Path, *arguments: str, **variables: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARPKERN_")}
     environment |= {"SHARPKERN_EMULATED": str(library), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=1200
-    )
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 
 
+def test_some_ops(library: Path) -> None:
+    pytest_through(library, "tests/test_ops.py", "-k", f"{OURS} and addresses and not big", "-m", "not slow")
+
+
+@pytest.mark.slow
 def test_ops(library: Path) -> None:
-    # The reference and Triton are no part of this.
-    pytest_through(library, "tests/test_ops.py", "-k", "not reference and not triton")
-
-
-def test_optimizers(library: Path) -> None:
-    pytest_through(
-        library, "tests/test_trajectory.py", "-k", "cpp and not wrapped and (momentum or adamw or dtypes or bits)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        *(
-            (file, "not reference and not triton")
-            for file in ("test_stepping.py", "test_moves.py", "test_checkpoint.py")
-        ),
-        ("test_family.py", "cpp"),
-    ],
-)
-def test_steps_as_on_a_device(library: Path, file: str, chosen: str) -> None:
-    """Tables go up, and marks come from the kernels."""
-    pytest_through(library, f"tests/{file}", "-k", chosen, SHARPKERN_TEST_REMOTE="1")
+    pytest_through(library, "tests/test_ops.py", "-k", OURS)
 
 
 def test_what_is_particular_to_a_device(library: Path) -> None:
     pytest_through(library, "tests/emulation/on_device.py")
+
+
+def test_some_of_the_contract_as_on_a_device(library: Path) -> None:
+    pytest_through(library, "tests/contract", "-k", MARKED, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CONTRACT)
+def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
+    pytest_through(library, f"tests/contract/{file}", "-k", OURS, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
+
+
+@pytest.mark.slow
+def test_trajectories(library: Path) -> None:
+    """On lists of tensors, without tables that go up: every rule, and steps in half precision."""
+    pytest_through(library, "tests/contract/test_trajectory.py", "-k", f"{OURS} and not wrapped and (float32 or half)")
 
 
 # Whether the emulation notices what it is there to notice.

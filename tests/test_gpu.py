@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods import BY_HAND, METHODS, TRIGGERED, Method, over
 from models import assert_same_bits, weights
 from torch import Tensor, nn
 
@@ -27,18 +28,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}),
     "adamw": (AdamW, {"lr": 1e-2}),
 }
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sam": (sk.SAM, {}),
-    "adaptive": (sk.SAM, {"adaptive": True}),
-    "asam": (sk.ASAM, {}),  # scales what is called a weight
-}
-# Steps of several kinds: a graph repeats one of them.
-FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sssam": (sk.SSSAM, {}),
-    "aesam": (sk.AESAM, {"total_steps": 20}),
-    "looksam": (sk.LookSAM, {"k": 3, "alpha": 0.3}),
-    "aelooksam": (sk.AELookSAM, {"total_steps": 20, "alpha": 0.3}),
-}
+HERE = Path(__file__).parent
+CONTRACT = sorted(f"contract/{path.name}" for path in (HERE / "contract").glob("test_*.py"))
 
 
 @pytest.fixture(params=["cpp", "triton"])
@@ -50,18 +41,18 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 every_base = pytest.mark.parametrize("base", BASES)
-every_method = pytest.mark.parametrize("method", METHODS)
-every_member = pytest.mark.parametrize("method", [*METHODS, *FAMILY])
+# Two passes in every step: a graph repeats it. By hand: gradients need no forward pass.
+every_method = over(m for m in BY_HAND if m.always)
+every_member = over(BY_HAND)
 
 
-def make(method: str, base: str, device: str = "cuda", **more: Any) -> tuple[nn.Module, Any]:
+def make(method: Method, base: str, device: str = "cuda", **more: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(33, 130), nn.Tanh(), nn.Linear(130, 65), nn.Tanh(), nn.Linear(65, 4)).to(device)
-    cls, own = (METHODS | FAMILY)[method]
     rule, options = BASES[base]
     named = list(model.named_parameters())
     groups = [{"params": named[:3]}, {"params": named[3:], "rho": 0.2, "weight_decay": 0.02}]
-    return model, cls(groups, rule, **own, **options, **more)
+    return model, method.make(groups, rule, **options, **more)
 
 
 def data(steps: int, device: str = "cuda") -> list[tuple[Tensor, Tensor]]:
@@ -87,18 +78,19 @@ def closure_on(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 # Values.
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["test_ops.py", "test_flat.py", "test_trajectory.py", "test_stepping.py", "test_moves.py", "test_checkpoint.py",
-     "test_arguments.py", "test_policy.py", "test_family.py"],
-)  # fmt: skip
-def test_values_on_cuda(file: str) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / file)]
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_flat.py", "test_arguments.py", "test_policy.py", *CONTRACT])
+def test_values_on_cuda(file: str, backend: str) -> None:
+    """Ops and flat layers take each backend themselves; the contract is held with either."""
+    if backend not in sk.available_backends("cuda"):
+        pytest.skip(f"no {backend} for CUDA here")
+    if backend != "cpp" and file in ("test_ops.py", "test_flat.py", "test_policy.py"):
+        pytest.skip("runs every backend by itself")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(
         command,
-        cwd=here.parent,
-        env={**os.environ, "SHARPKERN_TEST_DEVICE": "cuda"},
+        cwd=HERE.parent,
+        env={**os.environ, "SHARPKERN_TEST_DEVICE": "cuda", "SHARPKERN_BACKEND": backend},
         capture_output=True,
         text=True,
         timeout=900,
@@ -109,7 +101,7 @@ def test_values_on_cuda(file: str) -> None:
 
 @every_base
 @every_member
-def test_backends_agree(method: str, base: str) -> None:
+def test_backends_agree(method: Method, base: str) -> None:
     ends = []
     for name in sk.available_backends("cuda"):
         with sk.use_backend(name):
@@ -124,7 +116,7 @@ def test_backends_agree(method: str, base: str) -> None:
 
 @every_base
 @every_member
-def test_the_same_bits_on_every_run(method: str, base: str, kernels: str) -> None:
+def test_the_same_bits_on_every_run(method: Method, base: str, kernels: str) -> None:
     ends = []
     for _ in range(3):
         model, opt = make(method, base)
@@ -138,14 +130,13 @@ def test_the_same_bits_on_every_run(method: str, base: str, kernels: str) -> Non
 @pytest.mark.sanitize
 @every_base
 @every_member
-def test_a_few_steps(method: str, base: str, kernels: str) -> None:
+def test_a_few_steps(method: Method, base: str, kernels: str) -> None:
     """Small enough for compute-sanitizer: every kind of step, tails, unaligned weights, one skipped, one restored."""
     memory = torch.randn(20000, device="cuda")
     sizes = [1, 31, 2047, 2048, 2049, 5000]
     params = [nn.Parameter(memory[3 * i + sum(sizes[:i]) :][: sizes[i]]) for i in range(len(sizes))]
-    cls, own = (METHODS | FAMILY)[method]
     rule, options = BASES[base]
-    opt = cls([(f"weight{i}", p) for i, p in enumerate(params)], rule, **own, **options)
+    opt = method.make([(f"weight{i}", p) for i, p in enumerate(params)], rule, **options)
     for kind in ("step", "skipped", "restored", "step", "step"):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -169,17 +160,15 @@ def test_a_few_steps(method: str, base: str, kernels: str) -> None:
 
 @every_base
 @every_method
-def test_launches_of_a_step(method: str, base: str, kernels: str) -> None:
+def test_launches_of_a_step(method: Method, base: str, kernels: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     for count, groups in ((1, 1), (400, 1), (400, 24)):
         params = [nn.Parameter(torch.randn(1 + i % 7, device="cuda")) for i in range(count)]
-        cls, own = METHODS[method]
         rule, options = BASES[base]
         for check in (True, False):
-            opt = cls(
-                [{"params": params[g::groups]} for g in range(groups)], rule, skip_nonfinite=check, **own, **options
-            )
+            split = [{"params": params[g::groups]} for g in range(groups)]
+            opt = method.make(split, rule, skip_nonfinite=check, **options)
             for p in params:
                 p.grad = torch.randn_like(p)
             for _ in range(2):
@@ -202,7 +191,7 @@ def test_launches_of_a_step(method: str, base: str, kernels: str) -> None:
 
 @every_base
 @every_member
-def test_nothing_waits_for_the_device(method: str, base: str, kernels: str) -> None:
+def test_nothing_waits_for_the_device(method: Method, base: str, kernels: str) -> None:
     model, opt = make(method, base)
     batches = data(6)
     for x, y in batches[:2]:
@@ -221,7 +210,7 @@ def test_the_host_far_ahead_of_the_device(base: str, kernels: str) -> None:
     """Tables are sent again and again while the device still has the first steps to do."""
     ends = []
     for ahead in (False, True):
-        model, opt = make("sam", base)
+        model, opt = make(METHODS["sam"], base)
         batches = data(40)
         opt.step(closure_on(model, *batches[0]))
         torch.cuda.synchronize()
@@ -243,7 +232,7 @@ def test_another_stream(base: str, kernels: str) -> None:
     """The caller's stream: gradients come late on it, and the default stream has nothing to wait for."""
     ends = []
     for side in (False, True):
-        model, opt = make("sam", base)
+        model, opt = make(METHODS["sam"], base)
         batches = data(6)
         stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -282,7 +271,7 @@ def warmed_up(step: Callable[[], object], times: int) -> None:
 @every_base
 @every_method
 @pytest.mark.parametrize("flatten", [False, True], ids=["segments", "flat"])
-def test_a_captured_step_equals_an_eager_one(method: str, base: str, flatten: bool, kernels: str) -> None:
+def test_a_captured_step_equals_an_eager_one(method: Method, base: str, flatten: bool, kernels: str) -> None:
     """Forward, backward and both passes in one graph; 20 replays, eager steps before, after and in between."""
     ends = []
     batches = data(26)
@@ -305,8 +294,8 @@ def test_a_captured_step_equals_an_eager_one(method: str, base: str, flatten: bo
     assert ends[0][1] == ends[1][1]
 
 
-@pytest.mark.parametrize("method", ["aesam", "aelooksam"])
-def test_a_decision_cannot_be_captured(method: str, kernels: str) -> None:
+@over(TRIGGERED)
+def test_a_decision_cannot_be_captured(method: Method, kernels: str) -> None:
     model, opt = make(method, "sgd")
     x, y = data(1)[0]
     warmed_up(lambda: opt.step(closure_on(model, x, y)), 2)
@@ -315,8 +304,8 @@ def test_a_decision_cannot_be_captured(method: str, kernels: str) -> None:
     opt.restore()
 
 
-@pytest.mark.parametrize("method", ["aesam", "aelooksam"])
-def test_a_decision_waits_for_nothing_later(method: str, kernels: str) -> None:
+@over(TRIGGERED)
+def test_a_decision_waits_for_nothing_later(method: Method, kernels: str) -> None:
     """It is there as soon as the norm is: a kernel that another stream keeps busy is not waited for."""
     model, opt = make(method, "sgd")
     for x, y in data(3):
@@ -409,7 +398,7 @@ else:
 def test_a_device_that_is_not_the_current_one(base: str, kernels: str) -> None:
     ends = []
     for device in ("cuda:0", "cuda:1"):
-        model, opt = make("sam", base, device)
+        model, opt = make(METHODS["sam"], base, device)
         for x, y in data(5, device):
             opt.step(closure_on(model, x, y))
         assert torch.cuda.current_device() == 0
@@ -435,7 +424,7 @@ def test_an_optimizer_over_two_devices(kernels: str) -> None:
 
 
 def test_moving_a_model_between_the_cpu_and_the_device(kernels: str) -> None:
-    model, opt = make("sam", "sgd", "cpu")
+    model, opt = make(METHODS["sam"], "sgd", "cpu")
     (x, y), *_ = data(1, "cpu")
     opt.step(closure_on(model, x, y))
     model.to("cuda")

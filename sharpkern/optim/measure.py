@@ -145,7 +145,8 @@ class Measurements:
     def read(self, *values: Any) -> list[float]:
         """Numbers or tensors of one element, read on the host in one go."""
         like = self.scalars.row("first", self.layouts[0].device)
-        numbers = [torch.as_tensor(x).detach().reshape(()).to(like) for x in values]
+        wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in values]
+        numbers = [x.detach().reshape(()).to(like) for x in wide]
         read: list[float] = self._receiver.read(torch.stack(numbers)).tolist()
         return read
 

@@ -1,0 +1,513 @@
+"""Checkpoints, copies and pickles keep everything, to the bit; dicts of other classes and of torch (contract 3, 4)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import itertools
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from methods import (
+    BY_HAND,
+    LOOKING,
+    METHODS,
+    RULES,
+    SGD,
+    AdamW,
+    Method,
+    RMSprop,
+    each_method,
+    every_base,
+    every_method,
+    over,
+)
+from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, state_of, train, weights
+from torch import Tensor, nn
+
+import sharpkern as sk
+
+f32, bf16 = torch.float32, torch.bfloat16
+HOW = ("weights_only", "live dict", "deepcopy", "pickle")
+# Of the fast tier: every way in float32, half precision through a file, flat ones copied.
+FAST = {*((how, False, f32) for how in HOW), ("weights_only", False, bf16), ("deepcopy", True, f32)}
+
+
+def make(method: Method, model: nn.Module, base: str, **more: Any) -> Any:
+    """Over three groups, and without the warning about half precision."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return method.make(split(model, RULES[base][1]), base, **more)
+
+
+@pytest.mark.parametrize(
+    ("how", "flatten", "dtype"),
+    [
+        pytest.param(*each, id="-".join(map(str, each)), marks=() if each in FAST else pytest.mark.slow)
+        for each in itertools.product(HOW, (False, True), (f32, bf16))
+    ],
+)
+@every_base
+@every_method
+def test_resume(method: Method, base: str, how: str, flatten: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Seven steps and six more are thirteen: weights, state and statistics. The source trains on undisturbed."""
+    data = batches(13, dtype)
+    straight = make_net(dtype)
+    straight_opt = make(method, straight, base, flatten=flatten)
+    train(straight, straight_opt, data)
+    model = make_net(dtype)
+    opt = make(method, model, base, flatten=flatten)
+    train(model, opt, data[:7])
+    if how in ("weights_only", "live dict"):
+        saved = {"model": model.state_dict(), "opt": opt.state_dict()}
+        if how == "weights_only":
+            torch.save(saved, tmp_path / "seven.pt")
+            saved = torch.load(tmp_path / "seven.pt", weights_only=True)
+        resumed = make_net(dtype, seed=1)
+        resumed_opt = make(method, resumed, base, flatten=flatten)
+        train(resumed, resumed_opt, batches(2, dtype, seed=9))  # another past
+        resumed.load_state_dict(saved["model"])
+        resumed_opt.load_state_dict(saved["opt"])
+    else:
+        pair = (model, opt)
+        resumed, resumed_opt = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert resumed.out.weight is not model.out.weight
+    assert_same_bits(resumed_opt.stats, opt.stats)
+    assert_same_bits(state_of(resumed_opt), state_of(opt))
+    for key, value in state_of(resumed_opt).items():  # never cast down
+        assert value.dtype == state_of(opt)[key].dtype
+    for m, o in ((model, opt), (resumed, resumed_opt)):
+        train(m, o, data[7:])
+        assert_same_bits(weights(m), weights(straight))
+        assert_same_bits(o.stats, straight_opt.stats)
+        assert_same_bits(state_of(o), state_of(straight_opt))
+    assert resumed_opt.state_dict()["sharpkern"].keys() == opt.state_dict()["sharpkern"].keys()
+
+
+def schedule(t: int) -> float:
+    return 1.0 - t / 12
+
+
+def test_a_schedule_is_resumed_and_copied() -> None:
+    data = batches(12, f32)
+    pairs = [(make_net(f32), None)]
+    straight = pairs[0][0]
+    opts = [METHODS["sssam"].make(straight.named_parameters(), "momentum", p=schedule)]
+    train(straight, opts[0], data[:5])
+    twin, twin_opt = copy.deepcopy((straight, opts[0]))
+    other, other_opt = pickle.loads(pickle.dumps((straight, opts[0])))
+    for m, o in ((straight, opts[0]), (twin, twin_opt), (other, other_opt)):
+        train(m, o, data[5:])
+    for m, o in ((twin, twin_opt), (other, other_opt)):
+        assert_same_bits(weights(m), weights(straight))
+        assert_same_bits(o.stats, opts[0].stats)
+
+
+@every_base
+@every_method
+def test_a_state_dict_is_a_copy_without_backups(method: Method, base: str) -> None:
+    """It does not change with the next steps, and holds torch's keys, the method's own and nothing else."""
+    model = make_net()
+    opt = make(method, model, base)
+    train(model, opt, batches(3))
+    state = opt.state_dict()
+    kept = copy.deepcopy(state)
+    torchs = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg"}
+    keys = {key for entry in state["state"].values() for key in entry}
+    assert keys <= torchs | set(method.state)
+    assert set(method.state) <= keys
+    file = io.BytesIO()
+    torch.save(state, file)
+    total = sum(p.numel() for p in model.parameters()) * 8
+    assert file.tell() < total * len(keys - {"step"}) * 1.5 + 20_000
+    train(model, opt, batches(3))
+    if base != "wrapped":  # torch's own state is alive in a dict of torch's, too
+        for i, entry in kept["state"].items():
+            assert_same_bits(*({k: torch.as_tensor(v) for k, v in e.items()} for e in (state["state"][i], entry)))
+    for key, value in kept["sharpkern"].items():
+        torch.testing.assert_close(state["sharpkern"][key], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_pickle_is_not_larger_than_its_state() -> None:
+    """A view pickled with its buffer would make it 50 times as large."""
+    for method in (METHODS["sam"], METHODS["looksam"]):
+        params = [nn.Parameter(torch.randn(1000)) for _ in range(50)]
+        opt = method.make(params, AdamW, lr=0.1)
+
+        def closure(params: Any = params) -> Tensor:
+            for p in params:
+                p.grad = torch.ones_like(p)
+            return torch.tensor(1.0)
+
+        opt.step(closure)
+        buffers = 2 + len(method.state)
+        assert len(pickle.dumps(opt.state_dict())) < buffers * 50 * 1000 * 4 * 1.3 + 100_000
+        assert len(pickle.dumps(opt)) < (buffers + 1) * 50 * 1000 * 4 * 1.3 + 100_000
+
+
+@each_method
+def test_copies_keep_the_model(method: Method, base: str) -> None:
+    model = make_net()
+    opt = method.make(model.named_parameters(), base, model=model, **method.every)
+    twin, twin_opt = copy.deepcopy((model, opt))
+    seen: list[tuple[bool, bool]] = []
+
+    def closure() -> Tensor:
+        seen.append((twin.bn.track_running_stats, model.bn.track_running_stats))
+        return make_closure(twin, batches(1)[0])()
+
+    before = weights(model)
+    twin_opt.step(closure)
+    assert seen == [(True, True)] + [(False, True)] * (method.calls - 1)
+    assert_same_bits(weights(model), before)
+
+
+@every_base
+@every_method
+def test_nothing_is_saved_copied_or_loaded_while_perturbed(method: Method, base: str) -> None:
+    """Between two passes, which is inside of a closure, too."""
+    model = make_net()
+    opt = make(method, model, base, **method.every)
+    state = opt.state_dict()
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            for act in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: pickle.dumps(opt)):
+                with pytest.raises(RuntimeError, match="perturbed"):
+                    act()
+            with pytest.raises(RuntimeError, match="between two passes"):
+                opt.load_state_dict(state)
+        return make_closure(model, batches(1)[0])()
+
+    opt.step(closure)
+    assert calls == method.calls
+    opt.state_dict()
+
+
+# Dicts of torch and of other classes.
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "wrapped-nadam"])
+@every_method
+def test_a_plain_torch_state_dict_loads_and_goes_back(method: Method, rule: str) -> None:
+    base, options = RULES[rule]
+    model, twin = make_net(), make_net()
+    own = base(twin.parameters(), **options)
+    data = batches(8)
+
+    def plain_steps(pairs: Any, data: Any) -> None:
+        for batch in data:
+            for m, o in pairs:
+                o.zero_grad()
+                make_closure(m, batch)()
+                o.step()
+
+    plain_steps([(twin, own)], data[:4])
+    more = {"rho": 0.07} if method.by_hand else {}
+    opt = method.make(model.named_parameters(), rule, **{**more, "lr": 1.0})
+    model.load_state_dict(twin.state_dict())
+    opt.load_state_dict(own.state_dict())
+    assert opt.param_groups[0].get("rho") == more.get("rho")  # what the dict lacks keeps its value
+    assert opt.param_groups[0]["lr"] == options["lr"]
+    plain_steps([(model, opt), (twin, own)], data[4:6])
+    assert relative_error(model, twin) < 1e-12
+    if rule.startswith("wrapped") and method.state:
+        return  # torch's would meet what is the method's own
+    train(model, opt, batches(2))
+    twin.load_state_dict(model.state_dict())
+    own.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch would share our tensors
+    plain_steps([(model, opt), (twin, own)], data[6:])
+    assert relative_error(model, twin) < 1e-12
+
+
+@pytest.mark.parametrize("source", [*METHODS, "torch"])
+@every_method
+def test_any_state_dict_of_the_family_or_of_torch_loads(method: Method, source: str) -> None:
+    """The rule's state and the number of steps go over; what is not there keeps its value."""
+    model = make_net(f32)
+    if source == "torch":
+        other: Any = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for batch in batches(3, f32):
+            other.zero_grad()
+            make_closure(model, batch)()
+            other.step()
+    else:
+        other = METHODS[source].make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
+        train(model, other, batches(3, f32))
+    opt = method.make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
+    opt.load_state_dict(other.state_dict())
+    for p in model.parameters():
+        assert torch.equal(opt.state[p]["momentum_buffer"], other.state[p]["momentum_buffer"])
+        assert set(opt.state[p]) <= {"momentum_buffer", "step", *method.state}
+    assert int(opt.stats["steps"]) == (0 if source == "torch" else 3)
+    before = weights(model)
+    train(model, opt, batches(3, f32))
+    assert not torch.equal(model.out.weight, before["out.weight"])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@over(m for m in BY_HAND if "adaptive" not in inspect.signature(m.cls.__init__).parameters)
+def test_a_loaded_group_may_have_keys_of_another_class(method: Method) -> None:
+    """Every state dict of SAM has ``adaptive``, an option that these classes do not have."""
+    ends = []
+    for adaptive in (False, True):
+        model = make_net(f32)
+        source = sk.SAM(make_net(f32).named_parameters(), adaptive=adaptive, lr=0.05, momentum=0.9)
+        opt = method.make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
+        opt.load_state_dict(source.state_dict())
+        assert opt.param_groups[0]["adaptive"] is adaptive
+        train(model, opt, batches(3, f32))
+        assert int(opt.stats["second_passes"]) > 0
+        ends.append(weights(model))
+    assert_same_bits(*ends)
+
+
+def test_a_policy_goes_on_at_the_step_of_the_state_dict() -> None:
+    model = make_net(f32)
+    sam = sk.SAM(model.parameters(), SGD, lr=0.05)
+    train(model, sam, batches(3, f32))
+    for missing in ((), ("t", "plain_steps")):  # as before there were any
+        state = sam.state_dict()
+        for key in missing:
+            del state["sharpkern"][key]
+        asked: list[int] = []
+        opt = sk.SSSAM(model.parameters(), SGD, p=lambda t, asked=asked: asked.append(t) or 0.0, lr=0.05)
+        make_closure(model, batches(1, f32)[0])()
+        opt.step()
+        assert asked == []  # not by a step without a closure
+        opt.load_state_dict(state)
+        train(model, opt, batches(2, f32))
+        assert asked == [3, 4]
+        assert opt.stats["steps"].item() == 5
+
+
+def test_unknown_group_keys_are_kept() -> None:
+    model = make_net()
+    opt = sk.SAM([{"params": model.parameters(), "initial_lr": 0.3, "note": "mine"}], SGD, lr=0.1)
+    state = opt.state_dict()
+    assert state["param_groups"][0]["note"] == "mine"
+    state["param_groups"][0]["other"] = 5
+    opt.load_state_dict(state)
+    assert opt.param_groups[0]["note"] == "mine"
+    assert opt.param_groups[0]["other"] == 5
+
+
+def test_load_hooks_see_the_finished_optimizer() -> None:
+    model = make_net()
+    opt = sk.SAM(model.parameters(), SGD, rho=0.3, lr=0.1, momentum=0.9)
+    train(model, opt, batches(2))
+    state = SGD(make_net().parameters(), lr=0.5, momentum=0.9).state_dict()
+    seen = []
+    opt.register_load_state_dict_pre_hook(lambda o, s: {**s, "param_groups": [{**s["param_groups"][0], "lr": 0.7}]})
+    opt.register_load_state_dict_post_hook(lambda o: seen.append((o.param_groups[0]["rho"], o.param_groups[0]["lr"])))
+    opt.load_state_dict(state)
+    assert seen == [(0.3, 0.7)]
+
+
+def test_loaded_names_scale_what_they_name() -> None:
+    """ASAM goes by the names of the loaded dict, whether it had taken a step before or not."""
+    named = sk.ASAM(make_net().named_parameters(), SGD, lr=0.1)
+    ends = []
+    for steps in (0, 2):
+        model = make_net()
+        opt = sk.ASAM(model.parameters(), SGD, lr=0.1)
+        train(model, opt, batches(steps))
+        model.load_state_dict(make_net().state_dict())
+        opt.load_state_dict(named.state_dict())
+        train(model, opt, batches(2))
+        ends.append(weights(model))
+    assert_same_bits(*ends)
+
+
+# Dicts that do not fit.
+
+CLASSES = {
+    "g_v": "aelooksam",
+    "ema": "aelooksam",
+    "g_v_squared_norm": "aelooksam",
+    "history": "salr",
+    "lr_scale": "salr",
+}
+BAD_DICTS: dict[str, Any] = {
+    "groups": lambda s: s["param_groups"].append(dict(s["param_groups"][0])),
+    "size": lambda s: s["param_groups"][0]["params"].pop(),
+    "shape": lambda s: s["state"][0].update(momentum_buffer=torch.zeros(3)),
+    "no counters": lambda s: s["sharpkern"].pop("counters"),
+    "counters": lambda s: s["sharpkern"].update(counters=torch.zeros(3)),
+    "version": lambda s: s["sharpkern"].update(version=99),
+    "g_v": lambda s: s["state"][0].update(g_v=torch.zeros(7)),
+    "ema": lambda s: s["sharpkern"].update(ema=torch.zeros(2, 2)),
+    "g_v_squared_norm": lambda s: s["sharpkern"].update(g_v_squared_norm=torch.zeros(2, 2)),
+    "history": lambda s: s["sharpkern"].update(history=torch.zeros(2, 2)),
+    "lr_scale": lambda s: s["sharpkern"].pop("lr_scale"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_DICTS)
+def test_a_dict_that_does_not_fit_changes_nothing(bad: str) -> None:
+    for method in [METHODS[CLASSES[bad]]] if bad in CLASSES else METHODS.values():
+        model = make_net()
+        opt = method.make(model.named_parameters(), "momentum")
+        train(model, opt, batches(2))
+        state = copy.deepcopy(opt.state_dict())
+        before = copy.deepcopy(state)
+        BAD_DICTS[bad](state)
+        state["param_groups"][0]["lr"] = 123.0
+        stats, kept = opt.stats, state_of(opt)
+        with pytest.raises(ValueError):
+            opt.load_state_dict(state)
+        assert opt.state_dict()["param_groups"] == before["param_groups"]
+        assert_same_bits(opt.stats, stats)
+        assert_same_bits(state_of(opt), kept)
+        train(model, opt, batches(1))
+        opt.load_state_dict(before)  # and one that fits does
+
+
+# State that the user clears.
+
+
+@every_method
+def test_resetting_one_entry_starts_that_parameter_afresh(method: Method) -> None:
+    for reset in (lambda o, p: o.state[p].clear(), lambda o, p: o.state.update({p: {}}), lambda o, p: o.state.pop(p)):
+        p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        opt = method.make([p, q], SGD, lr=0.1, momentum=0.9)
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        opt.step()
+        reset(opt, p)
+        opt.step()
+        assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(3))
+        assert torch.equal(opt.state[q]["momentum_buffer"], torch.full((3,), 1.9))
+        assert len(opt.state_dict()["state"][0]) == 2
+
+
+@every_base
+@every_method
+def test_clearing_the_state_by_hand_starts_afresh(method: Method, base: str) -> None:
+    model, twin = make_net(), make_net()
+    opt = method.make(model.named_parameters(), base, **method.every)
+    data = batches(4)
+    train(model, opt, data[:2])
+    twin.load_state_dict(model.state_dict())
+    fresh = method.make(twin.named_parameters(), base, **method.every)
+    opt.state.clear()
+    if not method.by_hand:  # its median is no state of a parameter
+        fresh.load_state_dict({**fresh.state_dict(), "sharpkern": opt.state_dict()["sharpkern"]})
+    train(model, opt, data[2:])
+    train(twin, fresh, data[2:])
+    assert_same_bits(weights(model), weights(twin))
+
+
+@every_base
+@every_method
+def test_state_cleared_between_two_passes_comes_back(method: Method, base: str) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), base, **method.every)
+    opt.step(make_closure(model, batches(1, f32)[0]))
+    keys = {p: set(entry) for p, entry in opt.state.items()}
+    assert keys
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            opt.state.clear()
+        return make_closure(model, batches(1, f32)[0])()
+
+    opt.step(closure)
+    assert {p: set(entry) for p, entry in opt.state.items()} == keys
+
+
+# g_v.
+
+
+@every_base
+@over(LOOKING)
+def test_g_v_in_the_state(method: Method, base: str) -> None:
+    """Parameter-shaped, of the state's dtype, gone when the state is cleared, unseen by a wrapped optimizer."""
+    model = make_net(bf16)
+    opt = make(method, model, base)
+    train(model, opt, batches(2, bf16))
+    for p in model.parameters():
+        assert opt.state[p]["g_v"].shape == p.shape
+        assert opt.state[p]["g_v"].dtype == torch.float32
+    assert float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) > 0
+    opt.state.clear()
+    opt.zero_grad()
+    make_closure(model, batches(1, bf16)[0])()
+    opt.step()
+    assert float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) == 0
+
+
+@pytest.mark.parametrize("how", ["no statistics", "one cleared", "frozen and back"])
+@over(LOOKING)
+def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> None:
+    model = make_net()
+    opt = method.make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
+    train(model, opt, batches(2))
+    state = opt.state_dict()
+    if how == "no statistics":
+        del state["sharpkern"]
+        for entry in state["state"].values():
+            entry["g_v"] *= 3
+        opt.load_state_dict(state)
+    elif how == "one cleared":
+        opt.state[model.hidden.weight].clear()
+    else:
+        model.out.weight.requires_grad_(False)
+        model.out.weight.grad = None
+        opt.add_param_group({"params": [("more", nn.Parameter(torch.zeros(2, dtype=torch.float64)))]})
+        opt.step(lambda: None)
+        model.out.weight.requires_grad_(True)
+    opt.zero_grad()
+    make_closure(model, batches(1)[0])()
+    opt.step()  # without a closure: nothing but the rule
+    squared = sum(float(e["g_v"].double().square().sum()) for e in opt.state.values() if "g_v" in e)
+    assert squared > 0
+    assert float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) == pytest.approx(squared, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", ["a parameter without a gradient", "a first refresh that was skipped"])
+@pytest.mark.parametrize("rule", [RMSprop, torch.optim.NAdam, SGD, AdamW], ids=lambda b: b.__name__)
+@over(LOOKING)
+def test_a_parameter_that_has_no_state_of_its_rule(method: Method, rule: Any, case: str) -> None:
+    """Checkpoints load and copies step, here and in torch: many optimizers look into any state that is not empty."""
+    params = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    opt = method.make(params, rule, lr=0.01, **method.every)
+
+    def closure_over(these: list[nn.Parameter], factor: float = 1.0) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            loss = factor * sum(p.cos().sum() + p.pow(4).sum() for p in these)
+            loss.backward()
+            return loss
+
+        return closure
+
+    if case.startswith("a first"):
+        opt.step(closure_over(params, math.nan))
+        assert int(opt.stats["skipped_steps"]) == 1
+    else:
+        opt.step(closure_over(params[:2]))
+        assert params[2] not in opt.state
+    state = copy.deepcopy(opt.state_dict())
+    for other in (method.make(params, rule, lr=0.01, **method.every), sk.SAM(params, rule, lr=0.01)):
+        other.load_state_dict(state)
+        other.step(closure_over(params))
+        assert all("g_v" in other.state[p] for p in params) == isinstance(other, sk.LookSAM)
+    if not case.startswith("a first"):
+        theirs = rule(params, lr=0.01)
+        theirs.load_state_dict(state)
+        closure_over(params)()
+        theirs.step()
+    twins, twin = copy.deepcopy((params, opt))
+    twin.step(closure_over(twins))

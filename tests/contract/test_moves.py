@@ -1,0 +1,340 @@
+"""Users move things: data pointers, dtypes, memory formats, gradients; and flatten=True (contract 10)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from methods import METHODS, SGD, Method, each_method, every_base, every_later_call, every_method
+from models import assert_same_bits, batches, make_closure, make_net, relative_error, state_of, train, weights
+from torch import Tensor, nn
+
+import sharpkern as sk
+
+f32 = torch.float32
+flattened = pytest.mark.parametrize("flatten", [False, True], ids=["segments", "flat"])
+
+
+def addresses(model: nn.Module) -> list[int]:
+    return [p.data_ptr() for p in model.parameters()]
+
+
+@flattened
+@every_base
+@every_method
+def test_addresses_never_change(method: Method, base: str, flatten: bool) -> None:
+    model = make_net()
+    before = addresses(model)
+    opt = method.make(model.named_parameters(), base, flatten=flatten)
+    if not flatten:
+        assert addresses(model) == before
+    before = addresses(model)
+    train(model, opt, batches(4))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(model, opt, batches(1))
+    assert addresses(model) == before
+
+
+# Moves that keep the values. The old memory stays, so that whoever writes to it is found and breaks nothing else.
+
+OLD: list[tuple[Tensor, Tensor]] = []
+
+
+@pytest.fixture(autouse=True)
+def old_memory_is_left_alone() -> Iterator[None]:
+    OLD.clear()
+    yield
+    assert all(torch.equal(memory, copy) for memory, copy in OLD)
+
+
+def move(p: Tensor, to: Tensor) -> None:
+    OLD.append((p.data, p.data.clone()))
+    p.data = to
+
+
+def swap_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        move(p, p.data.clone())
+
+
+def swap_one(model: nn.Module) -> None:
+    move(model.hidden.weight, model.hidden.weight.data.clone())
+
+
+def swap_strides(model: nn.Module) -> None:
+    """To another order and back again."""
+    dense = model.hidden.weight.is_contiguous()
+    w, conv = model.hidden.weight.data, model.conv.weight.data
+    move(model.hidden.weight, w.t().contiguous().t() if dense else w.contiguous())
+    move(model.conv.weight, conv.clone(memory_format=torch.channels_last if dense else torch.contiguous_format))
+
+
+def freeze_and_swap(model: nn.Module) -> None:
+    """What is frozen in the middle of a step is put back all the same."""
+    swap_data(model)
+    model.hidden.bias.requires_grad_(False)
+
+
+def reload(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
+def to_none(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
+def to_zero(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+SWAPS: dict[str, Callable[[nn.Module], None]] = {f.__name__: f for f in (swap_data, swap_one, swap_strides)}
+MOVES = SWAPS | {f.__name__: f for f in (reload, to_none, to_zero)}
+
+
+@pytest.mark.parametrize("how", MOVES)
+@flattened
+@every_base
+@every_method
+def test_moved_between_steps(method: Method, base: str, flatten: bool, how: str) -> None:
+    """A move that keeps the values keeps the trajectory: what g_v or momentum a parameter has goes along."""
+    model, still = make_net(), make_net()
+    opt = method.make(model.named_parameters(), base, flatten=flatten)
+    reference = method.make(still.named_parameters(), base)
+    for batch in batches(5):
+        opt.step(make_closure(model, batch))
+        reference.step(make_closure(still, batch))
+        MOVES[how](model)
+    assert relative_error(model, still) < 1e-11
+
+
+@pytest.mark.parametrize("how", [*SWAPS, "freeze_and_swap"])
+@flattened
+@every_base
+@every_later_call
+def test_moved_between_passes(method: Method, call: int, base: str, flatten: bool, how: str) -> None:
+    """Before any call of the closure but the first; the step ends well, or is restored."""
+    act = {**SWAPS, "freeze_and_swap": freeze_and_swap}[how]
+    model, still = make_net(), make_net()
+    opt, reference = (
+        method.make(m.named_parameters(), base, flatten=f, **method.every)
+        for m, f in ((model, flatten), (still, False))
+    )
+    for t, batch in enumerate(batches(4)):
+        for m, each in ((model, opt), (still, reference)):
+            m.hidden.bias.requires_grad_(True)
+            calls = 0
+
+            def closure(m: nn.Module = m, batch: Any = batch, t: int = t) -> Tensor:
+                nonlocal calls
+                if calls == call:
+                    if m is model:
+                        act(m)
+                    elif how == "freeze_and_swap":
+                        m.hidden.bias.requires_grad_(False)
+                calls += 1
+                if calls > call and t % 2:
+                    raise ValueError("after the move")
+                return make_closure(m, batch)()
+
+            before = weights(m)
+            if t % 2:
+                with pytest.raises(ValueError, match="after the move"):
+                    each.step(closure)
+                assert_same_bits(weights(m), before)
+            else:
+                each.step(closure)
+    assert relative_error(model, still) < 1e-11
+
+
+@each_method
+def test_a_model_moves_while_a_group_joins(method: Method, base: str) -> None:
+    ends = []
+    for moved in (False, True):
+        model = make_net()
+        opt = method.make(model.named_parameters(), base, **method.every)
+        data = batches(4)
+        train(model, opt, data[:1])
+        if moved:
+            swap_data(model)
+            opt.add_param_group({"params": [("more", nn.Parameter(torch.zeros(3, dtype=torch.float64)))]})
+        train(model, opt, data[1:])
+        ends.append(weights(model))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-12, atol=1e-14)
+
+
+@flattened
+@every_base
+@every_method
+def test_model_changes_dtype(method: Method, base: str, flatten: bool) -> None:
+    """``model.to(dtype)``: the state follows, and the next steps are those of an optimizer made in that dtype."""
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), base, flatten=flatten)
+    train(model, opt, batches(3, f32))
+    twin = make_net()
+    model.to(torch.float64)
+    twin.load_state_dict(model.state_dict())
+    twin_opt = method.make(twin.named_parameters(), base)
+    twin_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if base == "wrapped":  # torch leaves its own state in float32: make both alike
+        for each in (opt, twin_opt):
+            for entry in each.state.values():
+                for key in ("square_avg", "momentum_buffer"):
+                    entry[key] = entry[key].double()
+    train(model, opt, batches(3))
+    train(twin, twin_opt, batches(3))
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert relative_error(model, twin) < 1e-11
+
+
+# flatten=True
+
+
+@every_base
+@every_method
+def test_flat_has_the_same_bits(method: Method, base: str) -> None:
+    """The trajectory, with a group that joins, a layer that is frozen, unflatten() in between or at the end."""
+    models = [make_net(f32) for _ in range(3)]
+    opts = [
+        method.make([(n, p) for n, p in m.named_parameters() if not n.startswith("out")], base, flatten=i > 0)
+        for i, m in enumerate(models)
+    ]
+    for t, batch in enumerate(batches(10, f32)):
+        for i, (model, opt) in enumerate(zip(models, opts, strict=True)):
+            if t == 3:
+                rest = [(n, p) for n, p in model.named_parameters() if n.startswith("out")]
+                opt.add_param_group({"params": rest})
+            if t in (5, 7):
+                model.hidden.requires_grad_(t == 7)
+                opt.zero_grad()
+                model.hidden.weight.grad = model.hidden.bias.grad = None
+            if t == 6 and i == 2:
+                opt.unflatten()
+            model.out.zero_grad()
+            frozen = model.hidden.weight.detach().clone()
+            opt.step(make_closure(model, batch))
+            assert torch.equal(model.hidden.weight, frozen) == (t in (5, 6))
+    for model, opt in zip(models[1:], opts[1:], strict=True):
+        assert_same_bits(weights(model), weights(models[0]))
+        assert_same_bits(opt.stats, opts[0].stats)
+        opt.unflatten()  # idempotent
+
+
+@each_method
+def test_flat_buffers_hold_parameters_and_gradients(method: Method, base: str) -> None:
+    model = make_net(f32)
+    model.to(memory_format=torch.channels_last)
+    before, strides = weights(model), [p.stride() for p in model.parameters()]
+    opt = method.make(model.named_parameters(), base, flatten=True)
+    assert_same_bits(weights(model), before)
+    assert [p.stride() for p in model.parameters()] == strides
+    storage = model.out.weight.untyped_storage().data_ptr()
+    assert all(p.untyped_storage().data_ptr() == storage for p in model.parameters())
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+    make_closure(model, batches(1, f32)[0])()
+    grads = model.out.weight.grad.untyped_storage()
+    assert all(p.grad.untyped_storage().data_ptr() == grads.data_ptr() for p in model.parameters())
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    whole = torch.empty(0, device=model.out.weight.device).set_(grads)
+    torch.testing.assert_close(whole.norm(), norm)  # gaps are zero
+    opt.zero_grad()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_flat_gradients_accumulate() -> None:
+    model, twin = make_net(), make_net()
+    opt, twin_opt = (sk.SAM(m.parameters(), SGD, lr=0.1, flatten=f) for m, f in ((model, True), (twin, False)))
+    for m, o in ((model, opt), (twin, twin_opt)):
+        o.zero_grad()
+        for batch in batches(2):
+            make_closure(m, batch)()
+        o.first_step(zero_grad=True)
+        for batch in batches(2):
+            make_closure(m, batch)()
+        o.second_step()
+    assert_same_bits(weights(model), weights(twin))
+
+
+@each_method
+def test_unflatten(method: Method, base: str) -> None:
+    model, twin = make_net(f32), make_net(f32)
+    model.to(memory_format=torch.channels_last)
+    twin.to(memory_format=torch.channels_last)
+    opt = method.make(model.named_parameters(), base, flatten=True)
+    twin_opt = method.make(twin.named_parameters(), base)
+    data = batches(6, f32)
+    train(model, opt, data[:2])
+    train(twin, twin_opt, data[:2])
+    opt.zero_grad()
+    make_closure(model, data[2])()
+    grad, strides = model.conv.weight.grad.clone(), model.conv.weight.stride()
+    before, state = weights(model), state_of(opt)
+    opt.unflatten()
+    assert_same_bits(weights(model), before)
+    assert_same_bits(state_of(opt), state)
+    assert torch.equal(model.conv.weight.grad, grad)
+    assert model.conv.weight.stride() == strides
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    opt.zero_grad()
+    assert model.conv.weight.grad is None
+    train(model, opt, data[3:])
+    train(twin, twin_opt, data[3:])
+    for name, w in weights(twin).items():
+        torch.testing.assert_close(weights(model)[name], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@every_method
+def test_unflatten_between_passes(method: Method, fail: bool) -> None:
+    model = make_net()
+    opt = method.make(model.named_parameters(), SGD, lr=0.0, flatten=True, **method.every)
+    before = weights(model)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            opt.unflatten()
+            if fail:
+                raise ValueError
+        return make_closure(model, batches(1)[0])()
+
+    if fail:
+        with pytest.raises(ValueError):
+            opt.step(closure)
+    else:
+        opt.step(closure)
+    assert_same_bits(weights(model), before)
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+
+
+@each_method
+def test_flat_copies_are_independent(method: Method, base: str) -> None:
+    model = make_net()
+    opt = method.make(model.named_parameters(), base, flatten=True)
+    train(model, opt, batches(1))
+    twin, twin_opt = copy.deepcopy((model, opt))
+    before = weights(model)
+    train(twin, twin_opt, batches(1))
+    assert_same_bits(weights(model), before)
+    storage = twin.out.weight.untyped_storage().data_ptr()
+    assert all(p.untyped_storage().data_ptr() == storage for p in twin.parameters())
+    assert storage != model.out.weight.untyped_storage().data_ptr()
+
+
+def test_flatten_refuses_gaps_and_aliases_before_it_moves_anything() -> None:
+    memory = torch.ones(10)
+    for params, message in (
+        ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 6, dtype=torch.float64)[:, ::2])], "without gaps"),
+        ([nn.Parameter(memory[:6]), nn.Parameter(memory[4:])], "share memory"),
+    ):
+        before = [p.data_ptr() for p in params]
+        for method in METHODS.values():
+            with pytest.raises(ValueError, match=message):
+                method.make(params, SGD, lr=0.1, flatten=True)
+            assert [p.data_ptr() for p in params] == before

@@ -1,0 +1,168 @@
+"""Every optimizer and every base rule as data. A new optimizer is an entry of METHODS: the contract (tests/contract),
+the emulated and the real GPUs take it from there."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from naive import Naive, NaiveSALR, ae_sam, asam, draws, every, look, magnitude
+
+import sharpkern as sk
+
+SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+
+RULES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (SGD, dict(lr=0.1)),
+    "momentum": (SGD, dict(lr=0.05, momentum=0.9, weight_decay=5e-3)),
+    "dampening": (SGD, dict(lr=0.05, momentum=0.8, dampening=0.4)),
+    "nesterov": (SGD, dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2)),
+    "adam": (Adam, dict(lr=1e-2, weight_decay=1e-2)),
+    "amsgrad": (Adam, dict(lr=1e-2, amsgrad=True, betas=(0.8, 0.9))),
+    "adam-decoupled": (Adam, dict(lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)),
+    "adamw": (AdamW, dict(lr=1e-2, weight_decay=0.1)),
+    "adamw-amsgrad": (AdamW, dict(lr=1e-2, amsgrad=True, eps=1e-6)),
+    "wrapped": (RMSprop, dict(lr=1e-3, momentum=0.5)),
+    "wrapped-adagrad": (torch.optim.Adagrad, dict(lr=1e-2)),
+    "wrapped-nadam": (torch.optim.NAdam, dict(lr=1e-3)),
+}
+BASES = ("momentum", "adamw", "wrapped")  # one a kind: most of the contract is held with these
+
+
+@dataclass(frozen=True)
+class Method:
+    """One optimizer, as the tests make it.
+
+    Args:
+        name: in the tests' names.
+        cls: the class.
+        options: its arguments; those that its naive version takes are all there.
+        naive: the hooks of its naive version, of all its arguments; or that version.
+        every: arguments that make every step take its second pass, or measure.
+        never: those that make it the base optimizer, where there are any.
+        of_length: it is told the number of steps.
+        triggered: whether a step takes its second pass depends on its gradient.
+        calls: of the closure in a step under ``every``.
+        followed: those of them whose gradient is followed.
+        by_hand: it has ``first_step`` and ``second_step``.
+        radius: the argument that says how far the weights move between two passes.
+        state: names of its own in ``opt.state[p]``.
+    """
+
+    name: str
+    cls: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    naive: Callable[[dict[str, Any]], dict[str, Any]] = lambda o: {}
+    oracle_cls: Any = Naive
+    every: dict[str, Any] = field(default_factory=dict)
+    never: dict[str, Any] | None = None
+    of_length: bool = False
+    triggered: bool = False
+    calls: int = 2
+    followed: tuple[int, ...] = (0, 1)
+    by_hand: bool = True
+    radius: str = "rho"
+    state: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def _arguments(self, steps: int, more: dict[str, Any]) -> dict[str, Any]:
+        return {**self.options, **({"total_steps": steps} if self.of_length else {}), **more}
+
+    def make(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
+        """The optimizer, for a run of so many steps. ``base``: a class, or a name in RULES."""
+        if isinstance(base, str):
+            base, options = RULES[base]
+            more = {**options, **more}
+        return self.cls(params, base, **self._arguments(steps, more))
+
+    def oracle(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
+        """Its naive version, of the same arguments."""
+        if isinstance(base, str):
+            base, options = RULES[base]
+            more = {**options, **more}
+        given = self._arguments(steps, more)
+        own = inspect.signature(self.cls.__init__).parameters
+        groups = {key: given[key] for key in ("rho", "eta") if key in given}
+        rest = {key: value for key, value in given.items() if key not in own or key == "max_grad_norm"}
+        return self.oracle_cls(params, base, groups, **self.naive(given), **rest)
+
+    @property
+    def always(self) -> bool:
+        """Whether every step takes its second pass, whatever the options."""
+        return not self.every
+
+
+def _ae_sam(o: dict[str, Any]) -> Any:
+    return ae_sam(o["total_steps"], o["lambda_start"], o["lambda_end"])
+
+
+_ALWAYS = {"lambda_start": -9.0, "lambda_end": -9.0}
+_NEVER = {"lambda_start": 9.0, "lambda_end": 9.0}
+_LIST = [
+    Method("sam", sk.SAM, dict(rho=0.05)),
+    Method("sam-adaptive", sk.SAM, dict(rho=0.5, adaptive=True), lambda o: {"scale": magnitude}),
+    Method("asam", sk.ASAM, dict(rho=0.5, eta=0.01), lambda o: {"scale": asam}),
+    Method(
+        "sssam", sk.SSSAM, dict(rho=0.05, p=0.4, seed=7), lambda o: {"fires": draws(o["p"], o["seed"])},
+        every={"p": 1.0}, never={"p": 0.0},
+    ),
+    Method(
+        "aesam", sk.AESAM, dict(rho=0.05, lambda_start=1.0, lambda_end=-1.0), lambda o: {"fires": _ae_sam(o)},
+        every=_ALWAYS, never=_NEVER, of_length=True, triggered=True,
+    ),
+    Method(
+        "looksam", sk.LookSAM, dict(rho=0.05, k=3, alpha=0.4),
+        lambda o: {"fires": every(o["k"]), "mix": look(o["alpha"])}, every={"k": 1}, state=("g_v",),
+    ),
+    Method(
+        "aelooksam", sk.AELookSAM, dict(rho=0.05, alpha=0.4, lambda_start=2.0, lambda_end=0.0),
+        lambda o: {"fires": _ae_sam(o), "mix": look(o["alpha"])}, every=_ALWAYS, never=_NEVER, of_length=True,
+        triggered=True, state=("g_v",),
+    ),
+    # w, two descents, their end, one ascent, its end.
+    Method(
+        "salr", sk.SALR, dict(n_ascent=2, n_descent=3, step_size=0.02, every=2),
+        lambda o: {key: o[key] for key in ("n_ascent", "n_descent", "step_size", "every")}, NaiveSALR,
+        every={"every": 1}, calls=6, followed=(0, 1, 2, 4), by_hand=False, radius="step_size",
+    ),
+]  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _LIST}
+
+BY_HAND = [m for m in _LIST if m.by_hand]
+DECIDING = [m for m in BY_HAND if not m.always]  # some steps take a second pass, and some do not
+TRIGGERED = [m for m in _LIST if m.triggered]
+LOOKING = [m for m in _LIST if "g_v" in m.state]
+
+
+def over(methods: Iterable[Method]) -> Any:
+    return pytest.mark.parametrize("method", list(methods), ids=str)
+
+
+every_method = over(_LIST)
+every_by_hand = over(BY_HAND)
+every_deciding = over(DECIDING)
+every_base = pytest.mark.parametrize("base", BASES)
+# Each class with one base rule, each rule with some class: for what has nothing to do with the rule.
+each_method = pytest.mark.parametrize(
+    ("method", "base"),
+    [pytest.param(m, base, id=f"{m}-{base}") for m, base in zip(_LIST, itertools.cycle(BASES), strict=False)],
+)
+
+
+def _over_calls(calls: Callable[[Method], Iterable[int]]) -> Any:
+    return pytest.mark.parametrize(
+        ("method", "call"), [pytest.param(m, call, id=f"{m}-{call}") for m in _LIST for call in calls(m)]
+    )
+
+
+# Of a step under ``every``: its calls of the closure, those after the first, those whose gradient is followed.
+every_call = _over_calls(lambda m: range(m.calls))
+every_later_call = _over_calls(lambda m: range(1, m.calls))
+every_followed = _over_calls(lambda m: m.followed)
