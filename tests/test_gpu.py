@@ -79,12 +79,12 @@ def closure_on(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
-@pytest.mark.parametrize("file", ["test_ops.py", "test_flat.py", "test_arguments.py", "test_policy.py", *CONTRACT])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_memory.py", "test_arguments.py", "test_policy.py", *CONTRACT])
 def test_values_on_cuda(file: str, backend: str) -> None:
     """Ops and flat layers take each backend themselves; the contract is held with either."""
     if backend not in sk.available_backends("cuda"):
         pytest.skip(f"no {backend} for CUDA here")
-    if backend != "cpp" and file in ("test_ops.py", "test_flat.py", "test_policy.py"):
+    if backend != "cpp" and file in ("test_ops.py", "test_memory.py", "test_policy.py"):
         pytest.skip("runs every backend by itself")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(

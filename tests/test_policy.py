@@ -74,7 +74,7 @@ def shares(policy: Adaptive) -> list[float]:
     draws = np.random.default_rng(0).normal(10.0, 1.0, steps).tolist()
     state, fired = Statistics(), []
     for t, n in enumerate(draws):
-        state, second = policy.decide(state, t, n)
+        state, second = policy.update(state, t, n)
         fired.append(second)
     return [sum(fired[i : i + steps // 4]) / (steps // 4) for i in range(0, steps, steps // 4)]
 
@@ -94,9 +94,9 @@ def test_share_of_second_passes_of_ae_looksam() -> None:
 def test_a_spike_fires_and_nothing_infinite_counts() -> None:
     policy = Adaptive(10, 1.0, -1.0, 0.9)
     state = Statistics(10.0, 1.0, 11.0)
-    assert policy.decide(state, 0, 1000.0)[1]
+    assert policy.update(state, 0, 1000.0)[1]
     for n in (math.inf, math.nan, 1e200):  # the last one's variance overflows
-        assert policy.decide(state, 0, n) == (state, False)
+        assert policy.update(state, 0, n) == (state, False)
     assert policy.coefficient(0) == 1.0
     assert policy.coefficient(5) == 0.0
     assert policy.coefficient(10) == policy.coefficient(99) == -1.0
@@ -122,7 +122,7 @@ def follow(method: Method) -> None:
     for t, batch in enumerate(batches(6)):
         opt.step(make_closure(model, batch))
         stats = opt.stats
-        state, fired = policy.decide(state, t, float(stats["grad_norm"]) ** 2)
+        state, fired = policy.update(state, t, float(stats["grad_norm"]) ** 2)
         for name, value in zip(("ema_mean", "ema_var", "threshold"), state, strict=True):
             assert float(stats[name]) == pytest.approx(value, rel=1e-12)
         assert (int(stats["second_passes"]) > seen) == fired

@@ -160,8 +160,9 @@ class SSSAM(SAM):
         *,
         p: float | Callable[[int], float] | None = None,
         seed: int | None = None,
+        adaptive: bool = False,
         policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
         policy = choose(policy, lambda: Bernoulli(0.5 if p is None else p, 0 if seed is None else seed), p=p, seed=seed)
-        super().__init__(params, base_optimizer, rho, policy=policy, **kwargs)
+        super().__init__(params, base_optimizer, rho, adaptive, policy=policy, **kwargs)
