@@ -3,13 +3,14 @@
 from . import policy
 from .batch_stats import frozen_batch_stats
 from .ops import available_backends, build_info, use_backend
-from .optim import AESAM, ASAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
+from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AESAM",
     "ASAM",
+    "GSAM",
     "SALR",
     "SAM",
     "SSSAM",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Naive, NaiveSALR, ae_sam, asam, draws, every, look, magnitude
+from naive import Gradients, Naive, NaiveSALR, ae_sam, asam, dot, draws, every, look, magnitude
 
 import sharpkern as sk
 
@@ -103,6 +103,17 @@ def _ae_sam(o: dict[str, Any]) -> Any:
     return ae_sam(o["total_steps"], o["lambda_start"], o["lambda_end"])
 
 
+def _gsam(alpha: float) -> Any:
+    """GSAM (Zhuang et al. 2022): the part of the first gradient that is across the second one is taken away."""
+
+    def mix(g: Gradients, g_s: Gradients | None) -> Gradients:
+        assert g_s is not None
+        along = dot(g, g_s) / max(dot(g_s, g_s), 1e-24)
+        return {p: x - alpha * (g.get(p, 0 * x) - along * x) for p, x in g_s.items()}
+
+    return mix
+
+
 _ALWAYS = {"lambda_start": -9.0, "lambda_end": -9.0}
 _NEVER = {"lambda_start": 9.0, "lambda_end": 9.0}
 _LIST = [
@@ -126,6 +137,7 @@ _LIST = [
         lambda o: {"fires": _ae_sam(o), "mix": look(o["alpha"])}, every=_ALWAYS, never=_NEVER, of_length=True,
         triggered=True, state=("g_v",),
     ),
+    Method("gsam", sk.GSAM, dict(rho=0.05, alpha=0.4), lambda o: {"mix": _gsam(o["alpha"])}),
     # w, two descents, their end, one ascent, its end.
     Method(
         "salr", sk.SALR, dict(n_ascent=2, n_descent=3, step_size=0.02, every=2),
