@@ -21,7 +21,7 @@ from ..policy import Always, Policy, choose
 from ..rules import make_rule
 from .checkpoint import Checkpoints
 from .measure import Settings
-from .step import Passes, Step, Wish
+from .step import DONE, Passes, Step, Wish
 
 
 class SharpnessAwareOptimizer(Checkpoints):
@@ -127,7 +127,6 @@ class SharpnessAwareOptimizer(Checkpoints):
             What it needs; None at its end.
         """
         step, loss, collect = self._step, None, begin
-        wish: Wish | None
         try:
             while True:
                 with torch.no_grad():
@@ -139,7 +138,7 @@ class SharpnessAwareOptimizer(Checkpoints):
                     wish = step.send(loss)
                     if begin:
                         step.count()
-                    if wish is None:
+                    if wish is DONE:
                         step.finish()
                         return None
                     if not isinstance(wish, Wish):

@@ -29,6 +29,7 @@ class Wish(Enum):
 
 
 AGAIN, AS_IS = Wish.AGAIN, Wish.AS_IS
+DONE = object()  # what the driver gets at an algorithm's end
 
 # An algorithm between two passes: it yields a wish and is sent the loss of the evaluation that followed.
 Passes = Generator[Wish, Any, None]
@@ -133,6 +134,7 @@ class Step(Measurements):
                 self.settings.skip_nonfinite,
             )
             layout.written()
+        self.layouts.away = False
 
     def _step_wrapped(
         self, rule: WrappedRule, first: str, last: str, direction: str | None, mixed: bool, lr_scale: float
@@ -165,12 +167,12 @@ class Step(Measurements):
         self.rule.share(self._opt, self._opt.state_names)
 
     def send(self, loss: Any) -> Any:
-        """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; None at its end."""
+        """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; DONE at its end."""
         assert self.passes is not None
         try:
             return self.passes.send(loss)
         except StopIteration:
-            return None
+            return DONE
 
     def count(self) -> None:
         """A step began: its algorithm has decided what to do first."""
@@ -185,7 +187,8 @@ class Step(Measurements):
             self._frozen.enter_context(frozen_batch_stats(self.settings.model))
 
     def finish(self) -> None:
-        """No step is open: the weights are at home, no gradient is held."""
+        """No step is open: the weights are at home, wherever its algorithm left them; no gradient is held."""
+        self.back()
         self.passes, self.loss, self._measured, self._counted = None, None, None, False
         self.layouts.finish()
         if self._frozen is not None:

@@ -1,0 +1,225 @@
+"""A policy, a direction and a mix combine: the named classes are combinations, and there are others. And what a user's
+own algorithm or policy may do wrong."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from methods import RULES, every_base
+from models import assert_same_bits, batches, make_closure, make_net, relative_error, train, train_by_hand, weights
+from naive import Naive, ae_sam, asam, draws
+from torch import nn
+
+import sharpkern as sk
+from sharpkern.optim.optimizer import SharpnessAwareOptimizer
+from sharpkern.optim.step import AGAIN, AS_IS
+from sharpkern.policy import Adaptive, Always, Bernoulli, Every, Policy
+
+STEPS = 12
+# A named class, and what it is made of.
+MADE_OF: dict[str, tuple[Any, Any]] = {
+    "aesam": (
+        lambda p, *b, **o: sk.AESAM(p, *b, total_steps=STEPS, **o),
+        lambda p, *b, **o: sk.SAM(p, *b, policy=Adaptive(STEPS), **o),
+    ),
+    "aelooksam": (
+        lambda p, *b, **o: sk.AELookSAM(p, *b, total_steps=STEPS, alpha=0.4, **o),
+        lambda p, *b, **o: sk.LookSAM(p, *b, alpha=0.4, policy=Adaptive(STEPS, 2.0, 0.0), **o),
+    ),
+    "sssam": (
+        lambda p, *b, **o: sk.SSSAM(p, *b, p=0.4, seed=7, **o),
+        lambda p, *b, **o: sk.SAM(p, *b, policy=Bernoulli(0.4, 7), **o),
+    ),
+    "looksam": (
+        lambda p, *b, **o: sk.LookSAM(p, *b, **o),
+        lambda p, *b, **o: sk.LookSAM(p, *b, policy=Every(5), **o),
+    ),
+    "looksam-k-1": (
+        lambda p, *b, **o: sk.LookSAM(p, *b, policy=Always(), **o),
+        lambda p, *b, **o: sk.SAM(p, *b, **o),
+    ),
+    "gsam-alpha-0": (
+        lambda p, *b, **o: sk.GSAM(p, *b, alpha=0.0, policy=Bernoulli(0.5), **o),
+        lambda p, *b, **o: sk.SSSAM(p, *b, **o),
+    ),
+}
+
+
+@every_base
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("made", MADE_OF)
+def test_a_named_class_is_a_combination(made: str, by_hand: bool, base: str) -> None:
+    ends = []
+    for make in MADE_OF[made]:
+        model = make_net(torch.float32)
+        rule, options = RULES[base]
+        opt = make(model.parameters(), rule, **options)
+        (train_by_hand if by_hand else train)(model, opt, batches(STEPS, torch.float32))
+        ends.append((weights(model), opt.stats))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert_same_bits(ends[0][1], ends[1][1])
+    assert int(ends[0][1]["second_passes"]) > 0
+
+
+@every_base
+@pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 0.3}], ids=["", "clipped"])
+@pytest.mark.parametrize("policy", ["adaptive", "bernoulli"])
+def test_asam_with_a_policy(policy: str, clip: dict[str, float], base: str) -> None:
+    """The trigger compares the scaled norm; clipping, in both kinds of step, that of the gradient itself."""
+    ours, theirs = make_net(), make_net()
+    rule, options = RULES[base]
+    chosen = Adaptive(STEPS) if policy == "adaptive" else Bernoulli(0.5, 3)
+    opt = sk.ASAM(ours.named_parameters(), rule, policy=chosen, **options, **clip)
+
+    class Scaled(Naive):
+        """Its trigger sees the norm of T g."""
+
+        def step(self, closure: Any) -> Any:
+            def fires(t: int, n: float) -> bool:
+                return trigger(t, self.norm() ** 2)
+
+            trigger, self.fires = self.fires, fires
+            try:
+                return super().step(closure)
+            finally:
+                self.fires = trigger
+
+    fires = ae_sam(STEPS, 1.0, -1.0) if policy == "adaptive" else draws(0.5, 3)
+    own = {"rho": 0.5, "eta": 0.01}
+    naive = Scaled(theirs.named_parameters(), rule, own, scale=asam, fires=fires, **options, **clip)
+    for batch in batches(STEPS):
+        opt.step(make_closure(ours, batch))
+        naive.step(make_closure(theirs, batch))
+    assert int(opt.stats["second_passes"]) == sum(naive.decisions)
+    assert 0 < sum(naive.decisions) < STEPS
+    assert relative_error(ours, theirs) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: sk.SAM(p, lr=0.1, policy=lambda t: True), TypeError, "policy should be a sharpkern.policy.Policy"),
+        (lambda p: sk.SAM(p, lr=0.1, policy=Every), TypeError, "policy should be a sharpkern.policy.Policy"),
+        (lambda p: sk.SSSAM(p, lr=0.1, p=0.5, policy=Always()), TypeError, "policy= and p= both"),
+        (lambda p: sk.SSSAM(p, lr=0.1, seed=0, policy=Always()), TypeError, "policy= and seed= both"),
+        (lambda p: sk.LookSAM(p, lr=0.1, k=5, policy=Always()), TypeError, "policy= and k= both"),
+        (lambda p: sk.AESAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "policy= and total_steps= both"),
+        (lambda p: sk.AELookSAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "policy= and total_steps= both"),
+        (lambda p: sk.SALR(p, lr=0.1, policy=Always()), TypeError, "SALR has no second pass"),
+    ],
+)
+def test_bad_policies(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(make_net().parameters())
+
+
+def test_the_signature_shows_the_shared_arguments() -> None:
+    for cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM, sk.AELookSAM, sk.LookSAM, sk.GSAM):
+        names = list(inspect.signature(cls).parameters)
+        assert names[:3] == ["params", "base_optimizer", "rho"]
+        shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "base_kwargs"]
+        assert names[-6:] == shared
+        assert names.count("policy") == 1
+
+
+# A user's own.
+
+
+class Odd(SharpnessAwareOptimizer):
+    """Yields what it is told to."""
+
+    wishes: tuple[Any, ...] = ()
+
+    def __init__(self, params: Any, *wishes: Any) -> None:
+        self.wishes = wishes
+        super().__init__(params, torch.optim.SGD, {"rho": 0.05}, lr=0.1)
+
+    def passes(self, step: Any) -> Any:
+        step.norm()
+        step.ascend()
+        for wish in self.wishes:
+            if isinstance(wish, Exception):
+                raise wish
+            yield wish
+        step.descend()
+
+
+def stepped(model: nn.Module, opt: Any, by_hand: bool) -> None:
+    closure = make_closure(model, batches(1, torch.float32)[0])
+    if not by_hand:
+        opt.step(closure)
+        return
+    closure()
+    opt.first_step()
+    closure()
+    opt.second_step()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [(("again",), "yielded 'again'"), ((None,), "yielded None"), ((AGAIN, True), "yielded True"),
+     ((AGAIN, ValueError("mine")), "mine"), ((ValueError("mine"),), "mine")],
+)  # fmt: skip
+def test_an_algorithm_that_fails_gives_the_weights_back(by_hand: bool, wishes: Any, message: str) -> None:
+    model = make_net(torch.float32)
+    before = weights(model)
+    opt = Odd(model.parameters(), *wishes)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        stepped(model, opt, by_hand)
+    assert not opt.is_perturbed
+    assert_same_bits(weights(model), before)
+    opt.wishes = (AGAIN,)
+    stepped(model, opt, by_hand)
+    assert not torch.equal(model.out.weight, before["out.weight"])
+
+
+def test_an_algorithm_that_takes_no_step_gives_the_weights_back() -> None:
+    class Measuring(Odd):
+        """Goes away, and ends there."""
+
+        def passes(self, step: Any) -> Any:
+            step.norm()
+            step.ascend()
+            yield AGAIN
+
+    for by_hand in (False, True):
+        model = make_net(torch.float32)
+        before = weights(model)
+        opt = Measuring(model.parameters())
+        stepped(model, opt, by_hand)
+        assert not opt.is_perturbed
+        assert_same_bits(weights(model), before)
+
+
+def test_more_passes_than_stepping_by_hand_has() -> None:
+    ends = []
+    for wishes in ((AGAIN,), (AGAIN, AS_IS), (AGAIN, AGAIN, AGAIN)):
+        model = make_net(torch.float32).eval()
+        stepped(model, Odd(model.parameters(), *wishes), by_hand=False)
+        ends.append(weights(model))
+    for end in ends[1:]:
+        assert_same_bits(ends[0], end)
+    model = make_net(torch.float32)
+    before = weights(model)
+    opt = Odd(model.parameters(), AGAIN, AGAIN)
+    with pytest.raises(RuntimeError, match=r"more passes than two: call step\(closure\)"):
+        stepped(model, opt, by_hand=True)
+    assert_same_bits(weights(model), before)
+
+
+def test_a_policy_of_the_users_own() -> None:
+    class Falling(Policy):
+        """While the loss of the step, by closure, is above a bound."""
+
+        def decide(self, step: Any) -> bool:
+            return float(step.loss.detach()) > 0.9
+
+    model = make_net()
+    opt = sk.SAM(model.parameters(), lr=0.5, policy=Falling())
+    losses = train(model, opt, batches(1) * 20)
+    assert int(opt.stats["second_passes"]) == sum(loss > 0.9 for loss in losses)
+    assert 0 < int(opt.stats["second_passes"]) < 20
