@@ -69,7 +69,7 @@ def update(
         largest = load(max_exp_avg_sq, piece, A)
         s = tl.where(largest > s, largest, s)
         store(max_exp_avg_sq, s, piece, A)
-    change = step_size * divide(m, divide(root(s, A), correction, A) + eps, A)
+    change = step_size * divide(m, root(s, A) * correction + eps, A)
     store(param, shrink * w - change, piece, T)
 
 
@@ -109,7 +109,7 @@ def adam_kernel(
             one_minus_beta1 = (1 - beta1).to(A)
             one_minus_beta2 = (1 - beta2).to(A)
             step_size = (lr / (1 - power(beta1, t))).to(A)
-            correction = tl.sqrt(1 - power(beta2, t)).to(A)
+            correction = (1 / tl.sqrt(1 - power(beta2, t))).to(A)
             eps = tl.load(x + EPS).to(A)
             m = address(exp_avg, at.slot, A)
             s = address(exp_avg_sq, at.slot, A)
@@ -120,12 +120,14 @@ def adam_kernel(
             if amsgrad:
                 largest = address(max_exp_avg_sq, at.slot, A)
                 walk(update, addresses | largest, at,
-                     (param, source, grad, v, m, s, largest, a, b, sign, shrink, weight_decay, one_minus_beta1,
-                      beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, True))  # fmt: skip
+                     (param, source, grad, v, m, s, largest, a, b, sign, shrink, weight_decay,
+                      one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
+                      T, A, V, True))  # fmt: skip
             else:
                 walk(update, addresses, at,
-                     (param, source, grad, v, m, s, None, a, b, sign, shrink, weight_decay, one_minus_beta1,
-                      beta2.to(A), one_minus_beta2, step_size, correction, eps, T, A, V, False))  # fmt: skip
+                     (param, source, grad, v, m, s, None, a, b, sign, shrink, weight_decay,
+                      one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
+                      T, A, V, False))  # fmt: skip
             advance(step, before, at)
         elif source != param:
             walk(copy, param | source, at, (param, source, T))

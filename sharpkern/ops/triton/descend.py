@@ -28,16 +28,17 @@ from .walk import (
 
 @triton.jit
 def scales(norm, max_norm, coefficients, A: tl.constexpr, MIXED: tl.constexpr):
-    """clip a and clip b: a rule steps along  clip (a g + b v).  clip is the factor of
+    """clip a and clip b: a rule steps along  +-clip (a g + b v).  clip is the factor of
     torch.nn.utils.clip_grad_norm_; a NaN norm gives NaN, as there."""
     limit = float64(max_norm)
     # 1e-6 would be a float32.
-    clip = limit / (norm + tl.full((), 1, tl.float64) / 1000000)
-    a = tl.where((limit == float("inf")) | (clip > 1.0), 1.0, clip)
-    b = tl.full((), 0, tl.float64)
+    factor = limit / (norm + tl.full((), 1, tl.float64) / 1000000)
+    clip = tl.where((limit == float("inf")) | (factor > 1.0), 1.0, factor)
+    a = clip
+    b = clip
     if MIXED:
-        b = a * tl.load(coefficients + 1)
         a *= tl.load(coefficients)
+        b *= tl.load(coefficients + 1)
     return a.to(A), b.to(A)
 
 
