@@ -42,7 +42,7 @@ class Nowhere(Direction):
     options = ()
 
 
-class Adaptive(Direction):
+class Magnitude(Direction):
     """T_w = abs(w) on every parameter of a group with ``adaptive``."""
 
     options = ("rho", "adaptive")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,17 +13,18 @@ class Flattened:
 
     Args:
         params: of one device and dtype, without gaps in memory.
-        slot: of (flat buffer, index of the parameter), the slot with the parameter's shape and strides.
+        slots: first element of each one's slot.
         size: elements of a flat buffer.
     """
 
-    def __init__(self, params: Sequence[Tensor], slot: Callable[[Tensor, int], Tensor], size: int) -> None:
-        self._all, self._slot = params, slot
+    def __init__(self, params: Sequence[Tensor], slots: Sequence[int], size: int) -> None:
+        self._all = params
+        self._where = [(p.size(), p.stride(), slot) for p, slot in zip(params, slots, strict=True)]
         # Zeros, not empty: whoever reads the whole buffer (a collective, a norm) sees no garbage in gaps.
         self.params = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.params)
         for i, p in enumerate(params):
-            view = slot(self.params, i)
+            view = self.params.as_strided(*self._where[i])
             view.copy_(p.detach())
             p.data = view
         self._make_views()
@@ -33,7 +34,7 @@ class Flattened:
         self._point()
 
     def _make_views(self) -> None:
-        self._views = [self._slot(self.grads, i) for i in range(len(self._all))]
+        self._views = [self.grads.as_strided(*where) for where in self._where]
         self._addresses = list(map(Tensor.data_ptr, self._views))
 
     def _point(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_probability, check_real, warn
+from .checks import check_count, check_probability, check_real
 
 
 class Policy(ABC):
@@ -164,8 +164,8 @@ class Adaptive(Policy):
         # The launch that finishes the norm updates the statistics on the device; the answer is all that the host reads.
         if not step.has_gradients:
             return False
-        if step.t == self.total_steps:
-            warn(
+        if step.t >= self.total_steps:
+            step.warn_once(
                 f"the policy was told of total_steps={self.total_steps} and the training takes more: the threshold "
                 "stays where it was to end"
             )
@@ -201,3 +201,10 @@ def choose(policy: Policy | None, make: Callable[[], Policy], **given: Any) -> P
         if value is not None:
             raise TypeError(f"policy= and {name}= both say which steps take the second pass: give one of them")
     return policy
+
+
+def refuse(owner: object, given: Mapping[str, Any], *names: str) -> None:
+    """Raise TypeError for arguments of a class whose own ones say which steps take more than one pass."""
+    for name in names:
+        if name in given:
+            raise TypeError(f"{type(owner).__name__} takes no {name}=: its other arguments say when it looks twice")

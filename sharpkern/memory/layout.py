@@ -57,7 +57,7 @@ class Layout:
         self.segments = [self.copies.get(i, p) for i, p in enumerate(self.params)]
         # As laid out: the user may change a parameter's strides later, not those of its slot.
         self._shapes = [(s.size(), s.stride()) for s in self.segments]
-        self.flat = Flattened(self.params, self.slot, self.size) if flatten else None
+        self.flat = Flattened(self.params, self.slots, self.size) if flatten else None
         self.table = Table(self.params, self.segments, self.slots, self.groups, scaled)
         blocks = blocks_of([p.numel() for p in self.params])
         self.blocks = blocks.to(self.device)
@@ -80,11 +80,7 @@ class Layout:
 
     def view(self, name: str, i: int) -> Tensor:
         """Parameter i's slot of the buffer ``name``, with the parameter's shape and (dense) strides."""
-        return self.slot(self.buffer(name), i)
-
-    def slot(self, buffer: Tensor, i: int) -> Tensor:
-        """Parameter i's slot of any flat buffer of this layout."""
-        return buffer.as_strided(*self._shapes[i], self.slots[i])
+        return self.buffer(name).as_strided(*self._shapes[i], self.slots[i])
 
     # Where the weights are.
 

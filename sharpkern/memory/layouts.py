@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import transfer
 from .layout import Layout
@@ -31,7 +30,6 @@ class Layouts:
     """Layouts of an optimizer's parameters, with their state and numbers.
 
     Args:
-        opt: for its groups and its state.
         scalars: the numbers that lie with the layouts.
         direction: says which parameters are scaled (``scaled``), and when that may have changed (``key``).
         rule_state, own_state: flat buffers of the base rule and of the algorithm. A sum with its squared norm and a
@@ -42,7 +40,6 @@ class Layouts:
 
     def __init__(
         self,
-        opt: Optimizer,
         scalars: Scalars,
         direction: Direction,
         rule_state: Names,
@@ -50,8 +47,11 @@ class Layouts:
         counted: bool,
         flatten: bool,
     ) -> None:
-        self._opt, self._scalars, self._direction, self._counted = opt, scalars, direction, counted
-        self._names, self._own_state = (*rule_state, *own_state), own_state
+        # The optimizer's: ``bind`` keeps them up to date. The optimizer itself is not held: it holds this.
+        self.param_groups: list[Group] = []
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self._scalars, self._direction, self._counted = scalars, direction, counted
+        self._rule_state, self._own_state = rule_state, own_state
         self.flatten = flatten
         # Whether backups hold the weights, and the parameters something else.
         self.away = False
@@ -98,7 +98,7 @@ class Layouts:
                     state.forget()
 
     def _changed(self) -> bool:
-        groups = self._opt.param_groups
+        groups = self.param_groups
         return (
             len(groups) != len(self._members)
             or not all(
@@ -116,7 +116,7 @@ class Layouts:
             TypeError, ValueError: for parameters that cannot be optimized (any more).
             RuntimeError: while a CUDA graph is captured.
         """
-        groups = self._opt.param_groups
+        groups = self.param_groups
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
         idle = []
         # Parameters whose weights are in a backup, and where; they have a slot whatever became of them.
@@ -167,7 +167,7 @@ class Layouts:
 
     def _state_key(self) -> tuple[int, int, int]:
         """Changes when the user clears or replaces state, or a part of it."""
-        state = self._opt.state
+        state = self.state
         return id(state), len(state), sum(map(len, state.values()))
 
     def state_written(self) -> None:
@@ -177,8 +177,9 @@ class Layouts:
     def take_state(self) -> None:
         """Take over whatever the optimizer's state holds now."""
         for layout in self._layouts:
-            check_shapes(layout, self._opt.state, self._names)
-        self.states = [LayoutState(layout, self._opt.state, self._names, self._counted) for layout in self._layouts]
+            check_shapes(layout, self.state, (*self._rule_state, *self._own_state))
+        names = (self._rule_state, self._own_state)
+        self.states = [LayoutState(layout, self.state, *names, self._counted) for layout in self._layouts]
         for name in self._own_state:
             views = self.exposed(name)
             if len(views) != self._scalars[f"{name}_count"]:
@@ -203,9 +204,9 @@ class Layouts:
 
     def finish(self) -> None:
         """No gradient is held, no backup is in use: the weights are at home."""
-        self.away = False
         for layout in self._layouts:
             layout.finish()
+        self.away = False
 
     def zero_grads(self) -> None:
         """Zero the gradients, which are views of flat buffers."""

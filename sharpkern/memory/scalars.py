@@ -31,16 +31,36 @@ class Sum:
 # of numbers, which is the host's.
 Declarations = Mapping[str, Any]
 
-# What every optimizer has. `first` and `last`: squared norms of a step's first and last gradient. `counters`: first
-# passes followed by a second one, second passes, skipped steps; a captured step counts on the device as it is replayed.
+# What every optimizer has. `first` and `last`: squared norms of a step's first and last gradient, `dot`: their product.
+# `counters`: first passes followed by a second one, second passes, skipped steps; a captured step counts on the device
+# as it is replayed.
 # `t`: first passes so far, the number of the next step. `plain_steps`: those without a second one.
 BASE: Declarations = {
     "first": Sum("squared_norm"),
     "last": Sum(),
+    "dot": Sum(),
     "counters": torch.zeros(3, dtype=torch.int64, device="cpu"),
     "t": 0,
     "plain_steps": 0,
 }
+
+
+def of_state(name: str) -> Declarations:
+    """What goes with per-parameter state: the squared norm of all of it, and how many parameters have it."""
+    return {name: Sum(f"{name}_squared_norm"), f"{name}_count": 0}
+
+
+def merged(*declarations: Declarations) -> dict[str, Any]:
+    """All of them.
+
+    Raises:
+        ValueError: for a name that is declared twice.
+    """
+    names = [name for each in declarations for name in each]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the number {name!r} is declared twice: by the algorithm, its policy, or every optimizer")
+    return {name: value for each in declarations for name, value in each.items()}
 
 
 def saved_names(declarations: Declarations) -> set[str]:
@@ -133,7 +153,7 @@ class Scalars:
             else:
                 fits = isinstance(value, Tensor) and value.dim() == like.dim()
                 fits = fits and (isinstance(mine, list) or value.size() == like.size())
-                fits = fits and value.is_floating_point() == like.is_floating_point()
+                fits = fits and (value.dtype == like.dtype or (value.is_floating_point() and like.is_floating_point()))
             if not fits:
                 raise ValueError(f"loaded state dict has {name} {value!r}, expected one like {like!r}")
 

@@ -19,11 +19,12 @@ class LayoutState:
     """The state of one layout's parameters, taken from the optimizer's ``state``.
 
     Args:
-        names: of the buffers.
+        rule: names of the buffers that are the rule's.
+        own: of those that are the algorithm's.
         counted: whether each parameter counts its own steps, too.
     """
 
-    def __init__(self, layout: Layout, state: State, names: Names, counted: bool) -> None:
+    def __init__(self, layout: Layout, state: State, rule: Names, own: Names, counted: bool) -> None:
         self.layout = layout
         # Steps applied to each parameter.
         self.step = torch.zeros(len(layout.params), dtype=torch.float32, device=layout.device)
@@ -31,10 +32,11 @@ class LayoutState:
         self.forget()
         for i, p in enumerate(layout.params):
             entry = state.get(p) or {}
-            found = [name for name in names if entry.get(name) is not None]
+            stepped = "step" in entry or any(entry.get(name) is not None for name in rule)
+            found = [name for name in (*rule, *own) if entry.get(name) is not None]
             for name in found:
                 entry[name] = layout.view(name, i).copy_(entry[name])
-            if counted and ("step" in entry or found):
+            if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
                 self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)))
                 entry["step"] = self.step[i]

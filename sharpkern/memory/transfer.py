@@ -93,7 +93,7 @@ class Receiver:
             return values.cpu()
         if is_capturing(values.device):
             raise RuntimeError("a step that depends on what its gradient is cannot be captured in a CUDA graph")
-        if self._pinned is None:
+        if self._pinned is None or self._pinned.size() != values.size():
             self._pinned = torch.empty(values.size(), dtype=values.dtype, device="cpu", pin_memory=True)
         self._pinned.copy_(values, non_blocking=True)
         event = torch.cuda.Event()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..direction import Direction
-from ..policy import Adaptive, Policy, choose
+from ..policy import Adaptive, refuse
 from .looksam import LookSAM
 from .sam import SharpnessAwareStep
 
@@ -52,6 +52,7 @@ class AESAM(SharpnessAwareStep):
     """
 
     direction = Direction()
+    refused = ("policy",)
 
     def __init__(
         self,
@@ -63,10 +64,10 @@ class AESAM(SharpnessAwareStep):
         lambda_start: float = 1.0,
         lambda_end: float = -1.0,
         decay: float = 0.9,
-        policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
-        policy = choose(policy, lambda: Adaptive(total_steps, lambda_start, lambda_end, decay), total_steps=total_steps)
+        refuse(self, kwargs, *self.refused)
+        policy = Adaptive(total_steps, lambda_start, lambda_end, decay)
         super().__init__(params, base_optimizer, {"rho": rho}, policy=policy, **kwargs)
 
 
@@ -95,6 +96,8 @@ class AELookSAM(LookSAM):
     <https://arxiv.org/abs/2304.14647>`_.
     """
 
+    refused = ("policy", "k")
+
     def __init__(
         self,
         params: Any,
@@ -106,8 +109,8 @@ class AELookSAM(LookSAM):
         lambda_start: float = 2.0,
         lambda_end: float = 0.0,
         decay: float = 0.9,
-        policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
-        policy = choose(policy, lambda: Adaptive(total_steps, lambda_start, lambda_end, decay), total_steps=total_steps)
+        refuse(self, kwargs, *self.refused)
+        policy = Adaptive(total_steps, lambda_start, lambda_end, decay)
         super().__init__(params, base_optimizer, rho, alpha=alpha, policy=policy, **kwargs)

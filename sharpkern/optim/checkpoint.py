@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ class Checkpoints(Optimizer):
     """An optimizer whose state lies in flat buffers, and whose numbers go with its state dict."""
 
     _step: Step
-    scalars: Mapping[str, Any]  # numbers that the algorithm declares
     _knobs: tuple[str, ...]
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
     # another's leaves it out when it loads.
@@ -29,7 +27,13 @@ class Checkpoints(Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Checkpoints._family.update(cls.state_names)
+        if cls.__module__.startswith("sharpkern."):
+            Checkpoints._family.update(cls.state_names)
+
+    def _bound(self) -> Step:
+        """The step, with the groups and the state that are the optimizer's now: users may put others in their place."""
+        self._step.layouts.param_groups, self._step.layouts.state = self.param_groups, self.state
+        return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with one more top-level key ``sharpkern``: the numbers of the algorithm.
@@ -82,7 +86,7 @@ class Checkpoints(Optimizer):
                 raise ValueError(
                     f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
                 )
-            declared = saved_names(self.scalars)
+            declared = saved_names(step.declared)
             found = declared & own.keys()
             if found and found != declared:
                 raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")
@@ -125,9 +129,14 @@ class Checkpoints(Optimizer):
             return
         if self._step.loading is not None:
             self._take_loaded(self._step.loading, state)
-        super().__setstate__(state)
-        layouts = self._step.layouts
-        self._step.rule.share(self, self.state_names)
+        # In place: proxies, schedulers and a wrapped optimizer may hold these very objects.
+        self.param_groups[:] = state["param_groups"]
+        if state["state"] is not self.state:
+            self.state.clear()
+            self.state.update(state["state"])
+        super().__setstate__({**state, "param_groups": self.param_groups, "state": self.state})
+        layouts = self._bound().layouts
+        self._step.rule.share(layouts, self.state_names)
         if layouts.valid and all(layout.attached() for layout in layouts):
             layouts.take_state()
         else:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..checks import check_number
-from ..memory.scalars import Sum
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
 
@@ -57,7 +56,7 @@ class GSAM(SharpnessAwareOptimizer):
     ) -> None:
         check_number(alpha, "alpha")
         self.alpha = float(alpha)
-        super().__init__(params, base_optimizer, {"rho": rho}, {"dot": Sum()}, **kwargs)
+        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def passes(self, step: Step) -> Passes:
         """GSAM: step with g_s - alpha g_perp, which is (1 + alpha <g, g_s> / ||g_s||^2) g_s - alpha g."""

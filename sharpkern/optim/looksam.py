@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..checks import check_number
-from ..memory.scalars import Sum
 from ..policy import Every, Policy, choose
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
@@ -66,9 +65,7 @@ class LookSAM(SharpnessAwareOptimizer):
         check_number(alpha, "alpha")
         self.alpha = float(alpha)
         policy = choose(policy, lambda: Every(5 if k is None else k), k=k)
-        # <g, g_s>, ||g_v||^2 and how many parameters have a g_v.
-        scalars = {"dot": Sum(), "g_v": Sum("g_v_squared_norm"), "g_v_count": 0}
-        super().__init__(params, base_optimizer, {"rho": rho}, scalars, policy=policy, **kwargs)
+        super().__init__(params, base_optimizer, {"rho": rho}, policy=policy, **kwargs)
 
     def passes(self, step: Step) -> Passes:
         """LookSAM: a SAM step that refreshes g_v, or a plain one with g_v added to the gradient."""

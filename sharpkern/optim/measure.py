@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import warn
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
-from ..memory.scalars import BASE, Scalars
+from ..memory.scalars import BASE, Scalars, merged, of_state
 from ..memory.transfer import GroupTable, Receiver
 from ..rules import FusedRule, Rule
 
@@ -32,18 +33,23 @@ class Measurements:
     """Gradients and numbers of the step that is under way, and the memory that all steps of an optimizer share.
 
     Args:
-        opt: the optimizer: its groups and state, and what it declares (direction, state_names, scalars, policy).
+        opt: the optimizer, which declares direction, state_names, scalars and policy. It is not held.
         rule: how it moves.
         flatten: move parameters and gradients into flat buffers.
     """
 
     def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
-        self._opt, self.rule, self.settings = opt, rule, settings
-        self.scalars = Scalars({**BASE, **opt.scalars, **opt.policy.scalars})
+        self.rule, self.settings = rule, settings
+        self._owner, self._direction, self.state_names = type(opt).__name__, opt.direction, opt.state_names
+        self.declared = merged(opt.scalars, *map(of_state, opt.state_names))
+        self.scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars))
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
-        self.layouts = Layouts(opt, self.scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
-        self._measured: str | None = None  # the sum that holds the norm of the gradients that are there
+        self.layouts = Layouts(self.scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
+        # The sum that holds the norm of the gradients that are there, and whether that is of the gradient as it is.
+        self._measured: str | None = None
+        self._plain = False
+        self._warned: set[str] = set()
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._receiver = Receiver()
 
@@ -67,8 +73,7 @@ class Measurements:
 
     def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
         if grad.layout != torch.strided:
-            owner = type(self._opt).__name__
-            return RuntimeError(f"{owner} does not support sparse gradients, but that of {name} is {grad.layout}")
+            return RuntimeError(f"{self._owner} does not support sparse gradients, but that of {name} is {grad.layout}")
         return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
 
     def release(self) -> None:
@@ -85,14 +90,16 @@ class Measurements:
 
     def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
         """Give parameters the gradients that they had in the first pass; the norm of them is known."""
-        self._opt.zero_grad()
-        for p, grad in grads.items():
-            if self.layouts.flatten and p.grad is not None:
-                p.grad.copy_(grad)
-            else:
-                p.grad = grad
+        for layout in self.layouts:
+            if layout.flat is not None:
+                layout.flat.zero_grads()
+            for p in layout.params:
+                if layout.flat is None or p.grad is None:
+                    p.grad = grads.get(p)
+                elif p in grads:
+                    p.grad.copy_(grads[p])
         self.collect()
-        self._measured = "first"
+        self._measured, self._plain = "first", True
 
     # Measuring.
 
@@ -104,12 +111,12 @@ class Measurements:
             into: the sum.
             ema: (decay, coefficient): update AE-SAM's statistics in the same launch.
         """
-        if self._measured != into:
+        if self._measured != into or ema:
             self._norm(into, self.layouts.scaled, ema)
 
     def plain_norm(self) -> str:
         r"""The sum that holds :math:`\|g\|_2^2` of the gradients that are there; measured now where none does."""
-        if self._measured is None or (self.layouts.scaled and self._measured != "last"):
+        if self._measured is None or not self._plain:
             self._norm("last")
             return "last"
         return self._measured
@@ -131,7 +138,13 @@ class Measurements:
             else:
                 ops.norm.default(*head, *walk, **numbers)
         self.scalars.share(into)
-        self._measured = into
+        self._measured, self._plain = into, not scaled
+
+    def warn_once(self, message: str) -> None:
+        """A warning at the user's line, the first time."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""
@@ -145,7 +158,7 @@ class Measurements:
     def read(self, *values: Any) -> list[float]:
         """Numbers or tensors of one element, read on the host in one go."""
         like = self.scalars.row("first", self.layouts[0].device)
-        wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in values]
+        wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
         numbers = [x.detach().reshape(()).to(like) for x in wide]
         read: list[float] = self._receiver.read(torch.stack(numbers)).tolist()
         return read
@@ -159,21 +172,21 @@ class Measurements:
             ops.dots.default(sums, layout.partials, kept, *layout.walk[1:], dtype=layout.dtype)
         self.scalars.share("last")
         self.scalars.share("dot")
-        self._measured = "last"
+        self._measured, self._plain = "last", True
 
     def project(self, into: str) -> None:
         r"""The state ``into`` :math:`= g_s - \frac{\langle g, g_s \rangle}{\|g\|_2^2}\, g`, and as a sum its squared
         norm."""
-        names = ((into,),) * len(self._opt.param_groups)
+        names = ((into,),) * len(self.layouts.param_groups)
         for i, layout in enumerate(self.layouts):
             head = (layout.buffer(into), self.scalars.row(into, layout.device)[i], layout.partials)
             products = self.scalars.rows("first", "dot", layout.device)
             kept = layout.buffer("gradient")
             ops.project.default(*head, kept, *layout.walk[1:], products, dtype=layout.dtype)
-            self.layouts.states[i].expose(self._opt.state, names, layout.table.touched)
+            self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
         self.scalars.share(into)
         for p in self.layouts.idle:  # left out of the projection: theirs is gone
-            self._opt.state.get(p, {}).pop(into, None)
+            self.layouts.state.get(p, {}).pop(into, None)
         self.scalars[f"{into}_count"] = sum(state.count(into) for state in self.layouts.states)
 
     def has(self, name: str) -> bool:
@@ -204,10 +217,10 @@ class Measurements:
     def _radius(self, length: float | None, device: torch.device) -> Tensor:
         """[groups, 2]: how far, with the sign of the group, and eta."""
         rows: list[list[float | Tensor]] = []
-        for group in self._opt.param_groups:
-            rho, eta = self._opt.direction.radius(group) if length is None else (length, 0.0)
+        for group in self.layouts.param_groups:
+            rho, eta = self._direction.radius(group) if length is None else (length, 0.0)
             rows.append([-rho if group.get("maximize") else rho, eta])
-        return self._group_table("radius" if length is None else f"length {length}", rows, device)
+        return self._group_table("radius" if length is None else "ascent" if length > 0 else "descent", rows, device)
 
     def _group_table(self, name: str, rows: list[list[float | Tensor]], device: torch.device) -> Tensor:
         shape = (len(rows), len(rows[0]))

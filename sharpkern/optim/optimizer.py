@@ -21,7 +21,7 @@ from ..policy import Always, Policy, choose
 from ..rules import make_rule
 from .checkpoint import Checkpoints
 from .measure import Settings
-from .step import DONE, Passes, Step, Wish
+from .step import AGAIN, DONE, Passes, Step, Wish
 
 
 class SharpnessAwareOptimizer(Checkpoints):
@@ -30,19 +30,21 @@ class SharpnessAwareOptimizer(Checkpoints):
     Args:
         params, base_optimizer: as in :class:`sharpkern.SAM`, with the keyword arguments that all classes share.
         own: this algorithm's group options and their defaults.
-        scalars: numbers that the algorithm keeps, see :mod:`sharpkern.memory.scalars`.
     """
 
+    # What an algorithm declares: where it goes; whether it takes more passes than stepping by hand has; arguments that
+    # it refuses; and, set before ``__init__`` is called, numbers that it keeps (``memory/scalars.py``).
     direction = Direction()
-    # Whether it takes more passes than stepping by hand has.
     closure_only = False
+    refused: tuple[str, ...] = ()
+    scalars: Mapping[str, Any] = {}
 
     def __init__(
         self,
         params: Any,
         base_optimizer: Any,
         own: dict[str, Any],
-        scalars: Mapping[str, Any] | None = None,
+        /,
         *,
         policy: Policy | None = None,
         perturb_eps: float = 1e-12,
@@ -61,26 +63,26 @@ class SharpnessAwareOptimizer(Checkpoints):
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)
         max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
-        self.scalars = dict(scalars or {})
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own})
         warn_half(p for p, *_ in entries(self.param_groups))
-        rule.share(self, self.state_names)
+        rule.share(self._bound().layouts, self.state_names)
         if flatten:
             self._step.layouts.lay_out()
 
     def __init_subclass__(cls) -> None:
         """Show the shared keyword arguments in the signature of every class; they are spelled once, above."""
         super().__init_subclass__()
-        own = inspect.signature(cls.__init__).parameters
-        if "kwargs" in own:
+        signature = inspect.signature(cls.__init__)
+        own = [p for p in signature.parameters.values() if p.name != "self"]
+        if cls.__init__.__module__.startswith("sharpkern.") and "kwargs" in signature.parameters:
             shared = inspect.signature(SharpnessAwareOptimizer.__init__).parameters
-            named = [p for p in own.values() if p.name not in ("self", "kwargs")]
-            rest = [p for p in shared.values() if p.kind == p.KEYWORD_ONLY and p.name not in own]
-            signature = inspect.Signature([*named, *rest, shared["base_kwargs"]])
-            cls.__signature__ = signature  # type: ignore[attr-defined]
+            left_out = {*signature.parameters, *cls.refused}
+            rest = [p for p in shared.values() if p.kind == p.KEYWORD_ONLY and p.name not in left_out]
+            own = [*own[:-1], *rest, shared["base_kwargs"]]
+        cls.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
 
     def passes(self, step: Step) -> Passes:
         """The algorithm. It starts with the gradients of the first pass, and yields where it needs the caller."""
@@ -126,7 +128,7 @@ class SharpnessAwareOptimizer(Checkpoints):
         Returns:
             What it needs; None at its end.
         """
-        step, loss, collect = self._step, None, begin
+        step, loss, collect = self._bound(), None, begin
         try:
             while True:
                 with torch.no_grad():
@@ -136,24 +138,29 @@ class SharpnessAwareOptimizer(Checkpoints):
                     if begin:
                         step.passes = self.passes(step)
                     wish = step.send(loss)
-                    if begin:
-                        step.count()
                     if wish is DONE:
                         step.finish()
                         return None
                     if not isinstance(wish, Wish):
                         raise RuntimeError(f"{type(self).__name__}.passes yielded {wish!r}: expected AGAIN or AS_IS")
-                    if wish is Wish.AGAIN:
+                    if wish is AGAIN:
                         step.freeze()
-                    if wish is Wish.AGAIN or closure is None:
+                    else:
+                        step.count_plain()
+                    if wish is AGAIN or closure is None:
                         step.release()
                 if closure is None:
                     return wish
-                begin, collect, loss = False, wish is Wish.AGAIN, None
+                begin, collect, loss = False, wish is AGAIN, None
                 if collect:
                     self.zero_grad()
                     with torch.enable_grad():
-                        loss = closure()
+                        result = closure()
+                    # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
+                    loss = result if self.closure_only else None
+                    del result
+                    if not step.is_open:
+                        return None  # the closure cancelled the step: restore()
         except BaseException:
             self.restore()
             raise
@@ -162,6 +169,10 @@ class SharpnessAwareOptimizer(Checkpoints):
     def is_perturbed(self) -> bool:
         """Whether the weights are those of another pass: between ``first_step`` and ``second_step``."""
         return self._step.layouts.away
+
+    def _refuse_by_hand(self) -> None:
+        if self.closure_only:
+            raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
@@ -180,11 +191,10 @@ class SharpnessAwareOptimizer(Checkpoints):
             RuntimeError: when a first pass is pending already, for a sparse gradient, or for an algorithm of more
                 passes; nothing changed.
         """
-        if self.closure_only:
-            raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
+        self._refuse_by_hand()
         if self._step.is_open:
             raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
-        again = self._run(None, begin=True) is Wish.AGAIN
+        again = self._run(None, begin=True) is AGAIN
         if again and zero_grad:
             self.zero_grad()
         return again
@@ -198,8 +208,7 @@ class SharpnessAwareOptimizer(Checkpoints):
         Raises:
             RuntimeError: without a ``first_step`` before it.
         """
-        if self.closure_only:
-            self.first_step()
+        self._refuse_by_hand()
         if not self._step.is_open:
             raise RuntimeError("second_step() was called before first_step()")
         self.step()
@@ -220,7 +229,7 @@ class SharpnessAwareOptimizer(Checkpoints):
         Raises:
             RuntimeError: with a closure while a step is pending, or for a sparse gradient.
         """
-        step = self._step
+        step = self._bound()
         if closure is not None:
             if step.is_open:
                 raise RuntimeError("step(closure) while a step is pending: call second_step() or restore() first")
@@ -243,23 +252,25 @@ class SharpnessAwareOptimizer(Checkpoints):
     @torch.no_grad()
     def restore(self) -> None:
         """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending."""
-        step = self._step
+        step = self._bound()
         if step.layouts.away:
             step.refresh()
             step.back()
-        if step.passes is not None:
-            step.passes.close()
-        step.finish()
+        try:
+            if step.passes is not None:
+                step.passes.close()
+        finally:
+            step.finish()
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
-        layouts = self._step.layouts
-        if not layouts.flatten or not len(layouts):
+        step = self._bound()
+        if not step.layouts.flatten or not len(step.layouts):
             super().zero_grad(set_to_none)
             return
-        self._step.refresh()  # a moved parameter takes its gradient along
-        layouts.zero_grads()
+        step.refresh()  # a moved parameter takes its gradient along
+        step.layouts.zero_grads()
 
     def unflatten(self) -> None:
         """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_number
 from ..direction import Nowhere
 from ..memory.scalars import Sum
+from ..policy import refuse
 from ..rules import FusedRule
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, Passes, Step, Wish
@@ -68,6 +69,7 @@ class SALR(SharpnessAwareOptimizer):
 
     direction = Nowhere()
     closure_only = True
+    refused = ("policy",)
 
     def __init__(
         self,
@@ -83,14 +85,13 @@ class SALR(SharpnessAwareOptimizer):
         for name, count in (("n_ascent", n_ascent), ("n_descent", n_descent), ("every", every)):
             check_count(count, name)
         check_number(step_size, "step_size", positive=True)
-        if "policy" in kwargs:
-            raise TypeError("SALR has no second pass for policy= to choose: it measures in one step of `every`")
+        refuse(self, kwargs, *self.refused)
         self.n_ascent, self.n_descent, self.every = int(n_ascent), int(n_descent), int(every)
         self.step_size = float(step_size)
         # The squared norms of the branches' gradients; every S in ascending order; the last S, and S / median.
         self.norms = tuple(f"branch_{i}" for i in range(n_descent - 1 + n_ascent - 1))
-        scalars = {**{name: Sum() for name in self.norms}, "history": [], "sharpness": math.nan, "lr_scale": 1.0}
-        super().__init__(params, base_optimizer, {}, scalars, **kwargs)
+        self.scalars = {**dict.fromkeys(self.norms, Sum()), "history": [], "sharpness": math.nan, "lr_scale": 1.0}
+        super().__init__(params, base_optimizer, {}, **kwargs)
 
     def passes(self, step: Step) -> Passes:
         """SALR: now and then S of the step's own batch, then the base rule's step with its learning rate scaled."""
@@ -110,7 +111,7 @@ class SALR(SharpnessAwareOptimizer):
         if skip:
             step.skip()
         else:
-            step.descend(lr_scale=step.scalars["lr_scale"])
+            step.descend()
 
     def measure(self, step: Step, grads: Mapping[Tensor, Tensor]) -> Generator[Wish, Any, tuple[float, bool]]:
         """(S, whether every gradient that was followed is finite)."""
@@ -128,7 +129,8 @@ class SALR(SharpnessAwareOptimizer):
             yield AGAIN
             step.norm(norm)
             step.ascend(length, along=norm)
-        return (yield AGAIN)
+        loss = yield AGAIN
+        return loss.detach() if isinstance(loss, Tensor) else loss
 
     def record(self, step: Step, sharpness: float) -> None:
         """Set the ratio, S over the median of all S; one that is not positive, or not finite, changes nothing."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..direction import Adaptive, Direction, Weights
+from ..direction import Direction, Magnitude, Weights
 from ..policy import Bernoulli, Policy, choose
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
@@ -68,7 +68,7 @@ class SAM(SharpnessAwareStep):
     <https://arxiv.org/abs/2010.01412>`_.
     """
 
-    direction: Direction = Adaptive()
+    direction: Direction = Magnitude()
 
     def __init__(
         self,
@@ -141,7 +141,8 @@ class SSSAM(SAM):
         p: the probability (0.5), or a function of the step's number (from 0), such as
             ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
         seed: of the draws (0).
-        adaptive, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A
+            policy takes the place of ``p`` and ``seed``.
         **base_kwargs: options of the base optimizer.
 
     Raises:

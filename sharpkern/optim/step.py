@@ -44,7 +44,7 @@ class Step(Measurements):
         self.passes: Passes | None = None
         self.loss: Any = None  # what the closure returned in the first pass
         self.loading: dict[str, Any] | None = None  # the state dict that is being loaded
-        self._counted = False  # whether a kernel counts this step
+        self._counted = False  # whether this step counts in the statistics already
         self._frozen: ExitStack | None = None
 
     # Moving.
@@ -57,7 +57,9 @@ class Step(Measurements):
             along: the sum that holds the squared norm of the gradient.
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
         """
-        keep, self._counted = not self.layouts.away, length is None
+        keep, counts = not self.layouts.away, length is None and not self._counted
+        if counts:
+            self._count(plain=False)
         numbers = {"eps": self.settings.perturb_eps, "skip_nonfinite": self.settings.skip_nonfinite}
         # Before anything moves: an interrupt may come right after a kernel.
         self.layouts.away = True
@@ -70,7 +72,7 @@ class Step(Measurements):
             kept = layout.buffer("gradient") if keep_gradient else layout.empty
             radius, sq = self._radius(length, layout.device), self.scalars.rows(along, along, layout.device)
             params, *walk = layout.walk
-            rest = (self._counters_for(layout, self._counted), *walk, radius, sq)
+            rest = (self._counters_for(layout, counts), *walk, radius, sq)
             if layout.any_scaled and length is None:
                 ops.ascend_scaled.default(params, backup, *rest, **numbers, dtype=layout.dtype)
             else:
@@ -91,15 +93,18 @@ class Step(Measurements):
             self.layouts.restore()
             self.layouts.finish()
 
-    def descend(self, direction: str | None = None, *, mixed: bool = False, lr_scale: float = 1.0) -> None:
+    def descend(self, direction: str | None = None, *, mixed: bool = False) -> None:
         """The base rule's step from the weights at home, with the gradients that are there. The norm of the gradient is
         measured where the check for infinities or the clipping needs it.
 
         Args:
             direction: the flat buffer v of a mixed gradient.
             mixed: step along a g + b v with the coefficients of ``mix``.
-            lr_scale: of every group's learning rate; the group's own stays the user's and the scheduler's.
+
+        Where the algorithm declares a number ``lr_scale``, every group's learning rate is scaled by it; the group's own
+        stays the user's and the scheduler's.
         """
+        self.count_plain()
         skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
         last = self.plain_norm() if skip or not math.isinf(max_norm) else "last"
         first = "first" if self.layouts.away and skip else last
@@ -107,20 +112,21 @@ class Step(Measurements):
             for layout in self.layouts:
                 layout.complete_kept_gradient()
         if isinstance(self.rule, WrappedRule):
-            self._step_wrapped(self.rule, first, last, direction, mixed, lr_scale)
+            self._step_wrapped(self.rule, first, last, direction, mixed)
         else:
-            self._step_fused(self.rule, first, last, direction, mixed, lr_scale)
+            self._step_fused(self.rule, first, last, direction, mixed)
         self.layouts.state_written()
 
-    def _step_fused(
-        self, rule: FusedRule, first: str, last: str, direction: str | None, mixed: bool, lr_scale: float
-    ) -> None:
-        groups = self._opt.param_groups
+    def _lr_scale(self) -> float:
+        return float(self.scalars["lr_scale"]) if "lr_scale" in self.scalars else 1.0
+
+    def _step_fused(self, rule: FusedRule, first: str, last: str, direction: str | None, mixed: bool) -> None:
+        groups, lr_scale = self.layouts.param_groups, self._lr_scale()
         scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
         rows = [rule.values(group) for group in scaled]
         names = tuple(map(rule.state_names, groups))
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
-            state.expose(self._opt.state, names, layout.table.has_gradient)
+            state.expose(self.layouts.state, names, layout.table.has_gradient)
             sums = self.scalars.rows(first, last, layout.device)
             rule.step(
                 state,
@@ -136,22 +142,21 @@ class Step(Measurements):
             layout.written()
         self.layouts.away = False
 
-    def _step_wrapped(
-        self, rule: WrappedRule, first: str, last: str, direction: str | None, mixed: bool, lr_scale: float
-    ) -> None:
+    def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None, mixed: bool) -> None:
         self.back()
         sums = {device: self.scalars.rows(first, last, device).sum(-1) for device in self.layouts.devices}
         if sums and self.settings.skip_nonfinite and not bool(sums[self.layouts[0].device].isfinite().all()):
-            self.skip()
+            self.scalars["counters"][2] += 1
             return
         max_norm, clip = self.settings.max_norm, {}
         if not math.isinf(max_norm):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
         coefficients = self.scalars.coefficients if mixed else {}
-        rule.step(self._opt, self._opt.state_names, list(self.layouts), direction, coefficients, clip, lr_scale)
+        rule.step(self.layouts, self.state_names, direction, coefficients, clip, self._lr_scale())
 
     def skip(self) -> None:
         """Take no step, and count that."""
+        self.count_plain()
         self.scalars["counters"][2] += 1
 
     # The driver's.
@@ -164,7 +169,7 @@ class Step(Measurements):
     def refresh(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
         self.layouts.refresh(self.is_open)
-        self.rule.share(self._opt, self._opt.state_names)
+        self.rule.share(self.layouts, self.state_names)
 
     def send(self, loss: Any) -> Any:
         """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; DONE at its end."""
@@ -174,11 +179,15 @@ class Step(Measurements):
         except StopIteration:
             return DONE
 
-    def count(self) -> None:
-        """A step began: its algorithm has decided what to do first."""
+    def count_plain(self) -> None:
+        """This step takes no second pass that counts. A base step alone is none of an algorithm's."""
+        if self.is_open and not self._counted:
+            self._count(plain=True)
+
+    def _count(self, plain: bool) -> None:
+        self._counted = True
         self.scalars["t"] += 1
-        if not self._counted:
-            self.scalars["plain_steps"] += 1
+        self.scalars["plain_steps"] += plain
 
     def freeze(self) -> None:
         """No pass from here on counts in the statistics of the model's norm layers."""

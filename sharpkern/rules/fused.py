@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..memory.layouts import Layouts
 from ..memory.state import LayoutState, Names
 from ..ops import schema
 
@@ -50,7 +51,7 @@ class FusedRule:
         """Names that a parameter of this group has in ``opt.state``, torch's names."""
         raise NotImplementedError
 
-    def share(self, outer: Optimizer, hidden: Names) -> None:
+    def share(self, outer: Layouts, hidden: Names) -> None:
         """There is no optimizer of its own to share groups and state with."""
 
     def step(

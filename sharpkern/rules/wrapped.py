@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..memory.layout import Layout
+from ..memory.layouts import Layouts
 from ..memory.state import Names
 from .fused import Group, refuse_differentiable
 
@@ -48,10 +49,11 @@ class WrappedRule:
             state["optimizer"] = inner
         return state
 
-    def share(self, outer: Optimizer, hidden: Names) -> None:
-        """See that the wrapped optimizer has ``outer``'s groups and state, the same objects.
+    def share(self, outer: Layouts, hidden: Names) -> None:
+        """See that the wrapped optimizer has the groups and the state of the outer one, the same objects.
 
         Args:
+            outer: the outer one's layouts.
             hidden: names of state that is not the wrapped optimizer's.
         """
         inner = self.optimizer
@@ -67,9 +69,8 @@ class WrappedRule:
 
     def step(
         self,
-        outer: Optimizer,
+        layouts: Layouts,
         hidden: Names,
-        layouts: Sequence[Layout],
         direction: str | None,
         coefficients: Mapping[torch.device, Tensor],
         clip: Mapping[torch.device, Tensor],
@@ -78,7 +79,7 @@ class WrappedRule:
         """Its own step, with d = clip (a g + b v) in ``p.grad`` and learning rates scaled meanwhile.
 
         Args:
-            outer: the optimizer whose groups and state it shares.
+            layouts: of the optimizer whose groups and state it shares.
             hidden: names of state that it does not see.
             direction: the flat buffer v, or none.
             coefficients: [a, b] on every device, or nothing: a = 1.
@@ -92,11 +93,11 @@ class WrappedRule:
                 grads = [p.grad for p in layout.params if p.grad is not None]
                 if grads and layout.device in clip:
                     torch._foreach_mul_(grads, clip[layout.device].to(layout.dtype))
-            for group in outer.param_groups if lr_scale != 1.0 else ():
+            for group in layouts.param_groups if lr_scale != 1.0 else ():
                 lent = group["lr"] * lr_scale
                 stack.callback(_take_back_lr, group, group["lr"], lent)
                 group["lr"] = lent
-            _hide(stack, outer, hidden)
+            _hide(stack, layouts, hidden)
             # Not the hooked step: global hooks fire once a step, around ours.
             step: Any = self.base.step
             getattr(step, "__wrapped__", step)(self.optimizer)
@@ -123,7 +124,7 @@ def _take_back_lr(group: Group, lr: Any, lent: Any) -> None:
         group["lr"] = group["lr"] * (lr / lent)
 
 
-def _hide(stack: ExitStack, outer: Optimizer, names: Names) -> None:
+def _hide(stack: ExitStack, outer: Layouts, names: Names) -> None:
     """Take state out of ``outer`` until the stack closes.
 
     Some optimizers make their state when a parameter has none, and look for it when there is any.
@@ -136,5 +137,5 @@ def _hide(stack: ExitStack, outer: Optimizer, names: Names) -> None:
                 del outer.state[p]
 
 
-def _show(outer: Optimizer, p: Tensor, name: str, value: Tensor) -> None:
+def _show(outer: Layouts, p: Tensor, name: str, value: Tensor) -> None:
     outer.state[p][name] = value

@@ -511,3 +511,54 @@ def test_a_parameter_that_has_no_state_of_its_rule(method: Method, rule: Any, ca
         theirs.step()
     twins, twin = copy.deepcopy((params, opt))
     twin.step(closure_over(twins))
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd", "momentum"])
+def test_g_v_alone_does_not_say_that_a_parameter_was_stepped(base: str) -> None:
+    """One that had a gradient in a first pass only: its bias correction, or first momentum, is still to come."""
+    rule, options = RULES[base]
+
+    def run(opt: Any, params: list[nn.Parameter], calls: list[bool]) -> None:
+        for both in calls:
+            loss = sum(p.cos().sum() + p.square().sum() for p in (params if both else params[:1]))
+            opt.zero_grad()
+            loss.backward()
+            if opt.first_step(zero_grad=True):
+                (params[0].sin().sum() + params[0].square().sum()).backward()
+            opt.second_step()
+
+    ends = []
+    for resumed in (False, True):
+        params = [nn.Parameter(torch.linspace(0.1, 1, 4)), nn.Parameter(torch.linspace(1, 2, 3))]
+        opt = sk.LookSAM(params, rule, k=4, **options)
+        run(opt, params, [True])
+        if resumed:
+            saved = opt.state_dict()
+            opt = sk.LookSAM(params, rule, k=4, **options)
+            opt.load_state_dict(saved)
+            assert opt.state[params[1]].keys() == {"g_v"}
+        run(opt, params, [True, True])
+        ends.append({str(i): p.detach() for i, p in enumerate(params)})
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("counters", [torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool)])
+def test_counters_of_another_dtype_are_refused(counters: Tensor) -> None:
+    opt = sk.SAM(make_net(f32).parameters(), lr=0.1)
+    state = opt.state_dict()
+    state["sharpkern"]["counters"] = counters
+    with pytest.raises(ValueError, match="loaded state dict has counters"):
+        opt.load_state_dict(state)
+
+
+def test_a_resumed_run_is_told_that_it_goes_past_total_steps() -> None:
+    model = make_net(f32)
+    opt = sk.AESAM(model.parameters(), lr=0.01, total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, opt, batches(4, f32))
+    resumed = sk.AESAM(model.parameters(), lr=0.01, total_steps=2)
+    resumed.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match="total_steps=2") as seen:
+        train(model, resumed, batches(3, f32))
+    assert len(seen) == 1

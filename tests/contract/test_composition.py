@@ -106,9 +106,10 @@ def test_asam_with_a_policy(policy: str, clip: dict[str, float], base: str) -> N
         (lambda p: sk.SSSAM(p, lr=0.1, p=0.5, policy=Always()), TypeError, "policy= and p= both"),
         (lambda p: sk.SSSAM(p, lr=0.1, seed=0, policy=Always()), TypeError, "policy= and seed= both"),
         (lambda p: sk.LookSAM(p, lr=0.1, k=5, policy=Always()), TypeError, "policy= and k= both"),
-        (lambda p: sk.AESAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "policy= and total_steps= both"),
-        (lambda p: sk.AELookSAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "policy= and total_steps= both"),
-        (lambda p: sk.SALR(p, lr=0.1, policy=Always()), TypeError, "SALR has no second pass"),
+        (lambda p: sk.AESAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "takes no policy="),
+        (lambda p: sk.AELookSAM(p, lr=0.1, total_steps=9, policy=Always()), TypeError, "takes no policy="),
+        (lambda p: sk.AELookSAM(p, lr=0.1, total_steps=9, k=3), TypeError, "AELookSAM takes no k="),
+        (lambda p: sk.SALR(p, lr=0.1, policy=Always()), TypeError, "SALR takes no policy="),
     ],
 )
 def test_bad_policies(make: Any, error: type[Exception], message: str) -> None:
@@ -122,7 +123,7 @@ def test_the_signature_shows_the_shared_arguments() -> None:
         assert names[:3] == ["params", "base_optimizer", "rho"]
         shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "base_kwargs"]
         assert names[-6:] == shared
-        assert names.count("policy") == 1
+        assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM))
 
 
 # A user's own.
@@ -223,3 +224,62 @@ def test_a_policy_of_the_users_own() -> None:
     losses = train(model, opt, batches(1) * 20)
     assert int(opt.stats["second_passes"]) == sum(loss > 0.9 for loss in losses)
     assert 0 < int(opt.stats["second_passes"]) < 20
+
+
+def test_a_norm_before_the_decision_does_not_take_its_statistics() -> None:
+    class Measured(sk.SAM):
+        def passes(self, step: Any) -> Any:
+            step.norm()
+            yield from super().passes(step)
+
+    ends = []
+    for cls in (sk.SAM, Measured):
+        model = make_net(torch.float32)
+        opt = cls(model.parameters(), lr=0.05, policy=Adaptive(STEPS))
+        train(model, opt, batches(STEPS, torch.float32))
+        ends.append(weights(model) | opt.stats)
+    assert_same_bits(*ends)
+
+
+def test_a_step_counts_once() -> None:
+    class Late(Odd):
+        """Goes away after the caller was asked, and twice."""
+
+        def passes(self, step: Any) -> Any:
+            yield AS_IS
+            for _ in range(2):
+                step.norm()
+                step.ascend()
+                yield AGAIN
+            step.descend()
+
+    model = make_net(torch.float32)
+    opt = Late(model.parameters())
+    train(model, opt, batches(3, torch.float32))
+    assert int(opt.stats["steps"]) == 3
+    assert opt.state_dict()["sharpkern"]["t"] == 3
+
+
+def test_a_number_is_declared_once() -> None:
+    class Clashing(Odd):
+        scalars = {"t": 7}
+
+    with pytest.raises(ValueError, match="'t' is declared twice"):
+        Clashing(make_net().parameters())
+    with pytest.raises(TypeError, match="scalars"):
+        sk.SAM(make_net().parameters(), lr=0.1, scalars={"t": 7})
+
+
+def test_a_users_class_shows_its_own_signature_and_takes_no_state_from_others() -> None:
+    class Own(sk.SAM):
+        state_names = ("exp_avg",)
+
+        def __init__(self, params: Any, *, gamma: float, **kwargs: Any) -> None:
+            super().__init__(params, torch.optim.SGD, **kwargs)
+
+    assert list(inspect.signature(Own).parameters) == ["params", "gamma", "kwargs"]
+    model = make_net(torch.float32)
+    opt = sk.SAM(model.parameters(), torch.optim.Adam, lr=0.1)
+    train(model, opt, batches(1, torch.float32))
+    opt.load_state_dict(opt.state_dict())
+    assert "exp_avg" in opt.state[model.out.weight]

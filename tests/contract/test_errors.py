@@ -334,3 +334,50 @@ def test_a_schedule_that_leaves_the_interval_changes_nothing(p: float) -> None:
     assert_same_bits(weights(model), before)
     assert_same_bits(opt.stats, stats)
     assert not opt.is_perturbed
+
+
+@over([METHODS["sam"], METHODS["looksam"], METHODS["gsam"]])
+def test_a_closure_that_restores_cancels_the_step(method: Method) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), "momentum", model=model)
+    before = weights(model)
+    inner = make_closure(model, batches(1, f32)[0])
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        loss = inner()
+        if calls == 2:
+            opt.restore()
+        return loss
+
+    opt.step(closure)
+    assert calls == 2
+    assert_same_bits(weights(model), before)
+    opt.step(inner)
+    assert not torch.equal(model.out.weight, before["out.weight"])
+
+
+def test_an_error_while_a_step_is_given_up_leaves_none_open() -> None:
+    """Gradients of SALR's first pass fit no parameter that was cast meanwhile."""
+    model = make_net(f32)
+    opt = METHODS["salr"].make(model.named_parameters(), "momentum", model=model)
+    inner = make_closure(model, batches(1, f32)[0])
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        loss = inner()
+        if calls == 3:
+            model.double()
+            raise ValueError("after a cast")
+        return loss
+
+    with pytest.raises((ValueError, RuntimeError)):
+        opt.step(closure)
+    model.float()
+    opt.zero_grad()
+    assert model.bn.track_running_stats
+    opt.step(inner)

@@ -135,3 +135,36 @@ def test_salr_and_a_base_that_changes_its_lr() -> None:
         opt.step(make_closure(model, batch))
         assert opt.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** (t + 1), rel=1e-12)
     assert float(opt.stats["lr_scale"]) != 1.0
+
+
+def test_salr_without_a_closure_keeps_its_ratio() -> None:
+    model = make_net().eval()
+    opt = salr(model.named_parameters(), lr=0.1, every=1)
+    train(model, opt, batches(2))
+    ratio = float(opt.stats["lr_scale"])
+    assert ratio != 1.0
+    opt.zero_grad()
+    make_closure(model, batches(1)[0])()
+    before, grad = model.out.weight.detach().clone(), model.out.weight.grad.clone()
+    opt.step()
+    torch.testing.assert_close(model.out.weight.detach(), before - 0.1 * ratio * grad, rtol=1e-12, atol=0)
+
+
+def test_salr_measures_anew_after_a_measurement_that_failed() -> None:
+    model = make_net(f32)
+    opt = salr(model.named_parameters(), lr=0.1, every=2)
+    inner = make_closure(model, batches(1, f32)[0])
+    calls = 0
+
+    def failing() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ValueError("in a branch")
+        return inner()
+
+    with pytest.raises(ValueError, match="in a branch"):
+        opt.step(failing)
+    assert int(opt.stats["steps"]) == 0
+    opt.step(inner)
+    assert float(opt.stats["sharpness"]) > 0
