@@ -106,6 +106,11 @@ class Scalars:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    @property
+    def host(self) -> dict[str, Any]:
+        """The values that are the host's."""
+        return {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
+
     # With the layouts.
 
     def lie_with(self, devices: Sequence[torch.device]) -> None:

@@ -14,9 +14,11 @@ from ..memory.layout import Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
 from ..memory.transfer import GroupTable, Receiver
+from ..ops import schema
 from ..rules import FusedRule, Rule
 
 ops = torch.ops.sharpkern
+FIRED = schema.EMA.index("fired")  # the last one
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Measurements:
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""
-        return bool(self._receiver.read(self.scalars["ema"][3:]))
+        return bool(self._receiver.read(self.scalars["ema"][FIRED:]))
 
     def all_finite(self, *sums: str) -> Tensor:
         """Whether all of these sums are finite, 0-d on the device."""
@@ -169,7 +171,8 @@ class Measurements:
         for i, layout in enumerate(self.layouts):
             sums = self.scalars.rows("last", "dot", layout.device)[:, i]
             kept = layout.buffer("gradient")
-            ops.dots.default(sums, layout.partials, kept, *layout.walk[1:], dtype=layout.dtype)
+            _, *walk = layout.walk
+            ops.dots.default(sums, layout.partials, kept, *walk, dtype=layout.dtype)
         self.scalars.share("last")
         self.scalars.share("dot")
         self._measured, self._plain = "last", True
@@ -182,7 +185,8 @@ class Measurements:
             head = (layout.buffer(into), self.scalars.row(into, layout.device)[i], layout.partials)
             products = self.scalars.rows("first", "dot", layout.device)
             kept = layout.buffer("gradient")
-            ops.project.default(*head, kept, *layout.walk[1:], products, dtype=layout.dtype)
+            _, *walk = layout.walk
+            ops.project.default(*head, kept, *walk, products, dtype=layout.dtype)
             self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
         self.scalars.share(into)
         for p in self.layouts.idle:  # left out of the projection: theirs is gone

@@ -63,6 +63,9 @@ class SALR(SharpnessAwareOptimizer):
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return one
             number, before anything changed.
 
+    ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, S
+    over the median (1 before).
+
     Source: Yue et al. 2020, `SALR: Sharpness-aware Learning Rate Scheduler for Improved Generalization
     <https://arxiv.org/abs/2011.05348>`_.
     """
@@ -148,15 +151,6 @@ class SALR(SharpnessAwareOptimizer):
         if not isinstance(rule, FusedRule) and group.get("lr") is None:
             raise ValueError(f"{rule.base.__name__} has no learning rate lr for SALR to scale")
         super().check_options(group)
-
-    @property
-    def stats(self) -> dict[str, Tensor]:
-        """As in :class:`sharpkern.SAM`, without second passes, and of the last measurement that was recorded:
-        ``sharpness``, S (NaN before), and ``lr_scale``, S over the median (1 before)."""
-        stats = super().stats
-        for name in ("sharpness", "lr_scale"):
-            stats[name] = torch.full_like(stats["grad_norm"], self._step.scalars[name])
-        return stats
 
 
 def check_loss(loss: Any) -> None:

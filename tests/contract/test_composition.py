@@ -196,6 +196,21 @@ def test_an_algorithm_that_takes_no_step_gives_the_weights_back() -> None:
         assert_same_bits(weights(model), before)
 
 
+def test_an_algorithm_without_a_yield_is_an_error() -> None:
+    class Plain(Odd):
+        def passes(self, step: Any) -> None:
+            step.norm()
+            step.ascend()
+
+    model = make_net(torch.float32)
+    before = weights(model)
+    opt = Plain(model.parameters())
+    for by_hand in (False, True):
+        with pytest.raises(TypeError, match="Plain.passes should be a generator"):
+            stepped(model, opt, by_hand)
+        assert_same_bits(weights(model), before)
+
+
 def test_more_passes_than_stepping_by_hand_has() -> None:
     ends = []
     for wishes in ((AGAIN,), (AGAIN, AS_IS), (AGAIN, AGAIN, AGAIN)):

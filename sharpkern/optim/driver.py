@@ -1,0 +1,212 @@
+"""The driver: it runs an algorithm's passes for ``step(closure)``, for stepping by hand and through exceptions.
+
+A step is open while its algorithm is under way; whether weights are away the layouts know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoints
+from .step import AGAIN, DONE, Passes, Step, Wish
+
+
+class Driver(Checkpoints):
+    """Steps, whatever the algorithm."""
+
+    # Whether the algorithm takes more passes than stepping by hand has.
+    closure_only = False
+
+    def passes(self, step: Step) -> Passes:
+        """The algorithm. It starts with the gradients of the first pass, and yields where it needs the caller."""
+        raise TypeError(f"{type(self).__name__} has no passes")
+
+    def _run(self, closure: Callable[[], Any] | None, begin: bool) -> Wish | None:
+        """Run the algorithm: with a closure to its end, without to where it needs the caller.
+
+        Args:
+            begin: a new step, with the gradients that are there.
+
+        Returns:
+            What it needs; None at its end.
+        """
+        step, loss, collect = self._bound(), None, begin
+        try:
+            while True:
+                with torch.no_grad():
+                    if collect:
+                        step.refresh()
+                        step.collect()
+                    if begin:
+                        step.passes = self.passes(step)
+                        if not isinstance(step.passes, Generator):
+                            raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
+                    wish = step.send(loss)
+                    if wish is DONE:
+                        step.finish()
+                        return None
+                    if not isinstance(wish, Wish):
+                        raise RuntimeError(f"{type(self).__name__}.passes yielded {wish!r}: expected AGAIN or AS_IS")
+                    if wish is AGAIN:
+                        step.freeze()
+                    else:
+                        step.count_plain()
+                    if wish is AGAIN or closure is None:
+                        step.release()
+                if closure is None:
+                    return wish
+                begin, collect, loss = False, wish is AGAIN, None
+                if collect:
+                    self.zero_grad()
+                    with torch.enable_grad():
+                        result = closure()
+                    # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
+                    loss = result if self.closure_only else None
+                    del result
+                    if not step.is_open:
+                        return None  # the closure cancelled the step: restore()
+        except BaseException:
+            self.restore()
+            raise
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are those of another pass: between ``first_step`` and ``second_step``."""
+        return self._step.layouts.away
+
+    def _refuse_by_hand(self) -> None:
+        if self.closure_only:
+            raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
+
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
+
+        When it returns False the gradients may still be changed (clipped, averaged) before ``second_step``, which
+        measures them once more.
+
+        Args:
+            zero_grad: reset the gradients afterwards, when a second backward is wanted.
+
+        Returns:
+            True when the weights are perturbed and a second backward is wanted; False when ``second_step`` is to
+            use the gradients that are there.
+
+        Raises:
+            RuntimeError: when a first pass is pending already, for a sparse gradient, or for an algorithm of more
+                passes; nothing changed.
+        """
+        self._refuse_by_hand()
+        if self._step.is_open:
+            raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
+        again = self._run(None, begin=True) is AGAIN
+        if again and zero_grad:
+            self.zero_grad()
+        return again
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """After the second backward: the base update, from the unperturbed weights. Runs through ``step()``.
+
+        Args:
+            zero_grad: reset the gradients afterwards.
+
+        Raises:
+            RuntimeError: without a ``first_step`` before it.
+        """
+        self._refuse_by_hand()
+        if not self._step.is_open:
+            raise RuntimeError("second_step() was called before first_step()")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step.
+
+        Args:
+            closure: computes the loss, calls backward and returns the loss. It is called once a pass, with
+                gradients reset before each call.
+
+        Returns:
+            The loss of the first call; None without a closure. Without one, a pending step is finished; when
+            none is pending this is a plain step of the base optimizer.
+
+        Raises:
+            RuntimeError: with a closure while a step is pending, or for a sparse gradient.
+        """
+        step = self._bound()
+        if closure is not None:
+            if step.is_open:
+                raise RuntimeError("step(closure) while a step is pending: call second_step() or restore() first")
+            self.zero_grad()
+            with torch.enable_grad():
+                step.loss = loss = closure()
+            self._run(closure, begin=True)
+            return loss
+        with torch.no_grad():
+            step.refresh()
+            step.collect()
+            if not step.is_open:
+                step.descend()
+                step.finish()
+        if step.is_open and self._run(None, begin=False) is not None:
+            self.restore()
+            raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
+        return None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending."""
+        step = self._bound()
+        if step.layouts.away:
+            step.refresh()
+            step.back()
+        try:
+            if step.passes is not None:
+                step.passes.close()
+        finally:
+            step.finish()
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
+        step = self._bound()
+        if not step.layouts.flatten or not len(step.layouts):
+            super().zero_grad(set_to_none)
+            return
+        step.refresh()  # a moved parameter takes its gradient along
+        step.layouts.zero_grads()
+
+    def unflatten(self) -> None:
+        """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""
+        self._step.layouts.unflatten()
+
+    @property
+    def base_optimizer(self) -> Driver:
+        """This optimizer: scripts that hand ``opt.base_optimizer`` to a scheduler find the groups here."""
+        return self
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """0-d tensors on the device of the parameters, read without waiting for it.
+
+        ``grad_norm``: the norm of the last first pass that was measured; ``steps``: first passes; ``second_passes``;
+        ``skipped_steps``: steps that met a gradient that was not finite. With an adaptive policy, of the squared
+        gradient norm: ``ema_mean``, ``ema_var`` and ``threshold``, what it was compared with last (NaN before). And
+        every fraction that the algorithm declares.
+        """
+        scalars = self._step.scalars
+        steps, second, skipped = scalars["counters"].clone().unbind()
+        stats = {
+            "grad_norm": scalars["squared_norm"].sqrt(),
+            "steps": steps + scalars["plain_steps"],
+            "second_passes": second,
+            "skipped_steps": skipped,
+        }
+        if "ema" in scalars:
+            stats["ema_mean"], stats["ema_var"], stats["threshold"], _ = scalars["ema"].clone().unbind()
+        fractions = {name: value for name, value in scalars.host.items() if isinstance(value, float)}
+        return stats | {name: torch.full_like(stats["grad_norm"], value) for name, value in fractions.items()}
