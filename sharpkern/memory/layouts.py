@@ -47,7 +47,7 @@ class Layouts:
         counted: bool,
         flatten: bool,
     ) -> None:
-        # The optimizer's: ``bind`` keeps them up to date. The optimizer itself is not held: it holds this.
+        # The optimizer's, which keeps them up to date. It is not held itself: it holds this.
         self.param_groups: list[Group] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._scalars, self._direction, self._counted = scalars, direction, counted

@@ -136,7 +136,7 @@ class Checkpoints(Optimizer):
             self.state.update(state["state"])
         super().__setstate__({**state, "param_groups": self.param_groups, "state": self.state})
         layouts = self._bound().layouts
-        self._step.rule.share(layouts, self.state_names)
+        self._step.rule.share(layouts, self.state_names, loaded=True)
         if layouts.valid and all(layout.attached() for layout in layouts):
             layouts.take_state()
         else:

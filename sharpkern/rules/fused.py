@@ -51,7 +51,7 @@ class FusedRule:
         """Names that a parameter of this group has in ``opt.state``, torch's names."""
         raise NotImplementedError
 
-    def share(self, outer: Layouts, hidden: Names) -> None:
+    def share(self, outer: Layouts, hidden: Names, loaded: bool = False) -> None:
         """There is no optimizer of its own to share groups and state with."""
 
     def step(

@@ -49,23 +49,24 @@ class WrappedRule:
             state["optimizer"] = inner
         return state
 
-    def share(self, outer: Layouts, hidden: Names) -> None:
+    def share(self, outer: Layouts, hidden: Names, loaded: bool = False) -> None:
         """See that the wrapped optimizer has the groups and the state of the outer one, the same objects.
 
         Args:
             outer: the outer one's layouts.
             hidden: names of state that is not the wrapped optimizer's.
+            loaded: whether they hold something else now; an old state dict may want the optimizer's own amendments.
         """
         inner = self.optimizer
-        if inner is not None and inner.param_groups is outer.param_groups and inner.state is outer.state:
+        same = inner is not None and inner.param_groups is outer.param_groups and inner.state is outer.state
+        if same and not loaded:
             return
         with ExitStack() as stack:
             _hide(stack, outer, hidden)
             if self.optimizer is None:
                 self.optimizer = self.base(outer.param_groups, **self.kwargs)
                 outer.state.update(self.optimizer.state)  # some make their state at once
-            if not (self.optimizer.param_groups is outer.param_groups and self.optimizer.state is outer.state):
-                self.optimizer.__setstate__({"state": outer.state, "param_groups": outer.param_groups})
+            self.optimizer.__setstate__({"state": outer.state, "param_groups": outer.param_groups})
 
     def step(
         self,

@@ -562,3 +562,17 @@ def test_a_resumed_run_is_told_that_it_goes_past_total_steps() -> None:
     with pytest.warns(UserWarning, match="total_steps=2") as seen:
         train(model, resumed, batches(3, f32))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("base", [torch.optim.NAdam, torch.optim.Adagrad, torch.optim.RAdam], ids=lambda b: b.__name__)
+def test_a_wrapped_optimizer_amends_what_it_loads(base: Any) -> None:
+    """torch once saved numbers of steps as Python's, which its optimizers no longer count up."""
+    model = make_net(f32)
+    opt = sk.SAM(model.parameters(), base, lr=1e-3)
+    train(model, opt, batches(2, f32))
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = float(entry["step"])
+    opt.load_state_dict(state)
+    train(model, opt, batches(1, f32))
+    assert [float(entry["step"]) for entry in opt.state.values()] == [3.0] * len(list(model.parameters()))
