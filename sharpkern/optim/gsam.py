@@ -24,6 +24,8 @@ class GSAM(SharpnessAwareOptimizer):
     :math:`g_s` of norm 1e-12 or less is projected on as if it were zero. With ``alpha=0`` this is
     :class:`sharpkern.SAM`. A step that a ``policy`` leaves without a second pass is a plain one.
 
+    Both gradients have to have one scale: not with ``torch.amp.GradScaler``, which takes it from the second one only.
+
     A step takes two forward and backward passes, five launches and, with SGD and momentum in float32, 56 bytes a
     parameter.
 
@@ -36,7 +38,7 @@ class GSAM(SharpnessAwareOptimizer):
         alpha: how much of :math:`g_\perp` is taken away.
         policy, perturb_eps, model, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
         max_grad_norm: clip :math:`g_s` to this norm, by a factor that :math:`g_\perp` shares.
-        **kwargs: options of the base optimizer.
+        **base_kwargs: options of the base optimizer.
 
     Raises:
         ValueError, TypeError: for arguments out of range, before anything changed.
@@ -66,7 +68,7 @@ class GSAM(SharpnessAwareOptimizer):
             yield AGAIN
             step.dots()
             step.mix("dot", "last", constant=(1, -self.alpha), slope=(self.alpha, 0))
-            step.descend("gradient", mixed=True)
+            step.descend("gradient")
         else:
             yield AS_IS
             step.descend()

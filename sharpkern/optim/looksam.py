@@ -78,8 +78,9 @@ class LookSAM(SharpnessAwareOptimizer):
             step.descend()
             return
         yield AS_IS
-        reuse = self.alpha > 0 and step.has("g_v")
-        if reuse:
+        if self.alpha > 0 and step.has("g_v"):
             # g + alpha ||g|| / ||g_v|| g_v
-            step.mix(step.plain_norm(), "g_v", constant=(1, 0), slope=(0, self.alpha), root=True)
-        step.descend("g_v" if reuse else None, mixed=reuse)
+            step.mix("last", "g_v", constant=(1, 0), slope=(0, self.alpha), root=True)
+            step.descend("g_v")
+        else:
+            step.descend()

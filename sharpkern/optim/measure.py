@@ -51,6 +51,7 @@ class Measurements:
         # The sum that holds the norm of the gradients that are there, and whether that is of the gradient as it is.
         self._measured: str | None = None
         self._plain = False
+        self._mixed = False  # whether the coefficients are of this gradient
         self._warned: set[str] = set()
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._receiver = Receiver()
@@ -69,7 +70,7 @@ class Measurements:
 
     def collect(self) -> None:
         """Take the gradients that are there now; nothing of the parameters changes."""
-        self._measured = None
+        self._measured, self._mixed = None, False
         for layout in self.layouts:
             layout.collect(self._bad_gradient, fresh=not self.layouts.away)
 
@@ -209,12 +210,14 @@ class Measurements:
         """Let ``descend`` step along a g + b v with [a, b] = constant + slope q, q = numerator / denominator.
 
         Args:
-            numerator, denominator: sums; with ``root`` their square roots. q is 0 where the denominator's is up to
-                ``schema.NORM_MIN``.
+            numerator, denominator: sums; with ``root`` their square roots. ``last`` is that of the gradient that is
+                there, measured now where it was not. q is 0 where the denominator's root is up to ``schema.NORM_MIN``.
         """
+        names = [self.plain_norm() if name == "last" else name for name in (numerator, denominator)]
         for device, coefficients in self.scalars.coefficients.items():
-            x, y = self.scalars.row(numerator, device), self.scalars.row(denominator, device)
+            x, y = (self.scalars.row(name, device) for name in names)
             ops.mix.default(coefficients, x, y, constant=constant, slope=slope, root=root)
+        self._mixed = True
 
     # Numbers of the parameter groups.
 

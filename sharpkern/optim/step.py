@@ -54,9 +54,10 @@ class Step(Measurements):
 
         Args:
             length: in units of the weights; below 0 it descends. None: the groups' radius, and a second pass counts.
-            along: the sum that holds the squared norm of the gradient.
+            along: the sum that holds the squared norm of the gradient, measured now where it was not.
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
         """
+        self.norm(along)
         keep, counts = not self.layouts.away, length is None and not self._counted
         if counts:
             self._count(plain=False)
@@ -93,17 +94,21 @@ class Step(Measurements):
             self.layouts.restore()
             self.layouts.finish()
 
-    def descend(self, direction: str | None = None, *, mixed: bool = False) -> None:
-        """The base rule's step from the weights at home, with the gradients that are there. The norm of the gradient is
-        measured where the check for infinities or the clipping needs it.
+    def descend(self, direction: str | None = None) -> None:
+        """The base rule's step from the weights at home, with the gradients that are there, or along a g + b v after
+        ``mix``. The norm of the gradient is measured where the check for infinities or the clipping needs it.
 
         Args:
-            direction: the flat buffer v of a mixed gradient.
-            mixed: step along a g + b v with the coefficients of ``mix``.
+            direction: the flat buffer v: ``gradient``, or a name of the algorithm's state.
+
+        Raises:
+            RuntimeError: for a direction that is not there, or without ``mix`` to say how much of it.
 
         Where the algorithm declares a number ``lr_scale``, every group's learning rate is scaled by it; the group's own
         stays the user's and the scheduler's.
         """
+        if direction and not (self._mixed and self.has(direction)):
+            raise RuntimeError(f"descend({direction!r}) needs such a buffer, and mix() to say how much of it")
         self.count_plain()
         skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
         last = self.plain_norm() if skip or not math.isinf(max_norm) else "last"
@@ -112,15 +117,15 @@ class Step(Measurements):
             for layout in self.layouts:
                 layout.complete_kept_gradient()
         if isinstance(self.rule, WrappedRule):
-            self._step_wrapped(self.rule, first, last, direction, mixed)
+            self._step_wrapped(self.rule, first, last, direction)
         else:
-            self._step_fused(self.rule, first, last, direction, mixed)
+            self._step_fused(self.rule, first, last, direction)
         self.layouts.state_written()
 
     def _lr_scale(self) -> float:
         return float(self.scalars["lr_scale"]) if "lr_scale" in self.scalars else 1.0
 
-    def _step_fused(self, rule: FusedRule, first: str, last: str, direction: str | None, mixed: bool) -> None:
+    def _step_fused(self, rule: FusedRule, first: str, last: str, direction: str | None) -> None:
         groups, lr_scale = self.layouts.param_groups, self._lr_scale()
         scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
         rows = [rule.values(group) for group in scaled]
@@ -135,14 +140,14 @@ class Step(Measurements):
                 layout.buffers.get(direction or "", layout.empty),
                 self._group_table("values", rows, layout.device),
                 sums,
-                self.scalars.coefficients[layout.device] if mixed else layout.empty,
+                self.scalars.coefficients[layout.device] if self._mixed else layout.empty,
                 self.settings.max_norm,
                 self.settings.skip_nonfinite,
             )
             layout.written()
         self.layouts.away = False
 
-    def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None, mixed: bool) -> None:
+    def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None) -> None:
         self.back()
         sums = {device: self.scalars.rows(first, last, device).sum(-1) for device in self.layouts.devices}
         if sums and self.settings.skip_nonfinite and not bool(sums[self.layouts[0].device].isfinite().all()):
@@ -151,7 +156,7 @@ class Step(Measurements):
         max_norm, clip = self.settings.max_norm, {}
         if not math.isinf(max_norm):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
-        coefficients = self.scalars.coefficients if mixed else {}
+        coefficients = self.scalars.coefficients if self._mixed else {}
         rule.step(self.layouts, self.state_names, direction, coefficients, clip, self._lr_scale())
 
     def skip(self) -> None:
@@ -198,7 +203,8 @@ class Step(Measurements):
     def finish(self) -> None:
         """No step is open: the weights are at home, wherever its algorithm left them; no gradient is held."""
         self.back()
-        self.passes, self.loss, self._measured, self._counted = None, None, None, False
+        self.passes, self.loss, self._measured = None, None, None
+        self._counted = self._mixed = False
         self.layouts.finish()
         if self._frozen is not None:
             self._frozen.close()

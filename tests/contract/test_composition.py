@@ -10,7 +10,7 @@ import pytest
 import torch
 from methods import RULES, every_base
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, train, train_by_hand, weights
-from naive import Naive, ae_sam, asam, draws
+from naive import Naive, ae_sam, asam, dot, draws
 from torch import nn
 
 import sharpkern as sk
@@ -298,3 +298,47 @@ def test_a_users_class_shows_its_own_signature_and_takes_no_state_from_others() 
     train(model, opt, batches(1, torch.float32))
     opt.load_state_dict(opt.state_dict())
     assert "exp_avg" in opt.state[model.out.weight]
+
+
+class StableSAM(Odd):
+    """Steps with (norm(g) / norm(g_s)) g_s; the verbs measure what they need."""
+
+    def passes(self, step: Any) -> Any:
+        step.ascend()
+        yield AGAIN
+        step.mix("first", "last", constant=(0, 0), slope=(1, 0), root=True)
+        step.descend()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_verbs_measure_what_they_need(by_hand: bool) -> None:
+    def rescaled() -> Any:
+        def mix(g: Any, g_s: Any) -> Any:
+            return {p: (dot(g, g) / dot(g_s, g_s)) ** 0.5 * x for p, x in g_s.items()}
+
+        return mix
+
+    ours, theirs = make_net(), make_net()
+    opt = StableSAM(ours.parameters())
+    naive = Naive(theirs.named_parameters(), torch.optim.SGD, {"rho": 0.05}, mix=rescaled(), lr=0.1)
+    (train_by_hand if by_hand else train)(ours, opt, batches(STEPS))
+    for batch in batches(STEPS):
+        naive.step(make_closure(theirs, batch))
+    assert relative_error(ours, theirs) < 1e-11
+
+
+@pytest.mark.parametrize("direction", ["gradient", "nothing"])
+def test_a_direction_needs_a_buffer_and_coefficients(direction: str) -> None:
+    class Unmixed(Odd):
+        def passes(self, step: Any) -> Any:
+            step.ascend(keep_gradient=True)
+            yield AGAIN
+            if direction == "nothing":
+                step.mix("first", "last", constant=(1, 1), slope=(0, 0))
+            step.descend(direction)
+
+    model = make_net(torch.float32)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=f"descend.'{direction}'. needs such a buffer, and mix"):
+        stepped(model, Unmixed(model.parameters()), by_hand=False)
+    assert_same_bits(weights(model), before)
