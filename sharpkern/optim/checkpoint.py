@@ -135,8 +135,8 @@ class Checkpoints(Optimizer):
             self.state.clear()
             self.state.update(state["state"])
         super().__setstate__({**state, "param_groups": self.param_groups, "state": self.state})
-        layouts = self._bound().layouts
-        self._step.rule.share(layouts, self.state_names, loaded=True)
+        self._bound().share(loaded=True)
+        layouts = self._step.layouts
         if layouts.valid and all(layout.attached() for layout in layouts):
             layouts.take_state()
         else:

@@ -67,7 +67,7 @@ class SharpnessAwareOptimizer(Driver):
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own})
         warn_half(p for p, *_ in entries(self.param_groups))
-        rule.share(self._bound().layouts, self.state_names)
+        self._bound().share()
         if flatten:
             self._step.layouts.lay_out()
 

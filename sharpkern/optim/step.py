@@ -174,7 +174,12 @@ class Step(Measurements):
     def refresh(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
         self.layouts.refresh(self.is_open)
-        self.rule.share(self.layouts, self.state_names)
+        self.share()
+
+    def share(self, loaded: bool = False) -> None:
+        """A wrapped optimizer has the same groups and the same state; ``loaded``: they hold something else now."""
+        if isinstance(self.rule, WrappedRule):
+            self.rule.share(self.layouts, self.state_names, loaded)
 
     def send(self, loss: Any) -> Any:
         """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; DONE at its end."""

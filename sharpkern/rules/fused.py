@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..memory.layouts import Layouts
 from ..memory.state import LayoutState, Names
 from ..ops import schema
 
@@ -20,7 +20,7 @@ Group = dict[str, Any]
 _WITHOUT_MEANING = ("foreach", "fused", "capturable")
 
 
-class FusedRule:
+class FusedRule(ABC):
     """A base rule that runs as one op a layout."""
 
     op: Callable[..., None]
@@ -47,12 +47,9 @@ class FusedRule:
         """The group's row of the table of values; a tensor stands for itself where reading it would wait."""
         return [number(group[column]) for column in self.columns]
 
+    @abstractmethod
     def state_names(self, group: Group) -> Names:
         """Names that a parameter of this group has in ``opt.state``, torch's names."""
-        raise NotImplementedError
-
-    def share(self, outer: Layouts, hidden: Names, loaded: bool = False) -> None:
-        """There is no optimizer of its own to share groups and state with."""
 
     def step(
         self,

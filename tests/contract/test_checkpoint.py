@@ -576,3 +576,19 @@ def test_a_wrapped_optimizer_amends_what_it_loads(base: Any) -> None:
     opt.load_state_dict(state)
     train(model, opt, batches(1, f32))
     assert [float(entry["step"]) for entry in opt.state.values()] == [3.0] * len(list(model.parameters()))
+
+
+@every_method
+def test_a_state_dict_is_of_its_moment(method: Method) -> None:
+    """Whoever keeps one in memory finds it unchanged when the training has gone on."""
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), "momentum")
+    train(model, opt, batches(3, f32))
+    kept = opt.state_dict()
+    before = copy.deepcopy(kept)
+    train(model, opt, batches(4, f32))
+    for key, value in before["sharpkern"].items():
+        assert torch.equal(torch.as_tensor(kept["sharpkern"][key]), torch.as_tensor(value)), key
+    for i, entry in before["state"].items():
+        assert_same_bits({k: torch.as_tensor(v) for k, v in kept["state"][i].items()},
+                         {k: torch.as_tensor(v) for k, v in entry.items()})  # fmt: skip

@@ -487,3 +487,22 @@ def test_frozen_batch_stats_survives_exceptions_and_leaves_others_alone() -> Non
     mean = model[0].running_mean.clone()
     model(torch.randn(4, 3))
     assert not torch.equal(model[0].running_mean, mean)
+
+
+@every_deciding
+def test_a_plain_step_by_hand_counts_when_it_begins(method: Method) -> None:
+    """``steps`` counts calls of first_step, those that are cancelled too."""
+    model = make_net(torch.float32)
+    options = method.never or {"k": 9}
+    opt = method.make(model.named_parameters(), "momentum", **options)
+    closure = make_closure(model, batches(1, torch.float32)[0])
+    opt.step(closure)
+    taken = int(opt.stats["second_passes"])
+    for t in range(1, 3):
+        opt.zero_grad()
+        closure()
+        assert not opt.first_step()
+        assert int(opt.stats["steps"]) == t + 1
+        opt.restore()
+        assert int(opt.stats["steps"]) == t + 1
+    assert int(opt.stats["second_passes"]) == taken
