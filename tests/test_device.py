@@ -345,6 +345,51 @@ def test_an_interrupt_before_the_launch_restores_nothing_old(remote: None) -> No
     assert_same_bits(weights(ours), before)
 
 
+@pytest.mark.parametrize("first", ["triton", "reference"])
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_another_backend_when_the_table_is_complete(first: str, end: str, remote: None) -> None:
+    """Marks of backups are the host's on one, the device's on the other."""
+    second = {"triton": "reference", "reference": "triton"}[first]
+    ours, opt, theirs, twin = twins()
+    data = batches(3, torch.float32)
+    for model, o in ((ours, opt), (theirs, twin)):
+        o.zero_grad()
+        make_closure(model, data[0])()
+        with sk.use_backend("triton"):
+            o.step()  # plain: the copy is complete, and its marks are clear
+    before = weights(ours)
+    opt.zero_grad()
+    make_closure(ours, data[1])()
+    with sk.use_backend(first):
+        opt.first_step(zero_grad=True)
+    if end == "second_step":
+        make_closure(ours, data[1])()
+    with sk.use_backend(second):
+        getattr(opt, end)()
+    if end == "restore":
+        assert_same_bits(weights(ours), before)
+    else:
+        twin.step(make_closure(theirs, data[1]))
+        close(ours, theirs)
+
+
+def test_weights_kept_by_the_host_are_marked_on_the_device(remote: None) -> None:
+    """A gradient that first appears on a branch."""
+    ps = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))]
+    opt = sk.SALR(ps, SGD, lr=0.1, n_ascent=3, n_descent=3)
+    calls: list[int] = []
+
+    def closure() -> Tensor:
+        loss = sum(p.square().sum() for p in (ps if calls else ps[:1]))
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    with sk.use_backend("triton"):
+        opt.step(closure)
+    assert ps[1].item() == 3.0
+
+
 def test_unflatten_between_passes_then_restore(remote: None) -> None:
     ours = make_net(torch.float32)
     opt = sk.SAM(ours.parameters(), SGD, lr=0.1, flatten=True)
