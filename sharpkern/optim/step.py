@@ -31,7 +31,8 @@ class Wish(Enum):
 AGAIN, AS_IS = Wish.AGAIN, Wish.AS_IS
 DONE = object()  # what the driver gets at an algorithm's end
 
-# An algorithm between two passes: it yields a wish and is sent the loss of the evaluation that followed.
+# An algorithm between two passes: it yields a wish, and where it is stepped by a closure only, it is sent the loss of
+# the evaluation that followed; else None.
 Passes = Generator[Wish, Any, None]
 
 
