@@ -63,7 +63,7 @@ $(VENV)/bench: $(VENV)/test
 	touch $@
 
 $(VENV)/check: $(VENV)/test
-	$(PIP) --no-build-isolation --editable ".[demo,bench,test,check]"
+	$(PIP) --no-build-isolation --editable ".[demo,bench,test,integrations,docs,check]"
 	touch $@
 
 clean:
