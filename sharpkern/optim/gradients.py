@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -77,8 +78,10 @@ class Gradients:
 
     def _any_nonzero(self) -> bool:
         """Whether a gradient that is there is not zero, read on the host."""
-        grads = [p.grad for p in self._params() if p.grad is not None]
-        return any(grad.layout != torch.strided for grad in grads) or bool(nn.utils.get_total_norm(grads) != 0)
+        grads = [p.grad for p in self._params() if p.grad is not None and p.numel()]
+        return any(grad.layout != torch.strided for grad in grads) or bool(
+            nn.utils.get_total_norm(grads, math.inf) != 0
+        )
 
     def note_gradient(self) -> None:
         """The gradients that are there are of a step, or were reset: no news to the next one."""
@@ -123,7 +126,8 @@ class Gradients:
             return
         rates = [group.get("lr") for group in self.layouts.param_groups]
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
-        if on_host and all(lr == 0 for lr in rates) and not self._any_nonzero():
+        readable = on_host and not any(map(is_capturing, self.layouts.devices))
+        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
             return
         self.scalars["base_steps"] += 1
         self.warn_once(
