@@ -121,10 +121,17 @@ def test_resume_through_a_tool(method: Method, base: str, tool: str) -> None:
     assert_resumes(lambda m: method.make(m.named_parameters(), base), TOOLS[tool])
 
 
+@pytest.mark.parametrize("flatten", [False, True], ids=["segments", "flat"])
 @forms
 @each_method
-def test_resume_through_dcp(method: Method, base: str, flattened: bool, tmp_path: Path) -> None:
-    assert_resumes(lambda m: method.make(m.named_parameters(), base), lambda *o: through_files(tmp_path, flattened, *o))
+def test_resume_through_dcp(method: Method, base: str, flattened: bool, flatten: bool, tmp_path: Path) -> None:
+    """Into a fresh optimizer, which torch takes a step with, on zero gradients, to make its state."""
+
+    def carry(model: nn.Module, opt: Any, fresh: nn.Module, fresh_opt: Any) -> None:
+        fresh_opt.zero_grad()
+        through_files(tmp_path, flattened, model, opt, fresh, fresh_opt)
+
+    assert_resumes(lambda m: method.make(m.named_parameters(), base, flatten=flatten), carry)
 
 
 # Where the parameters are cut into groups. Nested, torch loads as many groups as it saved.
