@@ -87,16 +87,15 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a tensor": (lambda: sk.SAM([1.0], SGD, lr=0.1), TypeError, "can only optimize Tensors"),
     "no params key": (lambda: sk.SAM([{"lr": 0.1}], SGD), ValueError, "no 'params'"),
     "set": (lambda: sk.SAM([{"params": set(params())}], SGD), TypeError, "ordered collections"),
-    "duplicate": (lambda: sk.SAM([shared, shared], SGD, lr=0.1), ValueError, "parameter 1 of group 0.*more than once"),
+    "duplicate": (
+        lambda: sk.SAM([shared, shared], SGD, lr=0.1),
+        ValueError,
+        "parameter 1 of group 0.*more than once.*twice",
+    ),
     "duplicate in groups": (
         lambda: sk.SAM([{"params": [shared]}, {"params": [("w", shared)]}], SGD, lr=0.1),
         ValueError,
-        "parameter 'w'.*more than once",
-    ),
-    "meta": (
-        lambda: sk.SAM(nn.Linear(2, 2, device="meta").named_parameters(), SGD, lr=0.1),
-        ValueError,
-        "'weight' is on the meta device",
+        "some parameters appear in more than one parameter group: parameter 'w'",
     ),
     "complex": (
         lambda: sk.SAM([("c", nn.Parameter(torch.ones(2, dtype=torch.complex64)))], SGD, lr=0.1),

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import warn
-from ..memory.layouts import entries
+from ..direction import Direction
+from ..memory.layouts import check_memory, entries
 from ..memory.scalars import saved_names
+from ..memory.state import of_parameters
 from ..policy import Always, Policy
 from ..rules import FusedRule
 from .step import Step
@@ -29,6 +31,7 @@ class Checkpoints(Optimizer):
     _step: Step
     _knobs: tuple[str, ...]
     policy: Policy
+    direction: Direction
     # What an algorithm declares: numbers that it keeps (``memory/scalars.py``), set before ``__init__`` is called.
     scalars: Mapping[str, Any] = {}
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
@@ -57,7 +60,14 @@ class Checkpoints(Optimizer):
             RuntimeError: while the weights are perturbed.
         """
         self._refuse_perturbed("state_dict()")
-        state = super().state_dict()
+        # The first of the post-hooks: the user's see the whole dict, and may return another one.
+        handle = self.register_state_dict_post_hook(lambda _, state: self._complete_saved(state), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete_saved(self, state: dict[str, Any]) -> None:
         if self._step.owns_state:
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
@@ -65,7 +75,6 @@ class Checkpoints(Optimizer):
         plain = {"version": 1, **self._step.scalars.plain()}
         for group in state["param_groups"]:
             group[NUMBERS] = dict(plain)
-        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -75,8 +84,9 @@ class Checkpoints(Optimizer):
         state without the numbers that the training depends on.
 
         Raises:
-            ValueError: when it does not fit the parameters, before anything changed.
-            RuntimeError: while a step is pending.
+            ValueError, TypeError: when it does not fit the parameters, or an option of a group is out of range, before
+                anything changed.
+            RuntimeError: while a step is pending, or a parameter is on the meta device.
         """
         self._refuse_open("load_state_dict()")
         # The last of the pre-hooks: it sees the dict as the user's hooks left it.
@@ -88,15 +98,13 @@ class Checkpoints(Optimizer):
             self._step.loading = None
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
-        rule, step = self._step.rule, self._step
+        step = self._step
+        for group, new in zip(self.param_groups, loaded["param_groups"], strict=False):
+            self.direction.check({**group, **new})  # as torch does not look at the base rule's, either
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         for i, (p, _, _, label) in zip(ids, entries(self.param_groups), strict=False):
-            for key, value in loaded["state"].get(i, {}).items():
-                if key in (*self.state_names, *rule.buffers) and value is not None and value.size() != p.size():
-                    raise ValueError(
-                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
-                        f"of shape {tuple(p.size())}"
-                    )
+            check_memory(p, label)
+            self._check_entry(loaded["state"].get(i, {}), p, label)
         own = _numbers(loaded)
         if own is not None:
             if own.get("version") != 1:
@@ -116,6 +124,25 @@ class Checkpoints(Optimizer):
                 f"{NUMBERS!r}): {', '.join(self._course)} stay what they are here"
             )
         step.loading = loaded
+
+    def _check_entry(self, entry: Any, p: Tensor, label: str) -> None:
+        """Raise ValueError for loaded state of a parameter that does not fit it."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"loaded state dict has state {entry!r} for {label}, expected a dict")
+        rule = self._step.rule
+        for key, value in entry.items():
+            if key in (*self.state_names, *rule.buffers) and value is not None:
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"loaded state dict has {key} {value!r} for {label}, expected a tensor")
+                if value.size() != p.size():
+                    raise ValueError(
+                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
+                        f"of shape {tuple(p.size())}"
+                    )
+            if key == "step" and isinstance(rule, FusedRule):
+                one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+                if not one:
+                    raise ValueError(f"loaded state dict has step {value!r} for {label}, expected a number")
 
     @property
     def _course(self) -> list[str]:
@@ -148,7 +175,7 @@ class Checkpoints(Optimizer):
                     kept = fused or key in ("step", *self.state_names)
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         foreign = self._family - set(self.state_names)
-        for p in [p for p, entry in state["state"].items() if foreign & entry.keys()]:
+        for p in [p for p, entry in of_parameters(state["state"]) if foreign & entry.keys()]:
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:
                 del state["state"][p]
@@ -187,7 +214,7 @@ class Checkpoints(Optimizer):
         step, state = self._step, super().__getstate__()
         if step.owns_state:
             # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
-            clones: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+            clones: defaultdict[Any, Any] = defaultdict(dict)
             clones.update({p: _cloned(entry) for p, entry in self.state.items()})
             state["state"] = clones
         knobs = {name: getattr(self, name) for name in self._knobs}
@@ -209,5 +236,8 @@ def _numbers(loaded: dict[str, Any]) -> dict[str, Any] | None:
     return next((own for own in everywhere if own is not None), None)
 
 
-def _cloned(entry: dict[str, Any]) -> dict[str, Any]:
+def _cloned(entry: Any) -> Any:
+    """A copy of a parameter's state; whatever else stands among it, as it is."""
+    if not isinstance(entry, dict):
+        return entry
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}

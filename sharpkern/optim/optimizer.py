@@ -65,8 +65,12 @@ class SharpnessAwareOptimizer(Driver):
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
-        warn_half(p for p, *_ in entries(self.param_groups))
-        self._bound().share()
+        params = [p for p, *_ in entries(self.param_groups)]
+        warn_half(params)
+        self._bound()
+        if any(p.is_meta for p in params):
+            return  # they get memory before the first step, which does the rest
+        self._step.share()
         if flatten:
             self._step.layouts.lay_out()
 
