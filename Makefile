@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 .PHONY: demo test bench kernels check wheel clean
 
 demo: $(VENV)/demo
-	$(BIN)/python examples/compare.py $(ARGS)
+	$(BIN)/python -m experiments $(ARGS)
 
 # The first tier of the tests: every kind of check, on what is quick. tests/conftest.py tells what is where.
 test: $(VENV)/test
