@@ -15,11 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import sharpkern as sk
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
 # What a page may import that is no dependency of the tests: without it the page is skipped.
 INTEGRATIONS = {"accelerate", "ignite", "lightning", "transformers"}
+# What torchrun tells a script, of one process.
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -42,29 +46,33 @@ def name_of(page: Path) -> str:
 
 
 def with_code() -> list[object]:
-    marks = {True: pytest.mark.slow, False: ()}  # importing a trainer takes seconds
-    return [
-        pytest.param(page, id=name_of(page), marks=marks[bool(imported(page) & INTEGRATIONS)])
-        for page in PAGES
-        if blocks(page)
-    ]
+    params = []
+    for page in filter(blocks, PAGES):
+        # Importing a trainer takes seconds, compiling more.
+        slow = imported(page) & INTEGRATIONS or any("torch.compile(" in code for _, code in blocks(page))
+        params.append(pytest.param(page, id=name_of(page), marks=pytest.mark.slow if slow else ()))
+    return params
 
 
 @pytest.mark.parametrize("page", with_code())
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page in their order, in one namespace."""
+    """The blocks of a page in their order, in one namespace; and nobody warns of what a page does."""
     for package in sorted(imported(page) & INTEGRATIONS):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # classes of a page can be pickled
     monkeypatch.chdir(tmp_path)
+    if any("init_process_group(" in code for _, code in blocks(page)):
+        for name, value in TORCHRUN.items():
+            monkeypatch.setenv(name, value)
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        if "loops" not in page.parts:  # there other packages are at work, which may warn
-            warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         for line, code in blocks(page):
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
+    # Other packages may warn of what they do themselves.
+    assert [f"{w.filename}:{w.lineno}: {w.message}" for w in seen if w.filename == str(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -73,10 +81,26 @@ def test_no_block_is_overlooked(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count("```python") == len(blocks(page))
 
 
+def test_the_readme_is_short_and_shows_what_docs_has() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    accuracies = re.findall(r"\d+\.\d+ ± \d+\.\d+", text)
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert len(accuracies) == 24
+    assert [accuracy for accuracy in accuracies if accuracy not in results] == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"auto(?:class|function|module):: (?:sharpkern\.)?(\w+)", reference))
+    assert set(sk.__all__) - documented == {"__version__"}
+
+
 def test_nothing_is_said_twice() -> None:
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    paragraphs = [part.strip() for page in pages for part in re.split(r"\n\s*\n", page.read_text(encoding="utf-8"))]
-    assert [part for part, times in Counter(paragraphs).items() if times > 1 and len(part) > 60] == []
+    texts = [re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S) for page in pages]
+    paragraphs = Counter(part.strip() for text in texts for part in re.split(r"\n\s*\n", text))
+    assert [part for part, times in paragraphs.items() if times > 1 and len(part) > 60] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
