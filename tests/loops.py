@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from methods import BASES, METHODS, Method
 from models import assert_same_bits, batches, make_net, state_of
@@ -58,3 +59,12 @@ def assert_same(run: Run, other: Run) -> None:
     assert_same_bits(dict(run[0].state_dict()), dict(other[0].state_dict()))
     assert_same_bits(state_of(run[1]), state_of(other[1]))
     assert_same_bits(run[1].stats, other[1].stats)
+
+
+BY_HAND = ("by hand", "step()", "step(closure)")
+
+
+def every_way(*loops: str) -> Any:
+    """Each class in each loop; SALR takes a closure."""
+    cases = [(m, loop) for m in METHODS.values() for loop in loops if m.by_hand or loop not in BY_HAND]
+    return pytest.mark.parametrize(("method", "loop"), cases, ids=map("-".join, ((str(m), loop) for m, loop in cases)))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import MICRO, STEPS, Batch, assert_same, data, make, mean_loss, plain
+from loops import MICRO, STEPS, Batch, assert_same, data, every_way, make, mean_loss, plain
 from methods import BASES, BY_HAND, METHODS, RULES, Method, over
 from models import assert_same_bits, relative_error, weights
 from torch import Tensor, nn
@@ -104,12 +104,6 @@ def manual_closure(opt: Any, backward: Callable[[], Tensor]) -> None:
 
 
 LOOPS = {"closure": automatic, "by hand": manual, "step()": manual_step, "step(closure)": manual_closure}
-
-
-def every_way(*loops: str) -> Any:
-    """Each class in each loop; SALR takes a closure."""
-    cases = [(m, loop) for m in METHODS.values() for loop in loops if m.by_hand or loop == "closure"]
-    return pytest.mark.parametrize(("method", "loop"), cases, ids=map("-".join, ((str(m), loop) for m, loop in cases)))
 
 
 @every_way(*LOOPS)
