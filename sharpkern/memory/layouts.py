@@ -189,6 +189,20 @@ class Layouts:
             self._scalars[f"{name}_count"] = len(views)
         self.state_written()
 
+    def expose(self, names: tuple[Names, ...]) -> None:
+        """Every parameter with a gradient has state of these names, by its group, from this step on; of zeros at first.
+
+        Tools that restore a checkpoint take what state there is from a step on zero gradients.
+        """
+        found = [state.expose(self.state, names, state.layout.table.has_gradient) for state in self.states]
+        if any(found):
+            self.count_own()
+
+    def count_own(self) -> None:
+        """Note how many parameters have the algorithm's state."""
+        for name in self._own_state:
+            self._scalars[f"{name}_count"] = sum(state.count(name) for state in self.states)
+
     def exposed(self, name: str) -> list[Tensor]:
         """Every parameter's state of this name."""
         return [view for state in self.states for view in state.exposed(name)]

@@ -203,10 +203,18 @@ class Driver(Checkpoints):
 
     @uncompiled
     @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Reset the gradients, as in torch.
+
+        Args:
+            set_to_none: to None, or to zero where there are any. By default to None, but with ``flatten=True`` to zero:
+                autograd adds to what lies in the flat buffer, which takes 16 bytes a parameter (float32) in a backward.
+                None under ``flatten`` has each pass copy the gradients there, which takes 8.
+        """
         step = self._bound()
-        if not step.layouts.flatten or not len(step.layouts):
+        if set_to_none is None:
+            set_to_none = not step.layouts.flatten
+        if set_to_none or not step.layouts.flatten or not len(step.layouts):
             super().zero_grad(set_to_none)
         else:
             step.refresh()  # a moved parameter takes its gradient along

@@ -64,13 +64,8 @@ class Gradients:
     def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
         """Give parameters the gradients that they had in the first pass."""
         for layout in self.layouts:
-            if layout.flat is not None:
-                layout.flat.zero_grads()
             for p in layout.params:
-                if layout.flat is None or p.grad is None:
-                    p.grad = grads.get(p)
-                elif p in grads:
-                    p.grad.copy_(grads[p])
+                p.grad = grads.get(p)
         self.collect()
 
     def _params(self) -> Iterator[Tensor]:

@@ -152,7 +152,7 @@ class Measurements(Gradients):
         self.scalars.share(into)
         for p in self.layouts.idle:  # left out of the projection: theirs is gone
             self.layouts.state.get(p, {}).pop(into, None)
-        self.scalars[f"{into}_count"] = sum(state.count(into) for state in self.layouts.states)
+        self.layouts.count_own()
 
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""
