@@ -141,17 +141,19 @@ def test_a_closure_that_raises_or_cancels_in_a_pending_step() -> None:
 def test_a_step_within_a_closure_of_more_passes_is_refused() -> None:
     model = make_net(f32)
     opt = METHODS["salr"].make(model.named_parameters())
-    before, closure, calls = weights(model), make_closure(model, batches(1, f32)[0]), []
+    before, closure = weights(model), make_closure(model, batches(1, f32)[0])
+    for last in range(1, METHODS["salr"].calls):
+        calls: list[int] = []
 
-    def nested() -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            opt.step(closure)
-        return closure()
+        def nested(calls: list[int] = calls, last: int = last) -> Any:
+            calls.append(1)
+            if len(calls) > last:
+                opt.step(closure)
+            return closure()
 
-    with pytest.raises(RuntimeError, match=r"more passes than two: call step\(closure\)"):
-        opt.step(nested)
-    assert_same_bits(weights(model), before)
+        with pytest.raises(RuntimeError, match=r"more passes than two: call step\(closure\)"):
+            opt.step(nested)
+        assert_same_bits(weights(model), before)
 
 
 # What would go wrong without a word.
@@ -181,6 +183,33 @@ def test_gradients_that_a_closure_step_discards_are_said(method: Method) -> None
             other.zero_grad()
             train(twin, other, data[1:])
             assert_same_bits(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_discarded_gradients_are_seen_however_they_came(flatten: bool) -> None:
+    """After steps whose gradients were reset by either hand, to None or to zeros; on a parameter that is first with one
+    because another was frozen."""
+    data = batches(5, f32)
+
+    def frozen(model: nn.Module, opt: Any) -> None:
+        opt.zero_grad()
+        next(model.parameters()).requires_grad_(False).grad = None
+
+    for reset in (
+        lambda model, opt: model.zero_grad(),
+        lambda model, opt: opt.zero_grad(),
+        lambda model, opt: opt.zero_grad(set_to_none=False),
+        frozen,
+    ):
+        model = make_net(f32)
+        opt = SAM.make(model.named_parameters(), "momentum", flatten=flatten)
+        with told():
+            for batch in data:
+                opt.step(make_closure(model, batch))
+                reset(model, opt)
+        make_closure(model, data[0])()
+        with told("those that were there are not used"):
+            opt.step(make_closure(model, data[0]))
 
 
 def _reset_to_zero(model: nn.Module, opt: Any) -> None:
@@ -233,6 +262,10 @@ def test_a_closure_without_a_gradient_is_said(method: Method, base: str) -> None
     with told("the closure left no gradient"):
         for _ in range(2):
             opt.step(lambda: nn.functional.cross_entropy(model(x), y))
+        if method.by_hand:
+            other = method.make(model.named_parameters(), base)
+            other.first_step()  # no closure is to blame
+            other.second_step()
     assert_same_bits(weights(model), before)
 
 
