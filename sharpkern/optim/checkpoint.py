@@ -71,8 +71,11 @@ class Checkpoints(Optimizer):
         if self._step.owns_state:
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
-        state[NUMBERS] = {"version": 1, **self._step.scalars.save()}
-        plain = {"version": 1, **self._step.scalars.plain()}
+        head: dict[str, Any] = {"version": 1}
+        if self.direction.by_name:
+            head["scaled"] = self._scaled([group.get("param_names") for group in self.param_groups])
+        state[NUMBERS] = {**head, **self._step.scalars.save()}
+        plain = {**head, **self._step.scalars.plain()}
         for group in state["param_groups"]:
             group[NUMBERS] = dict(plain)
 
@@ -118,6 +121,7 @@ class Checkpoints(Optimizer):
             if found and found != declared:
                 raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")
             step.scalars.check(own)
+            self._compare_scaled(own, loaded["param_groups"])
         elif self._course and any(map(loaded["state"].get, ids)):
             warn(
                 f"the loaded state dict has state, but not the numbers that {type(self).__name__} keeps beside it (key "
@@ -144,6 +148,44 @@ class Checkpoints(Optimizer):
                 if not one:
                     raise ValueError(f"loaded state dict has step {value!r} for {label}, expected a number")
 
+    def _names(self, loaded: list[dict[str, Any]]) -> list[list[str] | None]:
+        """The names that each group's parameters have after loading: the loaded ones, as in torch; but those here where
+        a tool cut the parameters into groups otherwise, so that the loaded ones are other parameters'."""
+        here = {name: p for p, _, name, _ in entries(self.param_groups) if name}
+        found = []
+        for old, new in zip(self.param_groups, loaded, strict=False):
+            names, params = new.get("param_names"), old["params"]
+            fit = names and len(names) == len(params) and all(map(operator.is_, map(here.get, names, params), params))
+            found.append(names if fit else old.get("param_names"))
+        return found
+
+    def _scaled(self, names: list[list[str] | None]) -> list[int]:
+        """How many tensors the direction scales, of how many elements, if the groups' parameters have these names."""
+        sizes = [
+            p.numel()
+            for group, found in zip(self.param_groups, names, strict=False)
+            for i, p in enumerate(group["params"])
+            if self.direction.scaled(group, found[i] if found else None, p)
+        ]
+        return [len(sizes), sum(sizes)]
+
+    def _compare_scaled(self, own: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        """Warn where loading changes what the direction scales.
+
+        Raises:
+            ValueError: for what is no such count.
+        """
+        if self.direction.by_name and "scaled" in own:
+            before, after = own["scaled"], self._scaled(self._names(groups))
+            if not (isinstance(before, list) and [type(x) for x in before] == [int, int]):
+                raise ValueError(f"loaded state dict has scaled {before!r}, expected one like {after!r}")
+            if before != after:
+                warn(
+                    f"{type(self).__name__} scaled {before[0]} tensors of {before[1]} elements when the state dict was "
+                    f"saved, and scales {after[0]} of {after[1]}: it goes by their names where it has any. Make it of "
+                    "named_parameters() both times, or of parameters() both times"
+                )
+
     @property
     def _course(self) -> list[str]:
         """The numbers that decide what the next steps do."""
@@ -152,19 +194,14 @@ class Checkpoints(Optimizer):
 
     def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
         """Complete what torch made of a state dict: missing options, state that torch cast, numbers."""
-        named = {name: p for p, _, name, _ in entries(self.param_groups) if name}
-        for old, new in zip(self.param_groups, state["param_groups"], strict=True):
+        names = self._names(state["param_groups"])
+        for old, new, found in zip(self.param_groups, state["param_groups"], names, strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
             new[NUMBERS] = None
-            # Names of other parameters: a tool cut them into groups otherwise.
-            names, params = new.get("param_names"), new["params"]
-            if names and (
-                len(names) != len(params) or any(map(operator.is_not, map(named.get, names, params), params))
-            ):
+            new["param_names"] = found
+            if found is None:
                 del new["param_names"]
-                if "param_names" in old:
-                    new["param_names"] = old["param_names"]
         # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in state["param_groups"] for p in group["params"]]

@@ -390,6 +390,29 @@ def test_loaded_names_scale_what_they_name() -> None:
     assert_same_bits(*ends)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["into unnamed", "into named"])
+@pytest.mark.parametrize("saved", [False, True], ids=["from unnamed", "from named"])
+def test_loading_that_changes_what_is_scaled_is_told_of(saved: bool, loaded: bool) -> None:
+    """Names of the loaded dict are taken; where it has none, those that are here, by which other tensors are scaled."""
+
+    def make(named: bool) -> tuple[Any, Any]:
+        model = make_net(f32)
+        return model, sk.ASAM(model.named_parameters() if named else model.parameters(), SGD, lr=0.1, momentum=0.9)
+
+    model, opt = make(saved)
+    train(model, opt, batches(2, f32))
+    whole = opt.state_dict()
+    for state in (whole, {key: whole[key] for key in ("state", "param_groups")}):
+        _, other = make(loaded)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            other.load_state_dict(state)
+            other.load_state_dict(other.state_dict())  # as it is now
+            make(loaded)[1].load_state_dict(without_numbers(whole))  # which does not say
+        said = "ASAM scaled 3 tensors of 1169 elements when the state dict was saved, and scales 4 of 1174"
+        assert [str(w.message).partition(":")[0] for w in seen] == [said] * (loaded and not saved)
+
+
 # Dicts that do not fit.
 
 CLASSES = {
@@ -402,6 +425,7 @@ CLASSES = {
     "rho": "sssam",
     "rho nan": "gsam",
     "eta": "asam",
+    "scaled": "asam",
 }
 BAD_DICTS: dict[str, Any] = {
     "groups": lambda s: s["param_groups"].append(dict(s["param_groups"][0])),
@@ -422,6 +446,7 @@ BAD_DICTS: dict[str, Any] = {
     "no entry": lambda s: s["state"].update({0: 5}),
     "rho": lambda s: s["param_groups"][0].update(rho=-0.1),
     "rho nan": lambda s: s["param_groups"][0].update(rho=math.nan),
+    "scaled": lambda s: s["sharpkern"].update(scaled=[3]),
     "eta": lambda s: s["param_groups"][0].update(eta=-1.0),
 }
 
