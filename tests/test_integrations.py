@@ -5,6 +5,7 @@ test_loops.py has what they do in stand-ins.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import warnings
@@ -87,6 +88,7 @@ def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> An
             if opt.first_step(zero_grad=True):
                 mean_loss(self.model, [batch], self.manual_backward)
             opt.second_step()
+            opt.restore()  # nothing, but after an overflow under a scaler
             self.lr_schedulers().step()
 
         def closure(self, batch: Batch) -> None:
@@ -172,12 +174,28 @@ def scaled_precision(init_scale: float = 2.0**10) -> Any:
     return Scaled()
 
 
+def overflowing(model: nn.Module, call: int) -> None:
+    """Make one backward pass of the model's, by its number, leave a gradient that is infinite."""
+    calls = itertools.count()
+    model.out.bias.register_hook(lambda g: g * torch.inf if next(calls) == call else g)
+
+
 def test_lightning_with_a_scaler_by_hand() -> None:
+    """Which does not step after an overflow, here in the second pass of the third step: restore() ends that step."""
     sam = METHODS["sam"]
     module, trainer = lightning_module(sam, "by hand"), lightning_trainer()
+    overflowing(module.model, 5)
     trainer.strategy.precision_plugin = scaled_precision()
     trainer.fit(module, loader())
-    assert relative_error(module.model, plain(sam, schedule=SCHEDULE)[0]) < 1e-9
+    assert int(module.opt.stats["skipped_steps"]) == 0
+    model, opt = make(sam)
+    overflowing(model, 5)
+    scheduler = SCHEDULE(opt)
+    for batch in data():
+        opt.step(lambda batch=batch: mean_loss(model, [batch]))
+        scheduler.step()
+    assert int(opt.stats["skipped_steps"]) == 1
+    assert relative_error(module.model, model) < 1e-9
 
 
 @every_way("closure", "by hand")
