@@ -79,7 +79,7 @@ class Driver(Checkpoints):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are those of another pass: between ``first_step`` and ``second_step``."""
+        """Whether the weights are those of another pass, as between ``first_step`` and ``second_step``."""
         return self._step.layouts.away
 
     def _refuse_by_hand(self) -> None:
@@ -227,7 +227,7 @@ class Driver(Checkpoints):
 
     @property
     def base_optimizer(self) -> Driver:
-        """This optimizer: scripts that hand ``opt.base_optimizer`` to a scheduler find the groups here."""
+        """This optimizer, so that scripts which hand ``opt.base_optimizer`` to a scheduler find the groups."""
         return self
 
     @property
