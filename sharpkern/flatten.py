@@ -31,13 +31,14 @@ class Flattened:
         for p, view in zip(params, self._views, strict=True):
             if p.grad is not None:
                 view.copy_(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
-        self._point()
+                p.grad = view if p.requires_grad else None
 
     def _make_views(self) -> None:
         self._views = [self.grads.as_strided(*where) for where in self._where]
         self._addresses = list(map(Tensor.data_ptr, self._views))
 
-    def _point(self) -> None:
+    def point(self) -> None:
+        """Make the flat gradients every parameter's ``grad``. A missing one is of zeros then."""
         for p, view in zip(self._all, self._views, strict=True):
             if not p.requires_grad:
                 p.grad = None  # a gradient of zeros would still decay a frozen weight
@@ -49,7 +50,7 @@ class Flattened:
         self.grads.zero_()
         if list(map(Tensor.data_ptr, self._views)) != self._addresses:
             self._make_views()  # somebody replaced a view's data
-        self._point()
+        self.point()
 
     def undo(self) -> None:
         """Give every parameter and gradient its own memory again."""

@@ -214,6 +214,12 @@ class Layouts:
             if layout.flat is not None:
                 layout.flat.zero_grads()
 
+    def point_grads(self) -> None:
+        """Let the next backward write to flat buffers."""
+        for layout in self._layouts:
+            if layout.flat is not None:
+                layout.flat.point()
+
     def unflatten(self) -> None:
         """Give every parameter and gradient memory of its own again."""
         for layout in self._layouts:

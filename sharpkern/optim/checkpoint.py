@@ -98,14 +98,15 @@ class Checkpoints(Optimizer):
         for old, new in zip(self.param_groups, state["param_groups"], strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
-        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's.
+        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's, and so does a wrapped
+        # optimizer's number (NAdam's mu_product), which is of no parameter's dtype.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in state["param_groups"] for p in group["params"]]
         fused = isinstance(self._step.rule, FusedRule)
         for i, p in zip(ids, params, strict=True):
             for key, value in loaded["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    kept = fused or key in ("step", *self.state_names)
+                    kept = fused or key in ("step", *self.state_names) or value.dim() == 0 < p.dim()
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         foreign = self._family - set(self.state_names)
         for p in [p for p, entry in state["state"].items() if foreign & entry.keys()]:

@@ -97,10 +97,10 @@ class Measurements:
             if layout.flat is not None:
                 layout.flat.zero_grads()
             for p in layout.params:
-                if layout.flat is None or p.grad is None:
-                    p.grad = grads.get(p)
-                elif p in grads:
+                if layout.flat is not None and p.grad is not None and p in grads:
                     p.grad.copy_(grads[p])
+                else:
+                    p.grad = grads.get(p)
         self.collect()
         self._measured, self._plain = "first", True
 

@@ -70,6 +70,7 @@ class SharpnessAwareOptimizer(Driver):
         self._bound().share()
         if flatten:
             self._step.layouts.lay_out()
+            self._step.layouts.point_grads()
 
     def __init_subclass__(cls) -> None:
         """Show the shared keyword arguments in the signature of every class; they are spelled once, above."""

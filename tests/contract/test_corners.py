@@ -231,6 +231,16 @@ def test_loading_an_empty_state_clears() -> None:
     assert not opt.state
 
 
+def test_a_wrapped_optimizers_numbers_keep_their_dtype() -> None:
+    """NAdam's product of momentums is float32 whatever the parameters are."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    opts = [sk.SAM([p], torch.optim.NAdam, lr=0.01) for _ in range(2)]
+    opts[0].step(lambda: loss_of(p))
+    opts[1].load_state_dict(opts[0].state_dict())
+    assert opts[0].state[p]["mu_product"].dtype == opts[1].state[p]["mu_product"].dtype == torch.float32
+    assert opts[1].state[p]["exp_avg"].dtype == torch.float64
+
+
 def test_adamw_group_without_the_key() -> None:
     ws = [param(1.0, 2.0), param(1.0, 2.0)]
     opts = [sk.SAM([w], torch.optim.AdamW, lr=0.01, weight_decay=0.5) for w in ws]
