@@ -516,7 +516,9 @@ class Ours(Run):
         state, stats = self.opt.state_dict(), self.opt.stats
         if not self.measured:
             del stats["grad_norm"]  # 0, or that of a step before
-        return stats | {f"{i}.{key}": torch.as_tensor(x) for i, e in state["state"].items() for key, x in e.items()}
+        entries = {(i, key): torch.as_tensor(x) for i, e in state["state"].items() for key, x in e.items()}
+        # A frozen parameter may have a g_v of zeros, or none.
+        return stats | {f"{i}.{key}": x for (i, key), x in entries.items() if key != "g_v" or x.any()}
 
     def check_memory(self) -> None:
         for p, spec in zip(self.params, self.specs, strict=True):

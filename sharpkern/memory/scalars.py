@@ -34,7 +34,8 @@ Declarations = Mapping[str, Any]
 # What every optimizer has. `first` and `last`: squared norms of a step's first and last gradient, `dot`: their product.
 # `counters`: first passes followed by a second one, second passes, skipped steps; a captured step counts on the device
 # as it is replayed.
-# `t`: first passes so far, the number of the next step. `plain_steps`: those without a second one.
+# `t`: first passes so far, the number of the next step. `plain_steps`: those without a second one. `base_steps`: steps
+# of the base rule without a first pass.
 BASE: Declarations = {
     "first": Sum("squared_norm"),
     "last": Sum(),
@@ -42,6 +43,7 @@ BASE: Declarations = {
     "counters": torch.zeros(3, dtype=torch.int64, device="cpu"),
     "t": 0,
     "plain_steps": 0,
+    "base_steps": 0,
 }
 
 

@@ -214,6 +214,7 @@ class Step(Measurements):
         self.passes, self.loss, self._measured = None, None, None
         self._counted = self._mixed = False
         self.layouts.finish()
+        self.choose_witness()
         if self._frozen is not None:
             self._frozen.close()
             self._frozen = None

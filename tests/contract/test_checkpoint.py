@@ -559,6 +559,7 @@ def test_a_resumed_run_is_told_that_it_goes_past_total_steps() -> None:
         train(model, opt, batches(4, f32))
     resumed = sk.AESAM(model.parameters(), lr=0.01, total_steps=2)
     resumed.load_state_dict(opt.state_dict())
+    resumed.zero_grad()
     with pytest.warns(UserWarning, match="total_steps=2") as seen:
         train(model, resumed, batches(3, f32))
     assert len(seen) == 1
