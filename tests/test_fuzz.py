@@ -81,6 +81,7 @@ class Step(Brief):
     raises: int | None = None
     turned: bool = False  # gradients lie otherwise than their parameters
     halves: bool = False  # two backward calls a pass
+    moved: bool = False  # parameters get other memory before every pass but the first
     lr_0: bool = False
 
 
@@ -172,9 +173,7 @@ def steps(draw: Any, count: int, by_hand: bool, calls: int) -> Step:
         tuple(draw(st.lists(st.tuples(passes, which), min_size=1, max_size=4))) if fault == "missing" else (),
         (draw(passes), draw(which), poison) if poison is not None else None,
         draw(passes) if fault == "raises" else None,
-        draw(sampled(False, rare=(True,))),
-        draw(sampled(False, rare=(True,))),
-        draw(sampled(False, rare=(True,))),
+        *(draw(sampled(False, rare=(True,))) for _ in range(4)),
     )
 
 
@@ -195,7 +194,7 @@ def scenarios(draw: Any) -> Scenario:
     first = draw(sampled(f64, f64, f32, f32, bf16, f16))
     dtypes = [first] * 5 + ([f64, f32, bf16, f16] if draw(sampled(False, False, True)) else [])
     groups = draw(st.lists(group_options(method.name, rule), min_size=1, max_size=3))
-    described = st.lists(params(rule, len(groups), dtypes, flatten), min_size=1, max_size=5)
+    described = st.lists(params(rule, len(groups), dtypes, flatten), min_size=1, max_size=6)
     own, joins = draw(described), draw(st.lists(params(rule, 1, dtypes, flatten), max_size=2))
     count = len(own) + len(joins)
     policy = None
@@ -206,6 +205,8 @@ def scenarios(draw: Any) -> Scenario:
     options: dict[str, Any] = {}
     if draw(sampled(False, False, True)):
         options["max_grad_norm"] = draw(st.sampled_from([0.5, 20.0]))
+    if draw(sampled(False, rare=(True,))):
+        options["skip_nonfinite"] = False
     if method.of_length:
         options["total_steps"] = draw(st.integers(2, 9))
     named, with_model = draw(sampled(True, True, False)), draw(st.booleans())
@@ -254,11 +255,12 @@ def around(p: Tensor) -> Tensor:
 
 
 def loss_of(weights: list[Tensor | None], uses: list[int], t: int) -> Tensor:
-    """Of every weight that is there, with a gradient that is nowhere near 0; elementwise and exact in any order."""
+    """Of every weight that is there, with a gradient that is nowhere near 0; the same bits however the weights lie."""
     total, together = torch.zeros((), dtype=f64), torch.zeros((), dtype=f64)
     for i, w in enumerate(weights):
         if w is not None:
             _, factor, shift = constants(i, tuple(w.shape), w.dtype)
+            w = w.contiguous()  # a sum depends on how its elements lie
             for use in range(uses[i]):
                 s = w + shift + 0.1 * (t + use)
                 total = total + (factor * (1.5 * w + s / (1 + s * s))).sum(dtype=f64)
@@ -293,6 +295,7 @@ class Run:
 
         def evaluate() -> Tensor:
             now, self.calls = self.calls, self.calls + 1
+            self.before_pass(now, step)
             there = [
                 p.requires_grad and spec.uses > 0 and (now, i) not in step.missing
                 for i, (p, spec) in enumerate(zip(self.params, self.specs, strict=True))
@@ -309,6 +312,9 @@ class Run:
             return loss / part
 
         return evaluate
+
+    def before_pass(self, now: int, step: Step) -> None:
+        pass
 
     def after_backward(self, now: int, there: list[bool], step: Step) -> None:
         for i, (p, ok) in enumerate(zip(self.params, there, strict=True)):
@@ -398,6 +404,10 @@ class Ours(Run):
             method = dataclasses.replace(method, options=own)
         self.opt = method.make(groups, s.rule, **more)
 
+    def before_pass(self, now: int, step: Step) -> None:
+        if now > 0 and step.moved and not self.straight:
+            self.move(Act("move"))
+
     def after_backward(self, now: int, there: list[bool], step: Step) -> None:
         super().after_backward(now, there, step)
         if not self.straight and step.turned:
@@ -426,9 +436,9 @@ class Ours(Run):
         give_back()
         self.t += 1
         assert not self.opt.is_perturbed
-        if self.settled or not self.flatten:
+        if not step.moved and (self.settled or not self.flatten):
             assert [p.data_ptr() for p in self.params] == where
-        self.settled = self.settled or not raised  # flat buffers are made with the first gradients
+        self.settled = not step.moved and (self.settled or not raised)  # flat buffers are made with the first gradients
         skipped = int(self.opt.stats["skipped_steps"]) - skipped
         assert skipped == (skipped > 0)
         if raised or skipped or way == "cancel" or step.lr_0:
@@ -545,7 +555,8 @@ class Theirs(Run):
             self.join(i)
         s = scenario
         groups = [{"params": self.named(m, True), **own} for m, own in zip(self.groups, self.options, strict=True)]
-        self.opt = self.method.oracle(groups, s.rule, **s.options)
+        options = {key: value for key, value in s.options.items() if key != "skip_nonfinite"}
+        self.opt = self.method.oracle(groups, s.rule, **options)
         if s.policy:
             kind, *arguments = s.policy
             self.opt.fires = {"always": lambda: always, "every": every, "bernoulli": draws, "adaptive": Trigger}[kind](
@@ -608,6 +619,11 @@ class Theirs(Run):
             return False
         return abs(trigger.n - trigger.threshold) <= 100 * self.precision * (trigger.mean + abs(trigger.threshold))
 
+    @property
+    def went_on_with_nan(self) -> bool:
+        """Whether the others did not skip a step that this one skipped."""
+        return self.opt.skipped > 0 and not self.scenario.options.get("skip_nonfinite", True)
+
     def compare(self, ours: Ours) -> None:
         half = self.precision > 1e-4
         rtol = {f64: 1e-12, f32: 1e-5}[f32 if self.precision > 1e-10 else f64] if not half else 4 * self.precision
@@ -638,7 +654,7 @@ def run(scenario: Scenario) -> None:
                 each.step(event) if isinstance(event, Step) else each.act(event)
             assert_same_bits(ours.weights(), straight.weights())
             ours.check_memory()
-            if theirs is not None and theirs.at_a_threshold:
+            if theirs is not None and (theirs.at_a_threshold or theirs.went_on_with_nan):
                 theirs = None
             if theirs is not None:
                 theirs.compare(ours)
