@@ -113,8 +113,8 @@ class Layouts:
         """Whether it may be moved, or is a part of the algorithm's direction."""
         if p.requires_grad or p.grad is not None:
             return True
-        state = self.state.get(p)
-        return bool(state) and any(name in state for name in self._own_state)
+        state = self.state.get(p, {})
+        return any(name in state for name in self._own_state)
 
     def lay_out(self) -> None:
         """Lay out the parameters afresh and take the state over, from wherever it lies now.
@@ -196,6 +196,20 @@ class Layouts:
             self._scalars[f"{name}_count"] = len(views)
         self.state_written()
 
+    def expose(self, names: tuple[Names, ...]) -> None:
+        """Every parameter with a gradient has state of these names, by its group, from this step on; of zeros at first.
+
+        Tools that restore a checkpoint take what state there is from a step on zero gradients.
+        """
+        found = [state.expose(self.state, names, state.layout.table.has_gradient) for state in self.states]
+        if any(found):
+            self.count_own()
+
+    def count_own(self) -> None:
+        """Note how many parameters have the algorithm's state."""
+        for name in self._own_state:
+            self._scalars[f"{name}_count"] = sum(state.count(name) for state in self.states)
+
     def exposed(self, name: str) -> list[Tensor]:
         """Every parameter's state of this name."""
         return [view for state in self.states for view in state.exposed(name)]
@@ -220,12 +234,6 @@ class Layouts:
         for layout in self._layouts:
             if layout.flat is not None:
                 layout.flat.zero_grads()
-
-    def point_grads(self) -> None:
-        """Let the next backward write to flat buffers."""
-        for layout in self._layouts:
-            if layout.flat is not None:
-                layout.flat.point()
 
     def unflatten(self) -> None:
         """Give every parameter and gradient memory of its own again."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checks import warn
 from ..memory.layouts import entries
 from ..memory.scalars import saved_names
+from ..policy import Always, Policy
 from ..rules import FusedRule
 from .step import Step
+
+# A key of state dicts: the numbers of the algorithm. And of each of their groups: the same, for tools that keep
+# ``state`` and ``param_groups`` only; some of those take the keys from the live groups, where its value is None.
+NUMBERS = "sharpkern"
 
 
 class Checkpoints(Optimizer):
@@ -20,6 +28,9 @@ class Checkpoints(Optimizer):
 
     _step: Step
     _knobs: tuple[str, ...]
+    policy: Policy
+    # What an algorithm declares: numbers that it keeps (``memory/scalars.py``), set before ``__init__`` is called.
+    scalars: Mapping[str, Any] = {}
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
     # another's leaves it out when it loads.
     state_names: tuple[str, ...] = ()
@@ -36,7 +47,11 @@ class Checkpoints(Optimizer):
         return self._step
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with one more top-level key ``sharpkern``: the numbers of the algorithm.
+        """torch's state dict, with one more key ``sharpkern``: the numbers of the algorithm.
+
+        It stands at the top, and again in every group, so that a tool that keeps ``state`` and ``param_groups`` only,
+        as torch.distributed.checkpoint does, keeps them: there as numbers and lists of a fixed length, and SALR's
+        history as a string of numbers.
 
         Raises:
             RuntimeError: while the weights are perturbed.
@@ -46,14 +61,18 @@ class Checkpoints(Optimizer):
         if self._step.owns_state:
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
-        state["sharpkern"] = {"version": 1, **self._step.scalars.save()}
+        state[NUMBERS] = {"version": 1, **self._step.scalars.save()}
+        plain = {"version": 1, **self._step.scalars.plain()}
+        for group in state["param_groups"]:
+            group[NUMBERS] = dict(plain)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the base optimizer.
 
-        Options that it lacks keep their values; state is copied and never cast down.
+        Options and numbers that it lacks keep their values; state is copied and never cast down. A warning tells of
+        state without the numbers that the training depends on.
 
         Raises:
             ValueError: when it does not fit the parameters, before anything changed.
@@ -78,7 +97,7 @@ class Checkpoints(Optimizer):
                         f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
                         f"of shape {tuple(p.size())}"
                     )
-        own = loaded.get("sharpkern")
+        own = _numbers(loaded)
         if own is not None:
             if own.get("version") != 1:
                 raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
@@ -91,13 +110,34 @@ class Checkpoints(Optimizer):
             if found and found != declared:
                 raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")
             step.scalars.check(own)
+        elif self._course and any(map(loaded["state"].get, ids)):
+            warn(
+                f"the loaded state dict has state, but not the numbers that {type(self).__name__} keeps beside it (key "
+                f"{NUMBERS!r}): {', '.join(self._course)} stay what they are here"
+            )
         step.loading = loaded
+
+    @property
+    def _course(self) -> list[str]:
+        """The numbers that decide what the next steps do."""
+        names = saved_names({**self.scalars, **self.policy.scalars})
+        return ["the number of steps", *sorted(names)] if names or not isinstance(self.policy, Always) else []
 
     def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
         """Complete what torch made of a state dict: missing options, state that torch cast, numbers."""
+        named = {name: p for p, _, name, _ in entries(self.param_groups) if name}
         for old, new in zip(self.param_groups, state["param_groups"], strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
+            new[NUMBERS] = None
+            # Names of other parameters: a tool cut them into groups otherwise.
+            names, params = new.get("param_names"), new["params"]
+            if names and (
+                len(names) != len(params) or any(map(operator.is_not, map(named.get, names, params), params))
+            ):
+                del new["param_names"]
+                if "param_names" in old:
+                    new["param_names"] = old["param_names"]
         # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's, and so does a wrapped
         # optimizer's number (NAdam's mu_product), which is of no parameter's dtype.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
@@ -113,7 +153,7 @@ class Checkpoints(Optimizer):
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:
                 del state["state"][p]
-        own = loaded.get("sharpkern") or {}
+        own = _numbers(loaded) or {}
         if own and "t" not in own:
             own = {**own, "t": int(own["counters"][0]), "plain_steps": 0}
         self._step.scalars.load(own)
@@ -162,6 +202,12 @@ class Checkpoints(Optimizer):
     def _refuse_perturbed(self, what: str) -> None:
         if self._step.layouts.away:
             raise RuntimeError(f"{what} while the weights are perturbed: call second_step() or restore() first")
+
+
+def _numbers(loaded: dict[str, Any]) -> dict[str, Any] | None:
+    """The numbers in a state dict: at its top, else in the first group that has them."""
+    everywhere = [loaded.get(NUMBERS), *(group.get(NUMBERS) for group in loaded["param_groups"])]
+    return next((own for own in everywhere if own is not None), None)
 
 
 def _cloned(entry: dict[str, Any]) -> dict[str, Any]:

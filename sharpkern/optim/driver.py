@@ -79,7 +79,7 @@ class Driver(Checkpoints):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are those of another pass: between ``first_step`` and ``second_step``."""
+        """Whether the weights are those of another pass, as between ``first_step`` and ``second_step``."""
         return self._step.layouts.away
 
     def _refuse_by_hand(self) -> None:
@@ -203,10 +203,18 @@ class Driver(Checkpoints):
 
     @uncompiled
     @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Reset the gradients, as in torch.
+
+        Args:
+            set_to_none: to None, or to zero where there are any. By default to None, but with ``flatten=True`` to zero:
+                autograd adds to what lies in the flat buffer, which takes 16 bytes a parameter (float32) in a backward.
+                None under ``flatten`` has each pass copy the gradients there, which takes 8.
+        """
         step = self._bound()
-        if not step.layouts.flatten or not len(step.layouts):
+        if set_to_none is None:
+            set_to_none = not step.layouts.flatten
+        if set_to_none or not step.layouts.flatten or not len(step.layouts):
             super().zero_grad(set_to_none)
         else:
             step.refresh()  # a moved parameter takes its gradient along
@@ -219,7 +227,7 @@ class Driver(Checkpoints):
 
     @property
     def base_optimizer(self) -> Driver:
-        """This optimizer: scripts that hand ``opt.base_optimizer`` to a scheduler find the groups here."""
+        """This optimizer, so that scripts which hand ``opt.base_optimizer`` to a scheduler find the groups."""
         return self
 
     @property

@@ -64,13 +64,8 @@ class Gradients:
     def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
         """Give parameters the gradients that they had in the first pass."""
         for layout in self.layouts:
-            if layout.flat is not None:
-                layout.flat.zero_grads()
             for p in layout.params:
-                if layout.flat is not None and p.grad is not None and p in grads:
-                    p.grad.copy_(grads[p])
-                else:
-                    p.grad = grads.get(p)
+                p.grad = grads.get(p)
         self.collect()
 
     def _params(self) -> Iterator[Tensor]:

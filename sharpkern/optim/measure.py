@@ -150,7 +150,7 @@ class Measurements(Gradients):
             ops.project.default(*head, kept, *walk, products, dtype=layout.dtype)
             self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
         self.scalars.share(into)
-        self.scalars[f"{into}_count"] = sum(state.count(into) for state in self.layouts.states)
+        self.layouts.count_own()
 
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""

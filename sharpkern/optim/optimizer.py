@@ -19,6 +19,7 @@ from ..direction import Direction
 from ..memory.layouts import check_aliases, entries
 from ..policy import Always, Policy, choose
 from ..rules import make_rule
+from .checkpoint import NUMBERS
 from .driver import Driver
 from .measure import Settings
 from .step import Step
@@ -32,11 +33,9 @@ class SharpnessAwareOptimizer(Driver):
         own: this algorithm's group options and their defaults.
     """
 
-    # What an algorithm declares: where it goes; arguments that it refuses; and, set before ``__init__`` is called,
-    # numbers that it keeps (``memory/scalars.py``).
+    # What an algorithm declares: where it goes, and arguments that it refuses.
     direction = Direction()
     refused: tuple[str, ...] = ()
-    scalars: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -65,12 +64,11 @@ class SharpnessAwareOptimizer(Driver):
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
-        super().__init__(params, {**rule.defaults, **own})
+        super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
         warn_half(p for p, *_ in entries(self.param_groups))
         self._bound().share()
         if flatten:
             self._step.layouts.lay_out()
-            self._step.layouts.point_grads()
 
     def __init_subclass__(cls) -> None:
         """Show the shared keyword arguments in the signature of every class; they are spelled once, above."""

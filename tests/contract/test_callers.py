@@ -193,7 +193,7 @@ def test_discarded_gradients_are_seen_however_they_came(flatten: bool) -> None:
 
     def frozen(model: nn.Module, opt: Any) -> None:
         opt.zero_grad()
-        model.conv.weight.requires_grad_(False).grad = None
+        next(model.parameters()).requires_grad_(False).grad = None
 
     for reset in (
         lambda model, opt: model.zero_grad(),

@@ -110,6 +110,12 @@ def test_a_schedule_is_resumed_and_copied() -> None:
         assert_same_bits(o.stats, opts[0].stats)
 
 
+def without_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """As torch's own optimizer makes it."""
+    groups = [{k: v for k, v in group.items() if k != "sharpkern"} for group in state["param_groups"]]
+    return {"state": state["state"], "param_groups": groups}
+
+
 @every_base
 @every_method
 def test_a_state_dict_is_a_copy_without_backups(method: Method, base: str) -> None:
@@ -387,7 +393,7 @@ def test_resetting_one_entry_starts_that_parameter_afresh(method: Method) -> Non
         opt.step()
         assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(3))
         assert torch.equal(opt.state[q]["momentum_buffer"], torch.full((3,), 1.9))
-        assert len(opt.state_dict()["state"][0]) == 2
+        assert opt.state_dict()["state"][0].keys() == {"momentum_buffer", "step", *method.state}
 
 
 @every_base
@@ -457,10 +463,10 @@ def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> N
     train(model, opt, batches(2))
     state = opt.state_dict()
     if how == "no statistics":
-        del state["sharpkern"]
         for entry in state["state"].values():
             entry["g_v"] *= 3
-        opt.load_state_dict(state)
+        with pytest.warns(UserWarning, match="the number of steps"):
+            opt.load_state_dict(without_numbers(state))
     elif how == "one cleared":
         opt.state[model.hidden.weight].clear()
     else:

@@ -234,6 +234,9 @@ def test_flat_buffers_hold_parameters_and_gradients(method: Method, base: str) -
     storage = model.out.weight.untyped_storage().data_ptr()
     assert all(p.untyped_storage().data_ptr() == storage for p in model.parameters())
     assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())  # tools tell by that whether a step was taken
+    train(model, opt, batches(1, f32))
+    opt.zero_grad()
     make_closure(model, batches(1, f32)[0])()
     grads = model.out.weight.grad.untyped_storage()
     assert all(p.grad.untyped_storage().data_ptr() == grads.data_ptr() for p in model.parameters())
@@ -263,18 +266,38 @@ def test_flat_buffers_that_are_made_late_make_no_gradients(method: Method, base:
     assert unused not in opt.state
 
 
-def test_flat_gradients_accumulate() -> None:
+@pytest.mark.parametrize("set_to_none", [None, False, True])
+def test_flat_gradients_accumulate(set_to_none: bool | None) -> None:
+    """Whether they are added to the flat buffer from the start, or moved there by each pass."""
     model, twin = make_net(), make_net()
     opt, twin_opt = (sk.SAM(m.parameters(), SGD, lr=0.1, flatten=f) for m, f in ((model, True), (twin, False)))
-    for m, o in ((model, opt), (twin, twin_opt)):
-        o.zero_grad()
-        for batch in batches(2):
-            make_closure(m, batch)()
-        o.first_step(zero_grad=True)
-        for batch in batches(2):
-            make_closure(m, batch)()
-        o.second_step()
+    flat: list[list[int]] = []
+    for _ in range(2):
+        for m, o in ((model, opt), (twin, twin_opt)):
+            o.zero_grad(set_to_none)
+            for batch in batches(2):
+                make_closure(m, batch)()
+            o.first_step()
+            if o is opt:
+                flat.append([p.grad.data_ptr() for p in m.parameters()])
+            o.zero_grad(set_to_none)
+            to_none = (o is twin_opt) if set_to_none is None else set_to_none
+            assert all((p.grad is None) == to_none for p in m.parameters())
+            for batch in batches(2):
+                make_closure(m, batch)()
+            o.second_step()
+    assert flat[0] == flat[1]
     assert_same_bits(weights(model), weights(twin))
+
+
+def test_flat_gradients_that_never_come_decay_nothing() -> None:
+    """A parameter without a gradient is left alone, as in torch."""
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = sk.SAM([used, unused], SGD, lr=0.1, weight_decay=0.5, flatten=True)
+    for _ in range(3):
+        opt.step(lambda: used.square().sum().backward())
+    assert unused.grad is None
+    assert torch.equal(unused.detach(), torch.ones(3))
 
 
 @each_method
