@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -185,7 +184,9 @@ def _is_plain(t: Tensor) -> bool:
     """Whether its elements lie in memory as they are."""
     if is_lazy(t) or t.is_meta or t.layout != torch.strided:
         return False
-    return not (t.is_quantized or t.is_conj() or t.is_neg() or is_traceable_wrapper_subclass(t))
+    return not (
+        t.is_quantized or t.is_conj() or t.is_neg() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    )
 
 
 def _storage(t: Tensor) -> int:

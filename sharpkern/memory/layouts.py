@@ -130,7 +130,7 @@ class Layouts:
             p = entry[0]
             if p.requires_grad or p.grad is not None or p in backups:
                 if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
-                    raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                    raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)
