@@ -9,10 +9,10 @@ ARGS ?=
 # A process a core, a thread a process: threads of several processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test bench kernels check wheel clean
+.PHONY: demo test bench kernels docs check wheel clean
 
 demo: $(VENV)/demo
-	$(BIN)/python examples/compare.py $(ARGS)
+	$(BIN)/python -m experiments $(ARGS)
 
 # The first tier of the tests: every kind of check, on what is quick. tests/conftest.py tells what is where.
 test: $(VENV)/test
@@ -25,12 +25,17 @@ bench: $(VENV)/bench
 kernels: $(VENV)/bench
 	$(BIN)/python -m bench.kernels $(ARGS)
 
+# The pages of docs/ and the docstrings, as HTML. A warning is an error; nothing is fetched.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning --keep-going docs docs/_build
+
 # What CI runs. Both tiers.
 check: $(VENV)/check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(MAKE) wheel
 	$(PYTEST) $(ARGS)
 
@@ -60,6 +65,10 @@ $(VENV)/test: $(VENV)/build
 	touch $@
 
 $(VENV)/bench: $(VENV)/test
+	touch $@
+
+$(VENV)/docs: $(VENV)/build
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 $(VENV)/check: $(VENV)/test

@@ -1,4 +1,4 @@
-"""``python -m bench.render RESULTS.json [--readme README.md]``: the JSON of a run as Markdown tables."""
+"""``python -m bench.render RESULTS.json [--write]``: a run as Markdown tables, printed or put into the pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .contenders import BARE, OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GPU_BEGIN, GPU_END = "<!-- bench:gpu:begin -->", "<!-- bench:gpu:end -->"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 WORDS = {
     "small400": "400 small tensors", "resnet18": "ResNet-18", "vit_s16": "ViT-S/16", "resnet50": "ResNet-50",
@@ -22,6 +24,10 @@ WORDS = {
 STEPS = (
     "One step, both passes, gradients given. The columns after ours are times relative to ours: 2.00 takes "
     "twice as long, below 1.00 it is faster. Host is the time of a step on as many tensors of one element."
+)
+SHORT = (
+    "The optimizer's part of a SAM step on the CPU, both passes, gradients given. After ours: times relative to it, "
+    "above 1.00 slower than ours."
 )
 GPU_STEPS = STEPS + " Steps follow one another: the time is the device's or the host's, whichever is longer."
 GRAPHS = "The same step replayed as a CUDA graph. Host is the time until a replay returns."
@@ -71,21 +77,22 @@ def _labels(row: Row) -> list[str]:
     return [f"{_size(row)}, {row['tensors']} tensors)", f"{_word(row['method'])} + {_word(row['base'])}"]
 
 
-def _contests(rows: list[Row], text: str) -> list[str]:
+def _contests(rows: list[Row], text: str, short: bool = False) -> list[str]:
     groups, names = _grouped(rows, "shape", "method", "base")
+    head = ["model", "step", "ours, ms", *["GB/s (of a copy)", "host, us"] * (not short)]
     body = []
     for group in groups:
         ours = group.get(OURS)
         cells = [f"{ours['ms']:.2f}", _rate(ours), f"{ours['host_us']:.0f}"] if ours else ["-", "-", "-"]
+        cells = cells[: len(head) - 2]
         for row in [group.get(name) for name in names if name != OURS]:
             # Without ours there is nothing to relate to.
             ratio = None if row is None else _ratio(row, OURS)
             cells.append("-" if row is None else f"{row['ms']:.2f} ms" if ratio is None else f"{ratio:.2f}")
         body.append([*_labels(next(iter(group.values()))), *cells])
     noise = [ratio for row in rows if row["contender"] == OURS if (ratio := _ratio(row, OURS)) is not None]
-    if noise:
+    if noise and not short:
         text += f" Ours against itself: {min(noise):.2f} to {max(noise):.2f}."
-    head = ["model", "step", "ours, ms", "GB/s (of a copy)", "host, us"]
     return _table(text, head + [name for name in names if name != OURS], body)
 
 
@@ -96,6 +103,13 @@ def _hosts(rows: list[Row]) -> list[str]:
         times = [group[name]["host_us"] if name in group else None for name in names]
         body.append([*_labels(next(iter(group.values()))), *("-" if us is None else f"{us:.0f}" for us in times)])
     return _table(HOSTS, ["model", "step", *names], body)
+
+
+def _first_of_each_size(rows: list[Row]) -> list[Row]:
+    """The rows of SAM that the README shows: at every size with the first base that was timed there."""
+    rows = [row for row in rows if row["kind"] == "step" and row["method"] == "sam"]
+    bases = {row["shape"]: row["base"] for row in reversed(rows)}
+    return [row for row in rows if row["base"] == bases[row["shape"]]]
 
 
 def _kernels(rows: list[Row]) -> list[str]:
@@ -163,34 +177,53 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines + ["", DRY] * env["dry_run"])
 
 
-def markers(results: dict[str, Any]) -> tuple[str, str]:
-    """Where the tables of a run belong; ValueError for a dry run, which belongs nowhere."""
+def summary(results: dict[str, Any]) -> str:
+    """What the README shows of a run on the CPU: SAM at every size, whole iterations, the machine."""
+    env = results["environment"]
+    ratios: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        if row["kind"] == "iteration":
+            ratios.setdefault(_word(row["shape"]), []).append(f"{row['contender']} {_ratio(row, 'plain'):.2f}")
+    lines = _contests(_first_of_each_size(results["rows"]), SHORT, short=True)
+    whole = "; ".join(f"{model}: {', '.join(of)}" for model, of in ratios.items())
+    line = f"A whole SAM iteration over two forward and backward passes: {whole}. " if whole else ""
+    line += f"{env['device']}, torch {env['versions']['torch']}, commit {env['commit'][:9]}, `{env['command']}`."
+    return "\n".join([*lines, line])
+
+
+def pages(results: dict[str, Any]) -> dict[Path, tuple[str, str, str]]:
+    """Where the tables of a run belong: for every page the markers, and what stands between them.
+
+    Raises:
+        ValueError: for a dry run, which belongs nowhere.
+    """
     if results["environment"]["dry_run"]:
-        raise ValueError("a dry run's numbers mean nothing: they do not go into a README")
-    return (GPU_BEGIN, GPU_END) if results["environment"]["device_type"] == "cuda" else (BEGIN, END)
+        raise ValueError("a dry run's numbers mean nothing: they go into no page")
+    if results["environment"]["device_type"] == "cuda":
+        return {PAGE: (GPU_BEGIN, GPU_END, render(results))}
+    return {PAGE: (BEGIN, END, render(results)), README: (BEGIN, END, summary(results))}
 
 
-def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """``readme`` with ``table`` between its markers; ValueError when there are none."""
-    before, found_begin, rest = readme.partition(begin)
+def insert(page: str, begin: str, end: str, tables: str) -> str:
+    """``page`` with ``tables`` between its markers; ValueError when there are none."""
+    before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
         raise ValueError(f"no markers {begin} and {end}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+    return f"{before}{begin}\n{tables}\n{end}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.render", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, help="write between its markers instead of printing")
+    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md and README.md")
     args = parser.parse_args()
     results = json.loads(args.results.read_text(encoding="utf-8"))
-    table = render(results)
-    if args.readme is None:
-        print(table)
-    else:
-        text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(insert(text, table, *markers(results)), encoding="utf-8")
+    if not args.write:
+        print(render(results))
+        return
+    for page, between in pages(results).items():
+        page.write_text(insert(page.read_text(encoding="utf-8"), *between), encoding="utf-8")
 
 
 if __name__ == "__main__":

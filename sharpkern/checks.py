@@ -67,9 +67,9 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
         known: parameters of the other groups.
 
     Returns:
-        (tensor, its name in errors) of those that are trained.
+        (tensor, its name in errors) of those that are trained and have memory.
     """
-    seen = set(known)
+    seen: set[Tensor] = set()
     trained = []
     for i, entry in enumerate(entries):
         named = isinstance(entry, tuple) and len(entry) == 2
@@ -77,13 +77,13 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
         if not isinstance(param, Tensor):
             continue  # torch names the type
         name = f"parameter {entry[0]!r}" if named else f"parameter {i} of group {index}"
+        if param in known:
+            raise ValueError(f"some parameters appear in more than one parameter group: {name} does")
         if param in seen:
-            raise ValueError(f"{name} appears more than once among the parameters")
+            raise ValueError(f"{name} appears more than once in its group: kernels would write it twice at once")
         seen.add(param)
         if is_lazy(param):
             raise ValueError(f"{name} is not initialized: run a forward pass of its lazy module first")
-        if param.is_meta:
-            raise ValueError(f"{name} is on the meta device: it has no data to optimize")
         if not param.requires_grad:
             continue  # only a trainable parameter is ever touched
         if param.layout != torch.strided:
@@ -96,7 +96,8 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
             raise TypeError(f"{name} has dtype {param.dtype}; supported are {supported}")
         if overlaps(param):
             raise ValueError(f"{name} has elements that share memory (an expanded tensor?)")
-        trained.append((param, name))
+        if not param.is_meta:  # it may get memory before the first step
+            trained.append((param, name))
     return trained
 
 

@@ -11,6 +11,10 @@ from torch import Tensor
 class Flattened:
     """Parameters and gradients as slots of two flat buffers. Shapes and strides stay as they were.
 
+    A gradient that is missing stays so: tools tell by that whether an optimizer was stepped. One that autograd made
+    elsewhere is moved, a copy, by the pass that takes it; autograd adds to the slot from then on, until ``grad`` is set
+    to None.
+
     Args:
         params: of one device and dtype, without gaps in memory.
         slots: first element of each one's slot.
@@ -28,6 +32,7 @@ class Flattened:
             view.copy_(p.detach())
             p.data = view
         self._make_views()
+        self._held = [True] * len(params)  # whether a slot of the gradients may hold other than zeros
         for p, view in zip(params, self._views, strict=True):
             if p.grad is not None:
                 view.copy_(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
@@ -39,13 +44,29 @@ class Flattened:
 
     def _point(self) -> None:
         for p, view in zip(self._all, self._views, strict=True):
+            grad = p.grad
+            if grad is None or grad is view:
+                continue
             if not p.requires_grad:
                 p.grad = None  # a gradient of zeros would still decay a frozen weight
-            elif p.grad is not view:
+            elif grad.dtype == view.dtype:
                 p.grad = view
+            else:
+                grad.zero_()
+
+    def take(self) -> None:
+        """Move the gradients that lie elsewhere into the flat buffer; those that no kernel can use stay as they are."""
+        for i, (p, view) in enumerate(zip(self._all, self._views, strict=True)):
+            grad = p.grad
+            if grad is None:
+                if self._held[i]:
+                    view.zero_()
+            elif grad is not view and (grad.layout, grad.dtype, grad.size()) == (view.layout, view.dtype, view.size()):
+                p.grad = view.copy_(grad)
+            self._held[i] = grad is not None
 
     def zero_grads(self) -> None:
-        """Zero the flat gradients in one go and make them every parameter's ``grad`` again."""
+        """Zero the flat gradients in one go; every ``grad`` that is there is a slot of them afterwards."""
         self.grads.zero_()
         if list(map(Tensor.data_ptr, self._views)) != self._addresses:
             self._make_views()  # somebody replaced a view's data

@@ -21,7 +21,7 @@ from .checks import check_count, check_probability, check_real
 
 
 class Policy(ABC):
-    """Decides for each step."""
+    """Decides for each step. One of your own is a subclass with ``decide``."""
 
     @property
     def scalars(self) -> Mapping[str, Tensor]:
@@ -119,7 +119,7 @@ class Adaptive(Policy):
         n \ge \mu + c_t \sigma, \qquad c_t = \tfrac{t}{T} \lambda_1 + (1 - \tfrac{t}{T}) \lambda_2
 
     Args:
-        total_steps: T.
+        total_steps: T, the number of steps of the whole training.
         lambda_start, lambda_end: :math:`\lambda_2` and :math:`\lambda_1`, in standard deviations. Infinite ones of one
             sign mean never (plus) or always (minus).
         decay: :math:`\delta`.

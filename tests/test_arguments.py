@@ -114,16 +114,15 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a tensor": (lambda: sk.SAM([1.0], SGD, lr=0.1), TypeError, "can only optimize Tensors"),
     "no params key": (lambda: sk.SAM([{"lr": 0.1}], SGD), ValueError, "no 'params'"),
     "set": (lambda: sk.SAM([{"params": set(params())}], SGD), TypeError, "ordered collections"),
-    "duplicate": (lambda: sk.SAM([shared, shared], SGD, lr=0.1), ValueError, "parameter 1 of group 0.*more than once"),
+    "duplicate": (
+        lambda: sk.SAM([shared, shared], SGD, lr=0.1),
+        ValueError,
+        "parameter 1 of group 0.*more than once.*twice",
+    ),
     "duplicate in groups": (
         lambda: sk.SAM([{"params": [shared]}, {"params": [("w", shared)]}], SGD, lr=0.1),
         ValueError,
-        "parameter 'w'.*more than once",
-    ),
-    "meta": (
-        lambda: sk.SAM(nn.Linear(2, 2, device="meta").named_parameters(), SGD, lr=0.1),
-        ValueError,
-        "'weight' is on the meta device",
+        "some parameters appear in more than one parameter group: parameter 'w'",
     ),
     "complex": (
         lambda: sk.SAM([("c", nn.Parameter(torch.ones(2, dtype=torch.complex64)))], SGD, lr=0.1),
@@ -195,6 +194,9 @@ FAMILY: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (of(sk.SALR, every=0), ValueError, "Invalid every: 0"),
     (of(sk.SALR, step_size=0.0), ValueError, "Invalid step_size: 0.0"),
     (of(sk.SALR, step_size=math.nan), ValueError, "Invalid step_size: nan"),
+    (of(sk.SALR, max_lr_scale=0.0), ValueError, "Invalid max_lr_scale: 0.0"),
+    (of(sk.SALR, max_lr_scale=math.nan), ValueError, "Invalid max_lr_scale: nan"),
+    (of(sk.SALR, max_lr_scale="2"), TypeError, "max_lr_scale should be a number"),
     (of(sk.SALR, rho=0.05), TypeError, "rho"),
     (of(sk.SALR, lr=-0.5), ValueError, "Invalid learning rate: -0.5"),
     (of(sk.SALR, base_optimizer=sk.SAM), ValueError, "takes two passes itself"),

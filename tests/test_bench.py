@@ -168,14 +168,41 @@ def test_a_run_renders(run: Run) -> None:
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
     if run.cuda:
         with pytest.raises(ValueError, match="numbers mean nothing"):
-            render.markers(results)
+            render.pages(results)
         results["environment"]["dry_run"] = False
-    begin, end = render.markers(results)
-    assert begin == (render.GPU_BEGIN if run.cuda else render.BEGIN)
-    once = render.insert(f"above\n{begin}\nold\n{end}\nbelow\n", table, begin, end)
-    assert once == f"above\n{begin}\n{table}\n{end}\nbelow\n" == render.insert(once, table, begin, end)
-    written = json.loads((ROOT / "bench/results/cpu.json").read_text(encoding="utf-8"))
-    assert render.render(written) in (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = render.pages(results)
+    begin, end, tables = pages[render.PAGE]
+    assert (begin, tables) == ((render.GPU_BEGIN if run.cuda else render.BEGIN), render.render(results))
+    assert pages.keys() == {render.PAGE, *([] if run.cuda else [render.README])}
+    once = render.insert(f"above\n{begin}\nold\n{end}\nbelow\n", begin, end, table)
+    assert once == f"above\n{begin}\n{table}\n{end}\nbelow\n" == render.insert(once, begin, end, table)
+
+
+def test_the_pages_show_the_run_that_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """README and docs are as ``python -m bench.render bench/results/cpu.json --write`` leaves them."""
+    results = ROOT / "bench" / "results" / "cpu.json"
+    copies = [tmp_path / page.name for page in (render.PAGE, render.README)]
+    texts = [page.read_text(encoding="utf-8") for page in (render.PAGE, render.README)]
+    for copied, text in zip(copies, texts, strict=True):
+        copied.write_text(text.replace("| ResNet-50 ", "| ResNet-51 "), encoding="utf-8")
+    monkeypatch.setattr(render, "PAGE", copies[0])
+    monkeypatch.setattr(render, "README", copies[1])
+    monkeypatch.setattr(sys, "argv", ["render", str(results), "--write"])
+    render.main()
+    assert [copied.read_text(encoding="utf-8") for copied in copies] == texts
+    # Five rows: every size once, with the first base that was timed there.
+    rows = [
+        line
+        for line in render.summary(json.loads(results.read_text(encoding="utf-8"))).splitlines()
+        if "| SAM +" in line
+    ]
+    assert [row.split(" (")[0].strip("| ") for row in rows] == [
+        "400 small tensors",
+        "ResNet-18",
+        "ViT-S/16",
+        "ResNet-50",
+        "GPT-2 small",
+    ]
 
 
 def test_failing_contenders_cost_their_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:

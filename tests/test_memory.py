@@ -440,11 +440,15 @@ def test_flatten_moves_weights_and_gradients(dtype: torch.dtype) -> None:
     flat = flat_of(params, flatten=True)
     assert flat.flat is not None
     taken = torch.zeros(flat.size, dtype=torch.bool)
+    assert params[5].grad is None  # tools tell by that whether a step was taken
     for i, (p, old, g) in enumerate(zip(params, problem.params, problem.grads, strict=True)):
         assert same_bits(p.detach(), old)
-        assert p.stride() == p.grad.stride() == strides[i]
-        assert torch.equal(p.grad, g if g.numel() else torch.zeros_like(p))
-        for t, whole in ((p, flat.flat.params), (p.grad, flat.flat.grads)):
+        moved = [(p, flat.flat.params)]
+        if p.grad is not None:
+            assert torch.equal(p.grad, g if g.numel() else torch.zeros_like(p))
+            moved.append((p.grad, flat.flat.grads))
+        for t, whole in moved:
+            assert t.stride() == strides[i]
             assert t.untyped_storage().data_ptr() == whole.data_ptr()
             assert t.storage_offset() == flat.slots[i]
         taken[flat.slots[i] : flat.slots[i] + p.numel()] = True
@@ -454,7 +458,30 @@ def test_flatten_moves_weights_and_gradients(dtype: torch.dtype) -> None:
     assert (flat.flat.grads[~taken] == 0).all()
     flat.collect(refuse)
     assert flat.table.host[:, schema.PARAM].tolist() == [p.data_ptr() for p in params]
-    assert grads_at(flat) == [p.grad.data_ptr() if p.numel() else 0 for p in params]
+    assert grads_at(flat) == [0 if p.grad is None or not p.numel() else p.grad.data_ptr() for p in params]
+
+
+def test_collect_moves_gradients_into_the_flat_buffer() -> None:
+    """Those that a kernel can use; a slot whose gradient went away is zero."""
+    params = [parameter(numbered(4, 4)), parameter(numbered(3)), parameter(numbered(2)), parameter(numbered(5, 7))]
+    flat = flat_of(params, flatten=True)
+    assert flat.flat is not None
+    assert all(p.grad is None for p in params)
+    for first in (True, False):
+        params[0].grad = numbered(4, 4).t()
+        params[1].grad = numbered(3) if first else None
+        own = params[3].grad = torch.ones(5, 7).to_sparse()
+        with pytest.raises(Refused):
+            flat.collect(refuse)
+        assert params[3].grad is own
+        params[3].grad = None
+        flat.collect(refuse)
+        slots = [flat.flat.grads[slot:][: p.numel()] for slot, p in zip(flat.slots, params, strict=True)]
+        assert torch.equal(slots[0].view(4, 4), numbered(4, 4).t())
+        assert torch.equal(slots[1], numbered(3) * first)
+        assert params[0].grad.data_ptr() == slots[0].data_ptr() == grads_at(flat)[0]
+        assert params[2].grad is None
+        assert grads_at(flat)[2] == 0
 
 
 def test_flatten_accepts_empty_parameters() -> None:
@@ -464,6 +491,8 @@ def test_flatten_accepts_empty_parameters() -> None:
 
 def test_zero_grads_zeroes_and_points_back() -> None:
     params = [parameter(numbered(3)), parameter(numbered(4, 4)), parameter(numbered(5)).requires_grad_(False)]
+    for p in params[:2]:
+        p.grad = torch.zeros_like(p)
     flat = flat_of(params, flatten=True)
     views = [p.grad for p in params]
     assert views[2] is None
@@ -471,18 +500,21 @@ def test_zero_grads_zeroes_and_points_back() -> None:
     assert flat.flat is not None
     assert params[1].grad is views[1]
     assert torch.equal(flat.flat.grads[flat.slots[1] :][:16].view(4, 4), 2 * params[1].detach())
-    params[0].grad = None
+    params[0].grad = torch.ones(3)
     flat.flat.zero_grads()
     assert params[0].grad is views[0]
+    params[0].grad = None
+    flat.flat.zero_grads()
+    assert params[0].grad is None
     assert params[2].grad is None
     assert (flat.flat.grads == 0).all()
 
 
 def test_unflatten_gives_everyone_memory_of_their_own() -> None:
     params = some_params()
-    flat = flat_of(params, flatten=True)
     for i, p in enumerate(params):
-        p.grad.fill_(i + 1)
+        p.grad = torch.full_like(p, i + 1)
+    flat = flat_of(params, flatten=True)
     own = params[3].grad = torch.tensor(7.0)  # not a view of the flat buffer: stays
     values = [p.detach().clone() for p in params]
     strides = [p.stride() for p in params]

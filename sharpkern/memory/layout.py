@@ -120,6 +120,8 @@ class Layout:
                 name and the gradient.
             fresh: whether no weights are away.
         """
+        if self.flat is not None:
+            self.flat.take()
         none = self.table.none
         grads = [none if (g := p.grad) is None else g for p in self.params]
         for i in self.table.gather(grads):

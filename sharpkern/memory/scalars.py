@@ -34,7 +34,8 @@ Declarations = Mapping[str, Any]
 # What every optimizer has. `first` and `last`: squared norms of a step's first and last gradient, `dot`: their product.
 # `counters`: first passes followed by a second one, second passes, skipped steps; a captured step counts on the device
 # as it is replayed.
-# `t`: first passes so far, the number of the next step. `plain_steps`: those without a second one.
+# `t`: first passes so far, the number of the next step. `plain_steps`: those without a second one. `base_steps`: steps
+# of the base rule without a first pass.
 BASE: Declarations = {
     "first": Sum("squared_norm"),
     "last": Sum(),
@@ -42,6 +43,7 @@ BASE: Declarations = {
     "counters": torch.zeros(3, dtype=torch.int64, device="cpu"),
     "t": 0,
     "plain_steps": 0,
+    "base_steps": 0,
 }
 
 
@@ -147,12 +149,19 @@ class Scalars:
         """Every value that outlives a step: fractions and lists as float64 tensors, counts as they are."""
         return {name: _saved(self[name]) for name in self._values}
 
+    def plain(self) -> dict[str, Any]:
+        """The same, exactly, as numbers and lists of a fixed length; a list of the host's as a string of its numbers,
+        for some tools take lists apart and put them together in another process, by its length there. Waits for a
+        device."""
+        return {name: _plain(self[name]) for name in self._values}
+
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError for values that do not fit the declarations. Other names are not looked at."""
         for name, mine in self._values.items():
             if name not in saved:
                 continue
-            value, like = saved[name], _saved(mine)
+            like = _saved(mine)
+            value = _as_saved(saved[name], like)
             if isinstance(like, int):
                 fits = isinstance(value, int)
             else:
@@ -160,19 +169,36 @@ class Scalars:
                 fits = fits and (isinstance(mine, list) or value.size() == like.size())
                 fits = fits and (value.dtype == like.dtype or (value.is_floating_point() and like.is_floating_point()))
             if not fits:
-                raise ValueError(f"loaded state dict has {name} {value!r}, expected one like {like!r}")
+                raise ValueError(f"loaded state dict has {name} {saved[name]!r}, expected one like {like!r}")
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take the values that are there; the others stay."""
         for name, mine in self._values.items():
             if name in saved:
-                value = saved[name]
+                value = _as_saved(saved[name], _saved(mine))
                 if isinstance(mine, list):
                     self._values[name] = value.tolist()
                 elif isinstance(mine, float):
                     self._values[name] = float(value)
                 else:
                     self[name] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join(map(repr, value))
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _as_saved(value: Any, like: Any) -> Any:
+    """What ``save`` makes, from that or from what ``plain`` makes; whatever is neither stays as it is."""
+    if not isinstance(like, Tensor) or not isinstance(value, (int, float, list, str)):
+        return value
+    try:
+        numbers = [float(x) for x in value.split()] if isinstance(value, str) else value
+        return torch.tensor(numbers, dtype=torch.float64 if like.is_floating_point() else None, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        return value
 
 
 def _saved(value: Any) -> Any:

@@ -3,7 +3,7 @@ declare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from .layout import SCRATCH, Layout
 
 State = Mapping[Tensor, dict[str, Any]]
 Names = tuple[str, ...]
+
+
+def of_parameters(state: Mapping[Any, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """The entries of an optimizer's state that are parameters'. Others may stand there: users keep values of theirs."""
+    return ((p, entry) for p, entry in state.items() if isinstance(p, Tensor) and isinstance(entry, dict))
 
 
 class LayoutState:
@@ -57,18 +62,21 @@ class LayoutState:
         """The slots of a buffer that stand in the optimizer's state."""
         return [self.layout.view(name, i) for i, names in enumerate(self._exposed) if name in names]
 
-    def expose(self, state: State, names: tuple[Names, ...], touched: Callable[[], Sequence[bool]]) -> None:
+    def expose(self, state: State, names: tuple[Names, ...], touched: Callable[[], Sequence[bool]]) -> bool:
         """Put the state of parameters that have it for the first time into the optimizer's, as views.
 
         Args:
             names: what a parameter of each group has there.
             touched: whether each parameter has such state from this step on.
+
+        Returns:
+            Whether there was any.
         """
         if names in self._complete:
-            return
+            return False
         for name in {name for group in names for name in group} - {"step"}:
             self.layout.buffer(name)
-        complete = True
+        complete, found = True, False
         for i, (p, now) in enumerate(zip(self.layout.params, touched(), strict=True)):
             wanted = names[self.layout.groups[i]]
             missing = not self._exposed[i].issuperset(wanted)
@@ -76,9 +84,11 @@ class LayoutState:
                 for name in wanted:
                     state[p][name] = self.step[i] if name == "step" else self.layout.view(name, i)
                 self._exposed[i].update(wanted)
+                found = True
             complete = complete and (now or not missing)
         if complete:
             self._complete.add(names)
+        return found
 
 
 def check_shapes(layout: Layout, state: State, names: Names) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable, which imports torch._dynamo at once
 
 from .checkpoint import Checkpoints
 from .step import AGAIN, DONE, Passes, Step, Wish
 
 
 class Driver(Checkpoints):
-    """Steps, whatever the algorithm."""
+    """Steps, whatever the algorithm. A compiled function that contains one has a graph break there."""
 
     # Whether the algorithm takes more passes than stepping by hand has.
     closure_only = False
+    # Composer's question whether ``step`` takes a closure that unscales under AMP: it hands none to other optimizers.
+    _step_supports_amp_closure = True
 
     def passes(self, step: Step) -> Passes:
         """The algorithm. It starts with the gradients of the first pass, and yields where it needs the caller."""
@@ -42,6 +45,8 @@ class Driver(Checkpoints):
                         step.refresh()
                         step.collect()
                     if begin:
+                        if closure is not None:
+                            step.warn_without_gradients()
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -62,8 +67,7 @@ class Driver(Checkpoints):
                 begin, collect, loss = False, wish is AGAIN, None
                 if collect:
                     self.zero_grad()
-                    with torch.enable_grad():
-                        result = closure()
+                    result = self._evaluate(closure)
                     # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
                     loss = result if self.closure_only else None
                     del result
@@ -75,13 +79,14 @@ class Driver(Checkpoints):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are those of another pass: between ``first_step`` and ``second_step``."""
+        """Whether the weights are those of another pass, as between ``first_step`` and ``second_step``."""
         return self._step.layouts.away
 
     def _refuse_by_hand(self) -> None:
         if self.closure_only:
             raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
 
+    @uncompiled
     def first_step(self, zero_grad: bool = False) -> bool:
         """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
 
@@ -107,6 +112,7 @@ class Driver(Checkpoints):
             self.zero_grad()
         return again
 
+    @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
         """After the second backward: the base update, from the unperturbed weights. Runs through ``step()``.
 
@@ -123,40 +129,65 @@ class Driver(Checkpoints):
         if zero_grad:
             self.zero_grad()
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. It is called once a pass, with
-                gradients reset before each call.
+                gradients reset before each call: those that are there already are not used, and a warning says so
+                once. A closure that leaves no gradient trains nothing, which a warning says once, too.
 
         Returns:
-            The loss of the first call; None without a closure. Without one, a pending step is finished; when
-            none is pending this is a plain step of the base optimizer.
+            The loss of the first call; None without a closure.
+
+        After ``first_step`` this finishes the step with the gradients that are there. A closure is called once
+        before, at the perturbed weights; gradients are not reset then, so that one that does nothing will do (trainers
+        pass such a one).
+
+        Without a closure and without a ``first_step`` before it, this is a plain step of the base optimizer: no
+        policy and no statistic sees it. ``stats["base_steps"]`` counts it, and a warning says so once; a step with a
+        learning rate of 0 on zero gradients, by which tools make an optimizer's state, does neither.
 
         Raises:
-            RuntimeError: with a closure while a step is pending, or for a sparse gradient.
+            RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two.
         """
-        step = self._bound()
-        if closure is not None:
-            if step.is_open:
-                raise RuntimeError("step(closure) while a step is pending: call second_step() or restore() first")
+        step, loss = self._bound(), None
+        if step.is_open:
+            self._refuse_by_hand()
+            if closure is not None:
+                loss = self._evaluate(closure)
+            if step.is_open:  # else the closure cancelled it
+                with torch.no_grad():
+                    step.refresh()
+                    step.collect()
+                if self._run(None, begin=False) is not None:
+                    self.restore()
+                    raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
+        elif closure is not None:
+            step.warn_of_discarded_gradients()
             self.zero_grad()
-            with torch.enable_grad():
-                step.loss = loss = closure()
+            step.loss = loss = self._evaluate(closure)
             self._run(closure, begin=True)
-            return loss
-        with torch.no_grad():
-            step.refresh()
-            step.collect()
-            if not step.is_open:
+        else:
+            with torch.no_grad():
+                step.refresh()
+                step.collect()
+                step.count_base_step()
                 step.descend()
                 step.finish()
-        if step.is_open and self._run(None, begin=False) is not None:
-            self.restore()
-            raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
-        return None
+        return loss
 
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """What a closure returns; where it raises, the weights are given back."""
+        try:
+            with torch.enable_grad():
+                return closure()
+        except BaseException:
+            self.restore()
+            raise
+
+    @uncompiled
     @torch.no_grad()
     def restore(self) -> None:
         """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending."""
@@ -170,15 +201,25 @@ class Driver(Checkpoints):
         finally:
             step.finish()
 
+    @uncompiled
     @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as in torch. With ``flatten=True`` they stay views of the flat buffer, of zeros."""
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Reset the gradients, as in torch.
+
+        Args:
+            set_to_none: to None, or to zero where there are any. By default to None, but with ``flatten=True`` to zero:
+                autograd adds to what lies in the flat buffer, which takes 16 bytes a parameter (float32) in a backward.
+                None under ``flatten`` has each pass copy the gradients there, which takes 8.
+        """
         step = self._bound()
-        if not step.layouts.flatten or not len(step.layouts):
+        if set_to_none is None:
+            set_to_none = not step.layouts.flatten
+        if set_to_none or not step.layouts.flatten or not len(step.layouts):
             super().zero_grad(set_to_none)
-            return
-        step.refresh()  # a moved parameter takes its gradient along
-        step.layouts.zero_grads()
+        else:
+            step.refresh()  # a moved parameter takes its gradient along
+            step.layouts.zero_grads()
+        step.note_gradient()
 
     def unflatten(self) -> None:
         """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""
@@ -186,7 +227,7 @@ class Driver(Checkpoints):
 
     @property
     def base_optimizer(self) -> Driver:
-        """This optimizer: scripts that hand ``opt.base_optimizer`` to a scheduler find the groups here."""
+        """This optimizer, so that scripts which hand ``opt.base_optimizer`` to a scheduler find the groups."""
         return self
 
     @property
@@ -194,7 +235,8 @@ class Driver(Checkpoints):
         """0-d tensors on the device of the parameters, read without waiting for it.
 
         ``grad_norm``: the norm of the last first pass that was measured; ``steps``: first passes; ``second_passes``;
-        ``skipped_steps``: steps that met a gradient that was not finite. With an adaptive policy, of the squared
+        ``skipped_steps``: steps that met a gradient that was not finite; ``base_steps``: those of the base optimizer
+        alone, by ``step()`` without a closure or a first pass. With an adaptive policy, of the squared
         gradient norm: ``ema_mean``, ``ema_var`` and ``threshold``, what it was compared with last (NaN before). And
         every fraction that the algorithm declares.
         """
@@ -205,6 +247,7 @@ class Driver(Checkpoints):
             "steps": steps + scalars["plain_steps"],
             "second_passes": second,
             "skipped_steps": skipped,
+            "base_steps": torch.full_like(steps, scalars["base_steps"]),
         }
         if "ema" in scalars:
             stats["ema_mean"], stats["ema_var"], stats["threshold"], _ = scalars["ema"].clone().unbind()

@@ -1,4 +1,4 @@
-"""What a step measures: norms, products, AE-SAM's decision, and the gradients that are there."""
+"""What a step measures: norms, products, AE-SAM's decision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import warn
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
 from ..rules import FusedRule, Rule
+from .gradients import Gradients
 
 ops = torch.ops.sharpkern
 FIRED = schema.EMA.index("fired")  # the last one
@@ -31,8 +31,8 @@ class Settings:
     skip_nonfinite: bool
 
 
-class Measurements:
-    """Gradients and numbers of the step that is under way, and the memory that all steps of an optimizer share.
+class Measurements(Gradients):
+    """Measurements of the step that is under way, and the memory that all steps of an optimizer share.
 
     Args:
         opt: the optimizer, which declares direction, state_names, scalars and policy. It is not held.
@@ -41,18 +41,17 @@ class Measurements:
     """
 
     def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
-        self.rule, self.settings = rule, settings
-        self._owner, self._direction, self.state_names = type(opt).__name__, opt.direction, opt.state_names
+        self.settings, self._direction, self.state_names = settings, opt.direction, opt.state_names
         self.declared = merged(opt.scalars, *map(of_state, opt.state_names))
-        self.scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars))
+        scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars))
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
-        self.layouts = Layouts(self.scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
+        layouts = Layouts(scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
+        super().__init__(type(opt).__name__, rule, layouts, scalars)
         # The sum that holds the norm of the gradients that are there, and whether that is of the gradient as it is.
         self._measured: str | None = None
         self._plain = False
         self._mixed = False  # whether the coefficients are of this gradient
-        self._warned: set[str] = set()
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._receiver = Receiver()
 
@@ -61,47 +60,14 @@ class Measurements:
         """The number of this step, from 0."""
         return int(self.scalars["t"])
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether any parameter has a gradient in this pass."""
-        return any(layout.has_gradients for layout in self.layouts)
-
-    # Gradients.
-
     def collect(self) -> None:
-        """Take the gradients that are there now; nothing of the parameters changes."""
+        """Take the gradients that are there now; nothing of the parameters changes, nothing of them is measured."""
         self._measured, self._mixed = None, False
-        for layout in self.layouts:
-            layout.collect(self._bad_gradient, fresh=not self.layouts.away)
-
-    def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
-        if grad.layout != torch.strided:
-            return RuntimeError(f"{self._owner} does not support sparse gradients, but that of {name} is {grad.layout}")
-        return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
-
-    def release(self) -> None:
-        """Hold no gradient of the last pass while the caller makes another one."""
-        for layout in self.layouts:
-            layout.grads = []
-
-    def copy_gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients by parameter. Copies: a closure may have its gradients written to the same memory always."""
-        grads = {p: p.grad for layout in self.layouts for p in layout.params if p.grad is not None}
-        copies = [torch.empty_like(grad) for grad in grads.values()]
-        torch._foreach_copy_(copies, list(grads.values()))
-        return dict(zip(grads, copies, strict=True))
+        super().collect()
 
     def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
         """Give parameters the gradients that they had in the first pass; the norm of them is known."""
-        for layout in self.layouts:
-            if layout.flat is not None:
-                layout.flat.zero_grads()
-            for p in layout.params:
-                if layout.flat is None or p.grad is None:
-                    p.grad = grads.get(p)
-                elif p in grads:
-                    p.grad.copy_(grads[p])
-        self.collect()
+        super().put_gradients(grads)
         self._measured, self._plain = "first", True
 
     # Measuring.
@@ -142,12 +108,6 @@ class Measurements:
                 ops.norm.default(*head, *walk, **numbers)
         self.scalars.share(into)
         self._measured, self._plain = into, not scaled
-
-    def warn_once(self, message: str) -> None:
-        """A warning at the user's line, the first time."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warn(message)
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""
@@ -192,7 +152,7 @@ class Measurements:
         self.scalars.share(into)
         for p in self.layouts.idle:  # left out of the projection: theirs is gone
             self.layouts.state.get(p, {}).pop(into, None)
-        self.scalars[f"{into}_count"] = sum(state.count(into) for state in self.layouts.states)
+        self.layouts.count_own()
 
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""

@@ -18,6 +18,7 @@ from ..direction import Direction
 from ..memory.layouts import check_aliases, entries
 from ..policy import Always, Policy, choose
 from ..rules import make_rule
+from .checkpoint import NUMBERS
 from .driver import Driver
 from .measure import Settings
 from .step import Step
@@ -31,11 +32,9 @@ class SharpnessAwareOptimizer(Driver):
         own: this algorithm's group options and their defaults.
     """
 
-    # What an algorithm declares: where it goes; arguments that it refuses; and, set before ``__init__`` is called,
-    # numbers that it keeps (``memory/scalars.py``).
+    # What an algorithm declares: where it goes, and arguments that it refuses.
     direction = Direction()
     refused: tuple[str, ...] = ()
-    scalars: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -64,9 +63,13 @@ class SharpnessAwareOptimizer(Driver):
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
-        super().__init__(params, {**rule.defaults, **own})
-        warn_half(p for p, *_ in entries(self.param_groups))
-        self._bound().share()
+        super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
+        params = [p for p, *_ in entries(self.param_groups)]
+        warn_half(params)
+        self._bound()
+        if any(p.is_meta for p in params):
+            return  # they get memory before the first step, which does the rest
+        self._step.share()
         if flatten:
             self._step.layouts.lay_out()
 

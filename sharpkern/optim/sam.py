@@ -54,7 +54,7 @@ class SAM(SharpnessAwareStep):
         max_grad_norm: clip the second gradient to this norm.
         skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing and is
             counted in ``stats["skipped_steps"]``. Costs a read of the second gradient.
-        flatten: move parameters and gradients into flat buffers; undone by ``unflatten()``.
+        flatten: move parameters and, in each pass, gradients into flat buffers; undone by ``unflatten()``.
         **base_kwargs: options of the base optimizer.
 
     Raises:

@@ -129,9 +129,8 @@ class Step(Measurements):
         groups, lr_scale = self.layouts.param_groups, self._lr_scale()
         scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
         rows = [rule.values(group) for group in scaled]
-        names = tuple(map(rule.state_names, groups))
+        self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups))
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
-            state.expose(self.layouts.state, names, layout.table.has_gradient)
             sums = self.scalars.rows(first, last, layout.device)
             rule.step(
                 state,
@@ -153,6 +152,7 @@ class Step(Measurements):
         if sums and self.settings.skip_nonfinite and not bool(sums[self.layouts[0].device].isfinite().all()):
             self.scalars["counters"][2] += 1
             return
+        self.layouts.expose((self.state_names,) * len(self.layouts.param_groups))
         max_norm, clip = self.settings.max_norm, {}
         if not math.isinf(max_norm):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
@@ -214,6 +214,7 @@ class Step(Measurements):
             self.passes, self.loss, self._measured = None, None, None
             self._counted = self._mixed = False
             self.layouts.finish()
+            self.choose_witness()
         finally:
             if self._buffers is not None:
                 self._buffers.restore()

@@ -110,6 +110,12 @@ def test_a_schedule_is_resumed_and_copied() -> None:
         assert_same_bits(o.stats, opts[0].stats)
 
 
+def without_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """As torch's own optimizer makes it."""
+    groups = [{k: v for k, v in group.items() if k != "sharpkern"} for group in state["param_groups"]]
+    return {"state": state["state"], "param_groups": groups}
+
+
 @every_base
 @every_method
 def test_a_state_dict_is_a_copy_without_backups(method: Method, base: str) -> None:
@@ -297,6 +303,61 @@ def test_unknown_group_keys_are_kept() -> None:
     assert opt.param_groups[0]["other"] == 5
 
 
+@each_method
+def test_state_of_the_users_own_passes_through(method: Method, base: str) -> None:
+    """A hook, say, keeps a value in ``opt.state`` that is no parameter's."""
+    data = batches(4, f32)
+    ends = []
+    for own in (False, True):
+        model = make_net(f32)
+        opt = method.make(model.named_parameters(), base)
+        train(model, opt, data[:2])
+        if own:
+            opt.state["test"], opt.state["more"] = 1, {"g_v": 2}
+            twins = [pickle.loads(pickle.dumps((model, opt))), copy.deepcopy((model, opt))]
+            fresh = make_net(f32)
+            fresh.load_state_dict(model.state_dict())
+            fresh_opt = method.make(fresh.named_parameters(), base)
+            fresh_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            for m, o in ((model, opt), *twins, (fresh, fresh_opt)):
+                train(m, o, data[2:])
+                assert (o.state["test"], o.state["more"]) == (1, {"g_v": 2})
+                assert o.state_dict()["state"]["test"] == 1
+                ends.append(weights(m))
+        else:
+            train(model, opt, data[2:])
+            ends.append(weights(model))
+    for end in ends[1:]:
+        assert_same_bits(end, ends[0])
+
+
+@each_method
+def test_state_dict_hooks_see_and_return_whole_dicts(method: Method, base: str) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), base)
+    train(model, opt, batches(2, f32))
+    plain = opt.state_dict()
+    seen: list[Any] = []
+
+    def hook(o: Any, state: dict[str, Any]) -> Any:
+        seen.append((o is opt, state["sharpkern"]["t"], len(state["param_groups"])))
+        return {"mine": state}
+
+    handle = opt.register_state_dict_post_hook(hook, prepend=True)
+    found = opt.state_dict()
+    assert seen == [(True, 2, 1)]
+    assert found.keys() == {"mine"}
+    assert found["mine"]["param_groups"] == plain["param_groups"]
+    assert len(opt._optimizer_state_dict_post_hooks) == 1
+    handle.remove()
+    opt.register_state_dict_post_hook(lambda o, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.state_dict()
+    assert len(opt._optimizer_state_dict_post_hooks) == 1
+    opt.register_load_state_dict_pre_hook(lambda o, state: state["mine"])
+    opt.load_state_dict(found)
+
+
 def test_load_hooks_see_the_finished_optimizer() -> None:
     model = make_net()
     opt = sk.SAM(model.parameters(), SGD, rho=0.3, lr=0.1, momentum=0.9)
@@ -324,6 +385,29 @@ def test_loaded_names_scale_what_they_name() -> None:
     assert_same_bits(*ends)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["into unnamed", "into named"])
+@pytest.mark.parametrize("saved", [False, True], ids=["from unnamed", "from named"])
+def test_loading_that_changes_what_is_scaled_is_told_of(saved: bool, loaded: bool) -> None:
+    """Names of the loaded dict are taken; where it has none, those that are here, by which other tensors are scaled."""
+
+    def make(named: bool) -> tuple[Any, Any]:
+        model = make_net(f32)
+        return model, sk.ASAM(model.named_parameters() if named else model.parameters(), SGD, lr=0.1, momentum=0.9)
+
+    model, opt = make(saved)
+    train(model, opt, batches(2, f32))
+    whole = opt.state_dict()
+    for state in (whole, {key: whole[key] for key in ("state", "param_groups")}):
+        _, other = make(loaded)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            other.load_state_dict(state)
+            other.load_state_dict(other.state_dict())  # as it is now
+            make(loaded)[1].load_state_dict(without_numbers(whole))  # which does not say
+        said = "ASAM scaled 3 tensors of 1169 elements when the state dict was saved, and scales 4 of 1174"
+        assert [str(w.message).partition(":")[0] for w in seen] == [said] * (loaded and not saved)
+
+
 # Dicts that do not fit.
 
 CLASSES = {
@@ -332,6 +416,11 @@ CLASSES = {
     "g_v_squared_norm": "aelooksam",
     "history": "salr",
     "lr_scale": "salr",
+    "g_v no tensor": "aelooksam",
+    "rho": "sssam",
+    "rho nan": "gsam",
+    "eta": "asam",
+    "scaled": "asam",
 }
 BAD_DICTS: dict[str, Any] = {
     "groups": lambda s: s["param_groups"].append(dict(s["param_groups"][0])),
@@ -345,6 +434,15 @@ BAD_DICTS: dict[str, Any] = {
     "g_v_squared_norm": lambda s: s["sharpkern"].update(g_v_squared_norm=torch.zeros(2, 2)),
     "history": lambda s: s["sharpkern"].update(history=torch.zeros(2, 2)),
     "lr_scale": lambda s: s["sharpkern"].pop("lr_scale"),
+    "no tensor": lambda s: s["state"][0].update(momentum_buffer=1.0),
+    "g_v no tensor": lambda s: s["state"][0].update(g_v=[0.0]),
+    "step": lambda s: s["state"][0].update(step="3"),
+    "steps": lambda s: s["state"][0].update(step=torch.zeros(2)),
+    "no entry": lambda s: s["state"].update({0: 5}),
+    "rho": lambda s: s["param_groups"][0].update(rho=-0.1),
+    "rho nan": lambda s: s["param_groups"][0].update(rho=math.nan),
+    "scaled": lambda s: s["sharpkern"].update(scaled=[3]),
+    "eta": lambda s: s["param_groups"][0].update(eta=-1.0),
 }
 
 
@@ -382,7 +480,7 @@ def test_resetting_one_entry_starts_that_parameter_afresh(method: Method) -> Non
         opt.step()
         assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(3))
         assert torch.equal(opt.state[q]["momentum_buffer"], torch.full((3,), 1.9))
-        assert len(opt.state_dict()["state"][0]) == 2
+        assert opt.state_dict()["state"][0].keys() == {"momentum_buffer", "step", *method.state}
 
 
 @every_base
@@ -452,10 +550,10 @@ def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> N
     train(model, opt, batches(2))
     state = opt.state_dict()
     if how == "no statistics":
-        del state["sharpkern"]
         for entry in state["state"].values():
             entry["g_v"] *= 3
-        opt.load_state_dict(state)
+        with pytest.warns(UserWarning, match="the number of steps"):
+            opt.load_state_dict(without_numbers(state))
     elif how == "one cleared":
         opt.state[model.hidden.weight].clear()
     else:
@@ -554,6 +652,7 @@ def test_a_resumed_run_is_told_that_it_goes_past_total_steps() -> None:
         train(model, opt, batches(4, f32))
     resumed = sk.AESAM(model.parameters(), lr=0.01, total_steps=2)
     resumed.load_state_dict(opt.state_dict())
+    resumed.zero_grad()
     with pytest.warns(UserWarning, match="total_steps=2") as seen:
         train(model, resumed, batches(3, f32))
     assert len(seen) == 1

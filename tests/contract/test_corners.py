@@ -58,7 +58,7 @@ def test_the_mixed_gradient_is_gone_after_the_step(cls: Any) -> None:
 def test_salr_leaves_flat_gradients_flat() -> None:
     ps = [param(1.0, 2.0), param(3.0)]
     opt = sk.SALR(ps, SGD, lr=0.01, flatten=True)
-    opt.zero_grad()
+    opt.step(lambda: loss_of(*ps))
     where = [p.grad.data_ptr() for p in ps]
     opt.step(lambda: loss_of(*ps))
     assert [p.grad.data_ptr() for p in ps] == where

@@ -234,6 +234,9 @@ def test_flat_buffers_hold_parameters_and_gradients(method: Method, base: str) -
     storage = model.out.weight.untyped_storage().data_ptr()
     assert all(p.untyped_storage().data_ptr() == storage for p in model.parameters())
     assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())  # tools tell by that whether a step was taken
+    train(model, opt, batches(1, f32))
+    opt.zero_grad()
     make_closure(model, batches(1, f32)[0])()
     grads = model.out.weight.grad.untyped_storage()
     assert all(p.grad.untyped_storage().data_ptr() == grads.data_ptr() for p in model.parameters())
@@ -244,18 +247,38 @@ def test_flat_buffers_hold_parameters_and_gradients(method: Method, base: str) -
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_flat_gradients_accumulate() -> None:
+@pytest.mark.parametrize("set_to_none", [None, False, True])
+def test_flat_gradients_accumulate(set_to_none: bool | None) -> None:
+    """Whether they are added to the flat buffer from the start, or moved there by each pass."""
     model, twin = make_net(), make_net()
     opt, twin_opt = (sk.SAM(m.parameters(), SGD, lr=0.1, flatten=f) for m, f in ((model, True), (twin, False)))
-    for m, o in ((model, opt), (twin, twin_opt)):
-        o.zero_grad()
-        for batch in batches(2):
-            make_closure(m, batch)()
-        o.first_step(zero_grad=True)
-        for batch in batches(2):
-            make_closure(m, batch)()
-        o.second_step()
+    flat: list[list[int]] = []
+    for _ in range(2):
+        for m, o in ((model, opt), (twin, twin_opt)):
+            o.zero_grad(set_to_none)
+            for batch in batches(2):
+                make_closure(m, batch)()
+            o.first_step()
+            if o is opt:
+                flat.append([p.grad.data_ptr() for p in m.parameters()])
+            o.zero_grad(set_to_none)
+            to_none = (o is twin_opt) if set_to_none is None else set_to_none
+            assert all((p.grad is None) == to_none for p in m.parameters())
+            for batch in batches(2):
+                make_closure(m, batch)()
+            o.second_step()
+    assert flat[0] == flat[1]
     assert_same_bits(weights(model), weights(twin))
+
+
+def test_flat_gradients_that_never_come_decay_nothing() -> None:
+    """A parameter without a gradient is left alone, as in torch."""
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = sk.SAM([used, unused], SGD, lr=0.1, weight_decay=0.5, flatten=True)
+    for _ in range(3):
+        opt.step(lambda: used.square().sum().backward())
+    assert unused.grad is None
+    assert torch.equal(unused.detach(), torch.ones(3))
 
 
 @each_method
@@ -338,3 +361,46 @@ def test_flatten_refuses_gaps_and_aliases_before_it_moves_anything() -> None:
             with pytest.raises(ValueError, match=message):
                 method.make(params, SGD, lr=0.1, flatten=True)
             assert [p.data_ptr() for p in params] == before
+
+
+# Parameters that get memory late.
+
+
+@pytest.fixture
+def swapped_parameters() -> Iterator[None]:
+    """``to_empty`` keeps the parameters of a module."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def on_meta(dtype: torch.dtype = f32) -> nn.Module:
+    return copy.deepcopy(make_net(dtype)).to("meta")
+
+
+@flattened
+@each_method
+def test_memory_before_the_first_step(method: Method, base: str, flatten: bool, swapped_parameters: None) -> None:
+    for rule in {base, "wrapped-adagrad"}:  # the latter makes its state when it is made
+        straight, model = make_net(f32), on_meta()
+        opts = [method.make(m.named_parameters(), rule, flatten=flatten) for m in (straight, model)]
+        model.to_empty(device=torch.get_default_device())
+        model.load_state_dict(make_net(f32).state_dict())
+        for m, opt in zip((straight, model), opts, strict=True):
+            train(m, opt, batches(3, f32))
+        assert_same_bits(weights(model), weights(straight))
+
+
+@flattened
+@each_method
+def test_a_step_without_memory_is_an_error(method: Method, base: str, flatten: bool) -> None:
+    """Also where ``to_empty`` put other parameters in their place: torch steps nothing then, without a word."""
+    model = on_meta()
+    opt = method.make(model.named_parameters(), base, flatten=flatten)
+    saved = method.make(make_net(f32).named_parameters(), base).state_dict()
+    with pytest.raises(RuntimeError, match="parameter 'gain' is on the meta device.*before the first step"):
+        opt.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "lr": 5.0}]})
+    assert opt.param_groups[0]["lr"] != 5.0
+    model.to_empty(device=torch.get_default_device())
+    with pytest.raises(RuntimeError, match="parameter 'gain' is on the meta device.*set_swap_module_params"):
+        opt.step(make_closure(model, batches(1, f32)[0]))

@@ -1,4 +1,4 @@
-"""The demo, examples/compare.py: a tiny run of everything, what it counts, wrong input, its measures of flatness."""
+"""The comparison study: a tiny run of everything, what it counts, wrong input, its measures of flatness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,12 @@ from sharpkern.policy import Bernoulli
 for package in ("scipy", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(package)
 
-plt = pytest.importorskip("matplotlib.pyplot")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from experiments import flatness, training  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
+from experiments.data import load_data, with_noise  # noqa: E402
+from experiments.recipes import RECIPES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ["SGD", "SAM", "ASAM", "SSSAM", "AESAM", "LookSAM", "AELookSAM", "SALR"]
@@ -34,17 +38,12 @@ PICTURES = {"compare.png", "adaptive.png", "salr.png", "slice.png"}
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
-@pytest.fixture(scope="module")
-def compare() -> Iterator[ModuleType]:
-    """The script as a module: starting Python for every wrong argument would take most of the time."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import compare
-    finally:
-        sys.path.pop(0)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine threads wait for each other longer than such small steps take."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine threads wait for each other longer than such small steps take
-    yield compare
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
@@ -99,14 +98,15 @@ def check_pictures(out: Path, names: set[str]) -> None:
                 assert (pixels[rows, columns].min(-1) < 0.8).mean() > 0.002, name
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command, from the root of the tree."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "compare.py"), *arguments],
+        [sys.executable, "-m", "experiments", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", **variables},
     )
 
 
@@ -131,12 +131,10 @@ SUBSETS = [
 
 
 @pytest.mark.parametrize(("optimizers", "pictures"), SUBSETS)
-def test_subset(
-    capsys: pytest.CaptureFixture[str], compare: ModuleType, tmp_path: Path, optimizers: list[str], pictures: set[str]
-) -> None:
+def test_subset(capsys: pytest.CaptureFixture[str], tmp_path: Path, optimizers: list[str], pictures: set[str]) -> None:
     (tmp_path / "salr.png").touch()  # of another run
     options = ["--seeds", "2", "--epochs", "1", "--noise", "0,40", "--train-size", "128", "--out", str(tmp_path)]
-    assert compare.main([*options, "--optimizers", ",".join(optimizers).lower()]) == 0
+    assert main([*options, "--optimizers", ",".join(optimizers).lower()]) == 0
     record = check_record(tmp_path, [0, 40], optimizers, epochs=1, seeds=2)
     assert all((row["relative_time"] is None) == ("SGD" not in optimizers) for row in record["rows"])
     check_pictures(tmp_path, pictures)
@@ -151,21 +149,21 @@ def test_script_error() -> None:
     assert done.stderr == "error: argument --seeds: '0' is not a whole number from 1 up\n"
 
 
-def test_fashion_mnist(compare: ModuleType, tmp_path: Path) -> None:
+def test_fashion_mnist(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", fashion_files())
     out = tmp_path / "out"
     options = ["--dataset", "fashion-mnist", "--data-dir", str(folder), "--train-size", "16", "--epochs", "1"]
     options += ["--seeds", "2", "--optimizers", "ASAM,sgd", "--noise", "12.5", "--out", str(out)]
-    assert compare.main(options) == 0
+    assert main(options) == 0
     record = check_record(out, [12.5], ["ASAM", "SGD"], epochs=1, seeds=2)
     assert record["settings"]["train_examples"] == 16
 
 
-def test_noise_is_independent_of_the_minibatches(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_independent_of_the_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong labels are spread over the first epoch."""
-    data = compare.load_data("digits", None, None, torch.device("cpu"))
+    data = load_data("digits", None, None, torch.device("cpu"))
     data.train_x[:, 0, 0, 0] = torch.arange(len(data.train_y))  # which example this is
-    noisy = compare.with_noise(data.train_y, 40, seed=0)
+    noisy = with_noise(data.train_y, 40, seed=0)
     seen = []
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, meter: Any) -> Tensor:
@@ -176,42 +174,40 @@ def test_noise_is_independent_of_the_minibatches(compare: ModuleType, monkeypatc
         seen.append((y != data.train_y[chosen]).float().mean().item())
         return torch.zeros(())
 
-    monkeypatch.setattr(compare, "train_step", step)
-    monkeypatch.setattr(compare, "largest_eigenpair", lambda *_: (0.0, None))
-    monkeypatch.setattr(compare, "loss_slice", lambda *_: [])
-    compare.train(data, compare.RECIPES["digits"], 1, 40, "SGD", seed=0, tick=lambda: None)
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "largest_eigenpair", lambda *_: (0.0, None))
+    monkeypatch.setattr(training, "loss_slice", lambda *_: [])
+    training.train(data, RECIPES["digits"], 1, 40, "SGD", seed=0, tick=lambda: None)
     assert len(seen) == 1257 // 64
     assert 0.1 < min(seen) < 0.4 < max(seen) < 0.7
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_same_again(compare: ModuleType, name: str) -> None:
-    data = compare.load_data("digits", None, 128, torch.device("cpu"))
-    first, second = (
-        compare.train(data, compare.RECIPES["digits"], 2, 40, name, seed=3, tick=lambda: None) for _ in range(2)
-    )
+def test_same_again(name: str) -> None:
+    data = load_data("digits", None, 128, torch.device("cpu"))
+    first, second = (training.train(data, RECIPES["digits"], 2, 40, name, seed=3, tick=lambda: None) for _ in range(2))
     assert first.train_loss == second.train_loss
     assert first.test_accuracy == second.test_accuracy
     assert first.evaluations == second.evaluations
 
 
-def test_default_sizes(compare: ModuleType) -> None:
-    data = compare.load_data("digits", None, None, torch.device("cpu"))
+def test_default_sizes() -> None:
+    data = load_data("digits", None, None, torch.device("cpu"))
     assert data.train_x.shape == (1257, 1, 8, 8)
     assert data.test_x.shape == (540, 1, 8, 8)
     assert data.test_y.bincount().min() >= 50  # stratified
 
 
 @pytest.mark.parametrize("percent", [0, 40, 100])
-def test_noise(compare: ModuleType, percent: float) -> None:
+def test_noise(percent: float) -> None:
     labels = torch.arange(5000) % 10
-    noisy = compare.with_noise(labels, percent, seed=1)
+    noisy = with_noise(labels, percent, seed=1)
     assert (noisy != labels).sum() == 50 * percent
     assert noisy.min() == 0
     assert noisy.max() == 9
-    assert torch.equal(noisy, compare.with_noise(labels, percent, seed=1))
+    assert torch.equal(noisy, with_noise(labels, percent, seed=1))
     if percent:
-        assert not torch.equal(noisy, compare.with_noise(labels, percent, seed=2))
+        assert not torch.equal(noisy, with_noise(labels, percent, seed=2))
         shifts = ((noisy - labels) % 10).bincount(minlength=10)[1:]
         assert shifts.min() > 0.8 * shifts.sum() / 9
 
@@ -247,9 +243,9 @@ BAD_ARGUMENTS = [
 ]
 
 
-def check_error(capsys: pytest.CaptureFixture[str], compare: ModuleType, arguments: list[str], culprit: str) -> None:
+def check_error(capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str) -> None:
     try:
-        code = compare.main(arguments)
+        code = main(arguments)
     except SystemExit as e:
         code = e.code
     captured = capsys.readouterr()
@@ -262,15 +258,13 @@ def check_error(capsys: pytest.CaptureFixture[str], compare: ModuleType, argumen
 
 
 @pytest.mark.parametrize(("arguments", "culprit"), BAD_ARGUMENTS)
-def test_bad_argument(
-    capsys: pytest.CaptureFixture[str], compare: ModuleType, tmp_path: Path, arguments: list[str], culprit: str
-) -> None:
+def test_bad_argument(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], culprit: str) -> None:
     folder, file = write(tmp_path / "data", fashion_files()), tmp_path / "file"
     file.touch()
     filled = [a.format(dir=folder, file=file) for a in arguments]
     if "--out" not in filled:
         filled += ["--out", str(tmp_path / "out")]
-    check_error(capsys, compare, filled, culprit.format(file=file))
+    check_error(capsys, filled, culprit.format(file=file))
 
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -297,7 +291,6 @@ BAD_FILES = [
 @pytest.mark.parametrize(("name", "content", "culprit"), BAD_FILES, ids=range(len(BAD_FILES)))
 def test_bad_file(
     capsys: pytest.CaptureFixture[str],
-    compare: ModuleType,
     tmp_path: Path,
     name: str,
     content: bytes | None,
@@ -310,15 +303,14 @@ def test_bad_file(
         files[name] = content
     folder = write(tmp_path / "data", files)
     arguments = ["--dataset", "fashion-mnist", "--data-dir", str(folder), "--out", str(tmp_path / "out")]
-    check_error(capsys, compare, arguments, culprit)
+    check_error(capsys, arguments, culprit)
 
 
 def test_missing_package(tmp_path: Path) -> None:
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.append({str(ROOT / 'examples')!r}); "
-    done = subprocess.run([sys.executable, "-c", code + "import compare"], capture_output=True, text=True, timeout=120)
+    done = script(PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr == "error: this example needs rich: pip install rich\n"
+    assert done.stderr == "error: the study needs rich: pip install rich\n"
 
 
 def tiny() -> tuple[nn.Module, Tensor, Tensor]:
@@ -342,36 +334,36 @@ def flat_loss(model: nn.Module, x: Tensor, y: Tensor):
     return loss, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def test_largest_eigenpair(compare: ModuleType) -> None:
+def test_largest_eigenpair() -> None:
     model, x, y = tiny()
     loss, w = flat_loss(model, x, y)
     dense = torch.autograd.functional.hessian(loss, w)
-    value, vector = compare.largest_eigenpair(model, x, y)
+    value, vector = flatness.largest_eigenpair(model, x, y)
     assert value == pytest.approx(np.linalg.eigvalsh(dense.numpy())[-1], rel=1e-4)
     assert vector.norm().item() == pytest.approx(1)
     assert (dense @ vector - value * vector).norm() < 1e-2 * value
 
 
-def test_loss_slice(compare: ModuleType) -> None:
+def test_loss_slice() -> None:
     model, x, y = tiny()
     before = [t.clone() for t in model.state_dict().values()]
     loss, w = flat_loss(model, x, y)
     direction = F.normalize(torch.randn(len(w), dtype=torch.float64), dim=0)
-    got = compare.loss_slice(model, x, y, direction, radius=0.5)
+    got = flatness.loss_slice(model, x, y, direction, radius=0.5)
     expected = [loss(w + t * direction).item() for t in np.linspace(-0.5, 0.5, len(got))]
     assert got == pytest.approx(expected if expected[0] < expected[-1] else expected[::-1], rel=1e-9)
-    assert got == pytest.approx(compare.loss_slice(model, x, y, -direction, radius=0.5), rel=1e-9)
+    assert got == pytest.approx(flatness.loss_slice(model, x, y, -direction, radius=0.5), rel=1e-9)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
-def test_sharpness(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "CHUNK", 7)
+def test_sharpness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatness, "CHUNK", 7)
     model, x, y = tiny()
     before = [t.clone() for t in model.state_dict().values()]
     loss, w = flat_loss(model, x, y)
     gradient = torch.func.grad(loss)(w)
     expected = loss(w + 0.3 * gradient / gradient.norm()) - loss(w)
-    assert compare.sharpness(model, x, y, rho=0.3) == pytest.approx(expected.item(), rel=1e-9)
+    assert flatness.sharpness(model, x, y, rho=0.3) == pytest.approx(expected.item(), rel=1e-9)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in model.parameters())
 
@@ -391,10 +383,10 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_counts(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Counted is what reached the model, forward and backward, and what the optimizer says of itself."""
     forward, backward = [], []
-    recipe = compare.RECIPES["digits"]
+    recipe = RECIPES["digits"]
 
     def watched() -> nn.Module:
         model = recipe.model()
@@ -404,9 +396,9 @@ def test_counts(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str)
         )
         return model
 
-    data = compare.load_data("digits", None, 5 * 64 + 9, torch.device("cpu"))
+    data = load_data("digits", None, 5 * 64 + 9, torch.device("cpu"))
     steps = 3 * 5
-    run = compare.train(data, replace(recipe, model=watched), 3, 0, name, seed=0, tick=lambda: None)
+    run = training.train(data, replace(recipe, model=watched), 3, 0, name, seed=0, tick=lambda: None)
     second, other = COUNTS[name](steps)
     if second is None:  # from what is drawn in the picture
         trace = run.trace
@@ -421,10 +413,10 @@ def test_counts(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str)
     assert run.epoch_seconds * 3 == pytest.approx(run.seconds[-1])
 
 
-def test_salr_trace(compare: ModuleType) -> None:
+def test_salr_trace() -> None:
     """lr_scale is the sharpness over the median of those so far, one measurement every second step."""
-    data = compare.load_data("digits", None, 5 * 64, torch.device("cpu"))
-    trace = compare.train(data, compare.RECIPES["digits"], 2, 0, "SALR", seed=0, tick=lambda: None).trace
+    data = load_data("digits", None, 5 * 64, torch.device("cpu"))
+    trace = training.train(data, RECIPES["digits"], 2, 0, "SALR", seed=0, tick=lambda: None).trace
     measured = trace["sharpness"][::2]
     assert trace["sharpness"][1::2] == measured
     expected = [s / np.median(measured[: i + 1]) for i, s in enumerate(measured)]
@@ -432,11 +424,11 @@ def test_salr_trace(compare: ModuleType) -> None:
     assert trace["lr"] == pytest.approx([0.05] * 5 + [0.025] * 5)
 
 
-def test_meter(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations are part of a step and not of the optimizer's time."""
     now = iter([10.0, 11.0, 13.0, 13.5, 16.5, 17.0])
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
-    meter = compare.Meter(torch.device("cpu"))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+    meter = training.Meter(torch.device("cpu"))
     with meter.step():
         for _ in range(2):
             with meter.evaluation():

@@ -1,0 +1,1 @@
+"""The comparison study: the family against SGD. ``python -m experiments``."""

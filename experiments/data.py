@@ -1,0 +1,109 @@
+"""The data sets, in memory and on the device; and the wrong labels."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+CLASSES = 10
+CHUNK = 500  # examples a pass when the whole set is wanted; more do not fit a CPU's caches
+
+
+class Failure(Exception):
+    """Why there is no comparison, in one line: mostly something the user gave that cannot be used."""
+
+
+@dataclass
+class Data:
+    """A data set, in memory and on the device."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def digits() -> Data:
+    """The 8x8 digits that come with scikit-learn: 1257 to train on, 540 to test, always the same ones."""
+    images, labels = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images.astype(np.float32).reshape(-1, 1, 8, 8), labels, test_size=540, stratify=labels, random_state=0
+    )
+    return Data(*(torch.from_numpy(a) for a in (train_x, train_y, test_x, test_y)))
+
+
+def read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of ``folder/name`` or ``folder/name.gz``, an IDX file of n items of a given shape."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    if path is None:
+        raise Failure(f"--data-dir {folder}: there is no {name} and no {name}.gz")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as e:
+        raise Failure(f"{path} cannot be read: {e}") from None
+    # Two zeros, the type (8 is unsigned byte), the number of dimensions, then their sizes in big-endian order.
+    header = 4 + 4 * (1 + len(shape))
+    if len(raw) < header or raw[:4] != bytes((0, 0, 8, 1 + len(shape))):
+        raise Failure(f"{path} is not an IDX file of bytes in {1 + len(shape)} dimensions")
+    sizes = struct.unpack(f">{1 + len(shape)}I", raw[4:header])
+    if sizes[1:] != shape or sizes[0] == 0:
+        raise Failure(f"{path} holds items of shape {sizes[1:]}, {sizes[0]} of them; expected shape {shape}")
+    if len(raw) - header != math.prod(sizes):
+        raise Failure(f"{path} holds {len(raw) - header} bytes of data; its header says {math.prod(sizes)}")
+    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).reshape(sizes)
+
+
+def fashion_mnist(folder: Path) -> Data:
+    """Fashion-MNIST, or anything else in the same four files."""
+    if not folder.is_dir():
+        raise Failure(f"--data-dir {folder}: there is no such folder")
+    tensors = []
+    for part in ("train", "t10k"):
+        images = read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
+        labels = read_idx(folder, f"{part}-labels-idx1-ubyte", ())
+        if len(images) != len(labels):
+            raise Failure(f"--data-dir {folder}: {len(images)} {part} images, but {len(labels)} {part} labels")
+        if int(labels.max()) >= CLASSES:
+            raise Failure(f"--data-dir {folder}: a {part} label is {int(labels.max())}; the largest allowed is 9")
+        tensors += [images.float().unsqueeze(1), labels.long()]
+    return Data(*tensors)
+
+
+def load_data(dataset: str, folder: Path | None, train_size: int | None, device: torch.device) -> Data:
+    """The data set, cut to ``train_size``, standardized and moved to the device."""
+    data = digits() if folder is None else fashion_mnist(folder)
+    available = len(data.train_y)
+    if train_size is not None:
+        if train_size > available:
+            raise Failure(f"--train-size {train_size}: {dataset} has {available} training examples")
+        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
+        data.train_x, data.train_y = data.train_x[chosen], data.train_y[chosen]
+    mean, std = data.train_x.mean(), data.train_x.std().clamp_min(1e-6)
+    return Data(
+        ((data.train_x - mean) / std).to(device),
+        data.train_y.to(device),
+        ((data.test_x - mean) / std).to(device),
+        data.test_y.to(device),
+    )
+
+
+def with_noise(labels: Tensor, percent: float, seed: int) -> Tensor:
+    """Symmetric noise: this share of the labels, drawn at random, becomes another class, all equally likely."""
+    # Seeds of its own: the same draw as that of the minibatches would bring all wrong labels first.
+    generator = torch.Generator().manual_seed(1_000_000 + seed)
+    count = round(len(labels) * percent / 100)
+    wrong = torch.randperm(len(labels), generator=generator)[:count].to(labels.device)
+    shift = torch.randint(1, CLASSES, (count,), generator=generator).to(labels.device)
+    noisy = labels.clone()
+    noisy[wrong] = (labels[wrong] + shift) % CLASSES
+    return noisy

@@ -1,0 +1,138 @@
+"""The gradients of a pass: taken as autograd left them, and looked after where the caller's would be lost unnoticed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from ..checks import warn
+from ..memory.layouts import Layouts
+from ..memory.scalars import Scalars
+from ..memory.transfer import is_capturing
+from ..rules import Rule
+
+
+class Gradients:
+    """The gradients of an optimizer's parameters.
+
+    Args:
+        owner: the name of the optimizer's class.
+        rule: its base rule.
+        layouts: where its parameters lie.
+        scalars: the numbers of the step.
+    """
+
+    def __init__(self, owner: str, rule: Rule, layouts: Layouts, scalars: Scalars) -> None:
+        self.rule, self.layouts, self.scalars, self._owner = rule, layouts, scalars, owner
+        self._warned: set[str] = set()
+        # A parameter that had a gradient, and what that was when a step or zero_grad() left it: (it, its version).
+        self._witness: Tensor | None = None
+        self._noted: tuple[TensorWeakRef, int] | None = None
+        self._looks = 3  # at the values of gradients that were there before a closure: each waits for the device
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter has a gradient in this pass."""
+        return any(layout.has_gradients for layout in self.layouts)
+
+    def collect(self) -> None:
+        """Take the gradients that are there now; nothing of the parameters changes."""
+        for layout in self.layouts:
+            layout.collect(self._bad_gradient, fresh=not self.layouts.away)
+
+    def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
+        if grad.layout != torch.strided:
+            return RuntimeError(f"{self._owner} does not support sparse gradients, but that of {name} is {grad.layout}")
+        return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
+
+    def release(self) -> None:
+        """Hold no gradient of the last pass while the caller makes another one."""
+        for layout in self.layouts:
+            layout.grads = []
+
+    def copy_gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients by parameter. Copies: a closure may have its gradients written to the same memory always."""
+        grads = {p: p.grad for layout in self.layouts for p in layout.params if p.grad is not None}
+        copies = [torch.empty_like(grad) for grad in grads.values()]
+        torch._foreach_copy_(copies, list(grads.values()))
+        return dict(zip(grads, copies, strict=True))
+
+    def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """Give parameters the gradients that they had in the first pass."""
+        for layout in self.layouts:
+            for p in layout.params:
+                p.grad = grads.get(p)
+        self.collect()
+
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.layouts.param_groups for p in group["params"])
+
+    def _any_nonzero(self) -> bool:
+        """Whether a gradient that is there is not zero, read on the host."""
+        grads = [p.grad for p in self._params() if p.grad is not None and p.numel()]
+        return any(grad.layout != torch.strided for grad in grads) or bool(
+            nn.utils.get_total_norm(grads, math.inf) != 0
+        )
+
+    def note_gradient(self) -> None:
+        """The gradients that are there are of a step, or were reset: no news to the next one."""
+        grad = None if self._witness is None else self._witness.grad
+        self._noted = None if grad is None else (TensorWeakRef(grad), grad._version)
+
+    def choose_witness(self) -> None:
+        """Let a parameter that has a gradient tell whether the caller made others after this step."""
+        if self._witness is None or self._witness.grad is None:
+            self._witness = next((p for p in self._params() if p.grad is not None), None)
+        self.note_gradient()
+
+    def warn_of_discarded_gradients(self) -> None:
+        """Warn, once, of gradients that the caller made and ``step(closure)`` does not use."""
+        if self._witness is None:
+            self._witness = next((p for p in self._params() if p.grad is not None), None)
+        grad = None if self._witness is None else self._witness.grad
+        if grad is None or not self._looks or is_capturing(grad.device):
+            return
+        if self._noted is not None and self._noted[0]() is grad and self._noted[1] == grad._version:
+            return
+        self._looks -= 1
+        if self._any_nonzero():
+            self._looks = 0
+            self.warn_once(
+                "step(closure) resets the gradients before it calls the closure: those that were there are not used. "
+                "Accumulate inside of the closure, or step by hand with first_step() and second_step(); call "
+                "zero_grad() before where they are of no use"
+            )
+
+    def warn_without_gradients(self) -> None:
+        """Warn, once, of a closure that trains nothing."""
+        if not self.has_gradients:
+            self.warn_once(
+                "the closure left no gradient, so this step trains nothing: does it call loss.backward()? (A trainer "
+                "that hands over a closure which does nothing wants first_step() and second_step())"
+            )
+
+    def count_base_step(self) -> None:
+        """Count a step of the base rule alone, and say so once; not one by which a tool makes the state."""
+        if not self.has_gradients:
+            return
+        rates = [group.get("lr") for group in self.layouts.param_groups]
+        on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
+        readable = on_host and not any(map(is_capturing, self.layouts.devices))
+        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
+            return
+        self.scalars["base_steps"] += 1
+        self.warn_once(
+            f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
+            f"alone: {self._owner} did not look at the sharpness. Pass a closure, or step by hand: first_step(), "
+            "second_step()"
+        )
+
+    def warn_once(self, message: str) -> None:
+        """A warning at the user's line, the first time."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
