@@ -61,6 +61,8 @@ class Step(Measurements):
         keep, counts = not self.layouts.away, length is None and not self._counted
         if counts:
             self._count(plain=False)
+            if not len(self.layouts):  # nor a kernel that counts
+                self.scalars["counters"][:2] += 1
         numbers = {"eps": self.settings.perturb_eps, "skip_nonfinite": self.settings.skip_nonfinite}
         # Before anything moves: an interrupt may come right after a kernel.
         self.layouts.away = True
@@ -107,7 +109,7 @@ class Step(Measurements):
         Where the algorithm declares a number ``lr_scale``, every group's learning rate is scaled by it; the group's own
         stays the user's and the scheduler's.
         """
-        if direction and not (self._mixed and self.has(direction)):
+        if direction and len(self.layouts) and not (self._mixed and self.has(direction)):
             raise RuntimeError(f"descend({direction!r}) needs such a buffer, and mix() to say how much of it")
         self.count_plain()
         skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
