@@ -71,7 +71,7 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
     buffer, and as much memory within the block as the buffers take: nothing tells beforehand which of them a pass will
     change, and some change unseen (``buffer.data``). That is little beside a pass. On a CPU core, both copies:
     BERT-base with its two constants, 8 KB, 0.3 ms, most of it the walk over the modules; 54 batch norms, 0.2 MB,
-    1.2 ms; 12 causal masks and two rotary caches, 15 MB, 13 ms. Where constants are large, quantized weights in
+    1 ms; 12 causal masks and two rotary caches, 15 MB, 4 ms. Where constants are large, quantized weights in
     buffers, say, hand over the module whose buffers change. Nothing is read on the host, and no address changes.
     """
     buffers = Buffers(model)
