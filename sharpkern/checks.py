@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory.shapes import SUPPORTED_DTYPES, overlaps
 
@@ -23,6 +22,12 @@ def warn(message: str) -> None:
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("sharpkern", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def type_name(value: Any) -> str:
+    """The type of an object, as it is imported; ``torch.typename`` names tensors by their dtype."""
+    cls = type(value)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def check_real(value: Any, name: str) -> None:
@@ -83,8 +88,9 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
             continue  # only a trainable parameter is ever touched
         if param.layout != torch.strided:
             raise TypeError(f"{name} should be a dense tensor, but its layout is {param.layout}")
-        if is_traceable_wrapper_subclass(param):
-            raise TypeError(f"{name} is a {torch.typename(param)}: tensor subclasses are not supported")
+        if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # Its elements are not where its address says.
+            raise TypeError(f"{name} is a {type_name(param)}: tensor subclasses are not supported")
         if param.dtype not in SUPPORTED_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             raise TypeError(f"{name} has dtype {param.dtype}; supported are {supported}")

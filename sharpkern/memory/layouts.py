@@ -138,7 +138,7 @@ class Layouts:
             if self._takes_part(p) or p in backups:
                 check_memory(p, entry[3])
                 if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
-                    raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                    raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)

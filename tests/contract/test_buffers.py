@@ -18,6 +18,7 @@ from torch.ao.quantization import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sharpkern as sk
 
@@ -433,6 +434,18 @@ def test_frozen_buffers_without_memory_or_values() -> None:
         model[0](torch.randn(4, 3))
     assert model[0].running_mean.shape == (3,)  # it has its shape from the first pass that it sees
     assert model[1].running_mean.is_meta
+
+
+def test_a_buffer_whose_elements_are_another_tensors() -> None:
+    model = nn.Module()
+    model.register_buffer("pair", TwoTensor(torch.zeros(2), torch.ones(2)))
+    pair, first = model.pair, model.pair.a
+    with sk.frozen_buffers(model):
+        model.pair.add_(1)
+    assert model.pair is pair
+    assert pair.a is first
+    assert torch.equal(pair.a, torch.zeros(2))
+    assert torch.equal(pair.b, torch.ones(2))
 
 
 def test_held_tensors_are_the_models() -> None:
