@@ -9,7 +9,10 @@ ARGS ?=
 # A process a core, a thread a process: threads of several processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test bench kernels docs check wheel clean
+EXAMPLES ?= 10000
+SEED ?= 1
+
+.PHONY: demo test fuzz bench kernels docs check wheel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m experiments $(ARGS)
@@ -17,6 +20,10 @@ demo: $(VENV)/demo
 # The first tier of the tests: every kind of check, on what is quick. tests/conftest.py tells what is where.
 test: $(VENV)/test
 	$(PYTEST) -m "not slow" $(ARGS)
+
+# Random trainings: make fuzz EXAMPLES=1000 SEED=2. One process; another seed beside it makes use of another core.
+fuzz: $(VENV)/test
+	SHARPKERN_FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -k many --hypothesis-seed=$(SEED) $(ARGS)
 
 bench: $(VENV)/bench
 	$(BIN)/python -m bench $(ARGS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Gradients, Naive, NaiveSALR, ae_sam, asam, dot, draws, every, look, magnitude
+from naive import Gradients, Naive, NaiveSALR, Trigger, asam, dot, draws, every, look, magnitude
 
 import sharpkern as sk
 
@@ -89,7 +89,7 @@ class Method:
             more = {**options, **more}
         given = self._arguments(steps, more)
         own = inspect.signature(self.cls.__init__).parameters
-        groups = {key: given[key] for key in ("rho", "eta") if key in given}
+        groups = {key: given[key] for key in ("rho", "eta", "adaptive") if key in given}
         rest = {key: value for key, value in given.items() if key not in own or key == "max_grad_norm"}
         return self.oracle_cls(params, base, groups, **self.naive(given), **rest)
 
@@ -100,14 +100,15 @@ class Method:
 
 
 def _ae_sam(o: dict[str, Any]) -> Any:
-    return ae_sam(o["total_steps"], o["lambda_start"], o["lambda_end"])
+    return Trigger(o["total_steps"], o["lambda_start"], o["lambda_end"])
 
 
 def _gsam(alpha: float) -> Any:
     """GSAM (Zhuang et al. 2022): the part of the first gradient that is across the second one is taken away."""
 
     def mix(g: Gradients, g_s: Gradients | None) -> Gradients:
-        assert g_s is not None
+        if g_s is None:
+            return g
         along = dot(g, g_s) / max(dot(g_s, g_s), 1e-24)
         return {p: x - alpha * (g.get(p, 0 * x) - along * x) for p, x in g_s.items()}
 
@@ -117,11 +118,12 @@ def _gsam(alpha: float) -> Any:
 _ALWAYS = {"lambda_start": -9.0, "lambda_end": -9.0}
 _NEVER = {"lambda_start": 9.0, "lambda_end": 9.0}
 _LIST = [
-    Method("sam", sk.SAM, dict(rho=0.05)),
+    Method("sam", sk.SAM, dict(rho=0.05), lambda o: {"scale": magnitude}),
     Method("sam-adaptive", sk.SAM, dict(rho=0.5, adaptive=True), lambda o: {"scale": magnitude}),
     Method("asam", sk.ASAM, dict(rho=0.5, eta=0.01), lambda o: {"scale": asam}),
     Method(
-        "sssam", sk.SSSAM, dict(rho=0.05, p=0.4, seed=7), lambda o: {"fires": draws(o["p"], o["seed"])},
+        "sssam", sk.SSSAM, dict(rho=0.05, p=0.4, seed=7),
+        lambda o: {"scale": magnitude, "fires": draws(o["p"], o["seed"])},
         every={"p": 1.0}, never={"p": 0.0},
     ),
     Method(

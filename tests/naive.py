@@ -2,12 +2,14 @@
 
 Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package. A method is a
 two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass;
-``mix``, what the rule gets of the two gradients. SALR is a step of its own.
+``mix``, what the rule gets of the two gradients. SALR is a step of its own. A step that meets a squared norm that is
+not finite changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +37,8 @@ def plain(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
 
 
 def magnitude(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
-    """The common port's adaptive=True: T_w = |w|."""
-    return w.abs()
+    """The common port's adaptive=True, of a group: T_w = |w|."""
+    return w.abs() if group.get("adaptive") else 1.0
 
 
 def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
@@ -44,7 +46,7 @@ def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     return w.abs() + group["eta"] if "weight" in name else 1.0
 
 
-# Hooks: whether the second pass is taken, of (step, squared norm).
+# Hooks: whether the second pass is taken, of (step, squared norm of T g; NaN without any gradient).
 
 
 def always(t: int, n: float) -> bool:
@@ -65,18 +67,22 @@ def draws(p: float | Callable[[int], float], seed: int) -> Fires:
     return fires
 
 
-def ae_sam(total_steps: int, start: float, end: float, decay: float = 0.9) -> Fires:
+class Trigger:
     """AE-SAM (Jiang et al. 2023): the mean first, the variance around the new mean."""
-    mean, var = 0.0, 1e-10
 
-    def fires(t: int, n: float) -> bool:
-        nonlocal mean, var
-        mean = decay * mean + (1 - decay) * n
-        var = decay * var + (1 - decay) * (n - mean) ** 2
-        c = t / total_steps * end + (1 - t / total_steps) * start
-        return n >= mean + c * var**0.5
+    def __init__(self, total_steps: int, start: float, end: float, decay: float = 0.9) -> None:
+        self.total_steps, self.start, self.end, self.decay = total_steps, start, end, decay
+        self.n, self.mean, self.var, self.threshold = math.nan, 0.0, 1e-10, math.nan
 
-    return fires
+    def __call__(self, t: int, n: float) -> bool:
+        if not math.isfinite(n):
+            return False
+        self.n = n
+        self.mean = self.decay * self.mean + (1 - self.decay) * n
+        self.var = self.decay * self.var + (1 - self.decay) * (n - self.mean) ** 2
+        part = min(t / self.total_steps, 1.0)
+        self.threshold = self.mean + (part * self.end + (1 - part) * self.start) * self.var**0.5
+        return n >= self.threshold
 
 
 # Hooks: the gradient that the rule takes, of (the first, the second or None).
@@ -135,7 +141,8 @@ class Naive:
         self.param_groups = self.base.param_groups
         self.scale, self.fires, self.mix = scale, fires, mix
         self.max_grad_norm = max_grad_norm
-        self.t = 0
+        self.dtypes: dict[Tensor, torch.dtype] = {}  # of parameters whose weights are rounded whenever they change
+        self.t = self.skipped = 0
         self.decisions: list[bool] = []
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -164,34 +171,63 @@ class Naive:
         """Every weight by length T^2 g / norm(T g)."""
         norm = self.norm()
         scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
-        for p, _, group in self.entries():
+        for p, _, group in self.entries() if math.isfinite(norm) else ():
             sign = -1.0 if group["maximize"] else 1.0
             p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Weights to the nearest of the dtypes that they stand for."""
+        for p, dtype in self.dtypes.items():
+            p.copy_(p.to(dtype))
+
+    def weights(self) -> Gradients:
+        return {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
 
     def put_back(self, weights: Gradients) -> None:
         for p, w in weights.items():
             p.data.copy_(w)
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(self, closure: Callable[[], Tensor], cancel: bool = False) -> Tensor:
+        """``cancel``: the step is given up after its decision."""
         self.base.zero_grad()
         loss = closure()
         g, g_s = self.gradients(), None
-        fired = self.fires(self.t, dot(g, g))
+        fired = self.fires(self.t, self.norm() ** 2 if any(x.numel() for x in g.values()) else math.nan)
         self.t += 1
         self.decisions.append(fired)
+        if cancel:
+            return loss
         if fired:
-            old = {p: p.detach().clone() for p in g}
+            old = self.weights()
             self.move(lambda group: group["rho"])
             self.base.zero_grad()
-            closure()
-            self.put_back(old)
+            try:
+                closure()
+            finally:
+                self.put_back(old)
             g_s = self.gradients()
+        self.descend(g, g_s)
+        return loss
+
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        """The base optimizer's step."""
         taken = last(g, g_s)
+        if not (math.isfinite(dot(g, g)) and math.isfinite(dot(taken, taken))):
+            self.skipped += 1
+            return
         clip = min(1.0, self.max_grad_norm / (dot(taken, taken) ** 0.5 + 1e-6))
         for p, x in self.mix(g, g_s).items():
             p.grad = clip * x
         self.base.step()
-        return loss
+        self.round()
+
+    def base_step(self) -> None:
+        """Without a closure: the base optimizer's, of the gradients that are there."""
+        mix, self.mix = self.mix, last
+        self.descend(self.gradients())
+        self.mix = mix
 
 
 class NaiveSALR(Naive):
@@ -212,35 +248,47 @@ class NaiveSALR(Naive):
         self.step_size, self.every, self.max_lr_scale = step_size, every, max_lr_scale
         self.history: list[float] = []
         self.ratio = 1.0
+        self.finite = True  # whether every gradient that was followed in this step is
 
-    def branch(self, sign: float, closure: Callable[[], Tensor]) -> float:
-        """The loss at the end of a branch; the weights are back afterwards."""
-        old = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
-        for _ in range(self.branches[sign]):
-            self.base.zero_grad()
-            closure()
-            self.move(lambda group: sign * self.step_size)
-        end = float(closure().detach())
-        self.put_back(old)
-        return -end if self.param_groups[0]["maximize"] else end
+    def put_gradients(self, g: Gradients) -> None:
+        self.base.zero_grad()
+        for p, x in g.items():
+            p.grad = x.clone()
+
+    def branch(self, sign: float, closure: Callable[[], Tensor], g: Gradients) -> float:
+        """The loss at the end of a branch that begins along g; weights and gradients are those at w afterwards."""
+        old, losses = self.weights(), []
+        try:
+            for _ in range(self.branches[sign]):
+                self.finite = self.finite and math.isfinite(self.norm())
+                self.move(lambda group: sign * self.step_size)
+                self.base.zero_grad()
+                losses.append(float(closure().detach()))
+        finally:
+            self.put_back(old)
+            self.put_gradients(g)
+        return -losses[-1] if self.param_groups[0]["maximize"] else losses[-1]
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        if self.t % self.every == 0:
-            sharpness = -self.branch(-1.0, closure) + self.branch(1.0, closure)
-            if sharpness > 0:
+        self.base.zero_grad()
+        loss, self.finite = closure(), True
+        g = self.gradients()
+        if self.t % self.every == 0 and any(x.numel() for x in g.values()):
+            sharpness = -self.branch(-1.0, closure, g) + self.branch(1.0, closure, g)
+            if self.finite and math.isfinite(sharpness) and sharpness > 0:
                 self.history.append(sharpness)
                 self.ratio = min(sharpness / statistics.median(self.history), self.max_lr_scale)
         self.t += 1
-        self.base.zero_grad()
-        loss = closure()
+        if self.finite:
+            self.descend(g)
+        else:
+            self.skipped += 1
+        return loss
+
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
         lrs = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = group["lr"] * self.ratio
-        taken = self.gradients()
-        clip = min(1.0, self.max_grad_norm / (dot(taken, taken) ** 0.5 + 1e-6))
-        for p, x in taken.items():
-            p.grad = clip * x
-        self.base.step()
+        super().descend(g, g_s)
         for group, lr in zip(self.param_groups, lrs, strict=True):
             group["lr"] = lr
-        return loss

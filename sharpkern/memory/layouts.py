@@ -59,7 +59,7 @@ class Layouts:
         self._layouts: list[Layout] = []
         self.states: list[LayoutState] = []
         self.scaled = False  # whether any parameter is
-        self.idle: list[Tensor] = []  # frozen, without a gradient: in no layout
+        self.idle: list[Tensor] = []  # frozen, without a gradient or such state: in no layout
         self._members: list[list[Tensor]] = []
         self._scaled_for: Any = None
         self._seen_state: tuple[int, int, int] | None = None
@@ -106,8 +106,15 @@ class Layouts:
                 for group, members in zip(groups, self._members, strict=True)
             )
             or self._scaled_for != self._direction.key(groups)
-            or any(p.requires_grad or p.grad is not None for p in self.idle)
+            or any(map(self._takes_part, self.idle))
         )
+
+    def _takes_part(self, p: Tensor) -> bool:
+        """Whether it may be moved, or is a part of the algorithm's direction."""
+        if p.requires_grad or p.grad is not None:
+            return True
+        state = self.state.get(p, {})
+        return any(name in state for name in self._own_state)
 
     def lay_out(self) -> None:
         """Lay out the parameters afresh and take the state over, from wherever it lies now.
@@ -128,7 +135,7 @@ class Layouts:
         }
         for entry in entries(groups):
             p = entry[0]
-            if p.requires_grad or p.grad is not None or p in backups:
+            if self._takes_part(p) or p in backups:
                 check_memory(p, entry[3])
                 if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")

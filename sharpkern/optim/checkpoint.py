@@ -202,14 +202,15 @@ class Checkpoints(Optimizer):
             new["param_names"] = found
             if found is None:
                 del new["param_names"]
-        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's.
+        # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's, and so does a wrapped
+        # optimizer's number (NAdam's mu_product), which is of no parameter's dtype.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in state["param_groups"] for p in group["params"]]
         fused = isinstance(self._step.rule, FusedRule)
         for i, p in zip(ids, params, strict=True):
             for key, value in loaded["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    kept = fused or key in ("step", *self.state_names)
+                    kept = fused or key in ("step", *self.state_names) or value.dim() == 0 < p.dim()
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         foreign = self._family - set(self.state_names)
         for p in [p for p, entry in of_parameters(state["state"]) if foreign & entry.keys()]:

@@ -150,8 +150,6 @@ class Measurements(Gradients):
             ops.project.default(*head, kept, *walk, products, dtype=layout.dtype)
             self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
         self.scalars.share(into)
-        for p in self.layouts.idle:  # left out of the projection: theirs is gone
-            self.layouts.state.get(p, {}).pop(into, None)
         self.layouts.count_own()
 
     def has(self, name: str) -> bool:

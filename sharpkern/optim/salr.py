@@ -30,8 +30,8 @@ class SALR(SharpnessAwareOptimizer):
         \eta &= \eta_0\, \frac{S}{\text{median}(S_1, \ldots, S)}, \qquad
         w \leftarrow \text{base}_\eta(w,\ \nabla L_B(w))
 
-    Every so many steps S is measured on the step's own batch; weights, optimizer state and, with ``model=``, norm
-    statistics are afterwards what they were, to the bit. The ratio is held until the next measurement; 1 at the start.
+    Every so many steps S is measured on the step's own batch; weights, optimizer state and, with ``model=``, its
+    buffers are afterwards what they were, to the bit. The ratio is held until the next measurement; 1 at the start.
     The median is over all measurements, the current one included, and exact. An S that is not positive, or not
     finite, is not recorded and changes nothing. :math:`\eta_0` is the group's ``lr``, which is never written to: a
     scheduler moves it as always. The ratio reaches AdamW's weight decay, too.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from methods import RULES, every_base
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, train, train_by_hand, weights
-from naive import Naive, ae_sam, asam, dot, draws
+from naive import Naive, Trigger, asam, dot, draws
 from torch import nn
 
 import sharpkern as sk
@@ -74,22 +74,9 @@ def test_asam_with_a_policy(policy: str, clip: dict[str, float], base: str) -> N
     chosen = Adaptive(STEPS) if policy == "adaptive" else Bernoulli(0.5, 3)
     opt = sk.ASAM(ours.named_parameters(), rule, policy=chosen, **options, **clip)
 
-    class Scaled(Naive):
-        """Its trigger sees the norm of T g."""
-
-        def step(self, closure: Any) -> Any:
-            def fires(t: int, n: float) -> bool:
-                return trigger(t, self.norm() ** 2)
-
-            trigger, self.fires = self.fires, fires
-            try:
-                return super().step(closure)
-            finally:
-                self.fires = trigger
-
-    fires = ae_sam(STEPS, 1.0, -1.0) if policy == "adaptive" else draws(0.5, 3)
+    fires = Trigger(STEPS, 1.0, -1.0) if policy == "adaptive" else draws(0.5, 3)
     own = {"rho": 0.5, "eta": 0.01}
-    naive = Scaled(theirs.named_parameters(), rule, own, scale=asam, fires=fires, **options, **clip)
+    naive = Naive(theirs.named_parameters(), rule, own, scale=asam, fires=fires, **options, **clip)
     for batch in batches(STEPS):
         opt.step(make_closure(ours, batch))
         naive.step(make_closure(theirs, batch))

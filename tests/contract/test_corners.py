@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -80,16 +81,35 @@ def test_salr_flat_gradient_in_a_branch_only() -> None:
     assert v.item() == 3.0
 
 
-def test_idle_g_v_goes_with_a_refresh() -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_g_v_of_a_frozen_parameter_goes_with_a_refresh(resumed: bool) -> None:
+    """With one that takes place; until then it is a part of the direction, whose norm is its."""
     w, v = param(1.0, 2.0), param(3.0)
-    opt = sk.LookSAM([w, v], SGD, lr=0.01, k=1)
+    opt = sk.LookSAM([w, v], SGD, lr=0.01, k=2)
     opt.step(lambda: loss_of(w, v))
     v.requires_grad_(False)
     v.grad = None
-    opt.add_param_group({"params": [param(1.0)]})
+    if resumed:
+        opt, saved = sk.LookSAM([w, v], SGD, lr=0.01, k=2), opt.state_dict()
+        opt.load_state_dict(saved)
+    g_v = torch.cat([opt.state[p]["g_v"] for p in (w, v)])
+    assert g_v.all()
+    w.grad = 4 * w.detach() ** 3
+    expected = w.detach() - 0.01 * (w.grad + 0.7 * w.grad.norm() / g_v.norm() * g_v[:2])
     opt.step(lambda: loss_of(w))
-    assert "g_v" in opt.state[w]
-    assert "g_v" not in opt.state.get(v, {})
+    torch.testing.assert_close(w.detach(), expected)
+
+    def broken() -> Tensor:
+        loss = loss_of(w)
+        w.grad.fill_(math.nan)
+        return loss
+
+    opt.step(broken)  # a refresh that is skipped
+    assert torch.equal(opt.state[v]["g_v"], g_v[2:])
+    assert int(opt.stats["skipped_steps"]) == 1
+    for _ in range(2):
+        opt.step(lambda: loss_of(w))
+    assert not opt.state[v]["g_v"].any()
 
 
 def test_thawed_without_a_first_gradient() -> None:
@@ -229,6 +249,16 @@ def test_loading_an_empty_state_clears() -> None:
     opt.step(lambda: loss_of(w))
     opt.load_state_dict(fresh)
     assert not opt.state
+
+
+def test_a_wrapped_optimizers_numbers_keep_their_dtype() -> None:
+    """NAdam's product of momentums is float32 whatever the parameters are."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    opts = [sk.SAM([p], torch.optim.NAdam, lr=0.01) for _ in range(2)]
+    opts[0].step(lambda: loss_of(p))
+    opts[1].load_state_dict(opts[0].state_dict())
+    assert opts[0].state[p]["mu_product"].dtype == opts[1].state[p]["mu_product"].dtype == torch.float32
+    assert opts[1].state[p]["exp_avg"].dtype == torch.float64
 
 
 def test_adamw_group_without_the_key() -> None:

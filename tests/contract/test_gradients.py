@@ -42,9 +42,8 @@ def test_gradients_in_some_passes_only(method: Method, base: str) -> None:
     evaluate, evaluate_theirs = closure(ours), closure(theirs)
     for _ in range(6):
         opt.step(evaluate)
-        if method.by_hand:  # the naive SALR evaluates w once a branch: its calls would leave out others
-            naive.step(evaluate_theirs)
-    for p, q in zip(ours, theirs, strict=True) if method.by_hand else ():
+        naive.step(evaluate_theirs)
+    for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
     assert torch.equal(ours[4], start[4])
     assert ours[4] not in opt.state
@@ -94,6 +93,24 @@ def test_no_gradient_at_all_changes_nothing(method: Method, base: str) -> None:
     train(model, opt, batches(3))  # an empty step spoils nothing
     assert relative_error(model, make_net()) > 0
     assert int(opt.stats["skipped_steps"]) == 0
+
+
+@each_method
+def test_steps_of_frozen_parameters_count(method: Method, base: str) -> None:
+    """Whether or not they have been laid out."""
+    counts = []
+    for stepped in (False, True):
+        p = nn.Parameter(torch.ones(2))
+        opt = method.make([p], base)
+        if stepped:
+            p.grad = torch.zeros(2)
+            opt.step()
+        p.requires_grad_(False)
+        p.grad = None
+        opt.step(lambda: torch.tensor(1.0))
+        counts.append({name: int(opt.stats[name]) for name in ("steps", "second_passes", "skipped_steps")})
+    assert counts[0] == counts[1]
+    assert counts[0]["steps"] == 1
 
 
 @every_method

@@ -247,6 +247,25 @@ def test_flat_buffers_hold_parameters_and_gradients(method: Method, base: str) -
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@each_method
+def test_flat_buffers_that_are_made_late_make_no_gradients(method: Method, base: str) -> None:
+    """A copy moves in with its first step: what has no gradient then does not get one of zeros, and is not decayed."""
+    params = [nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    opt = method.make(params, base, flatten=True, weight_decay=0.1)
+    (used, unused), opt = copy.deepcopy((params, opt))
+
+    def closure() -> Tensor:
+        loss = used.square().sum()
+        loss.backward()
+        unused.grad = None
+        return loss
+
+    opt.step(closure)
+    assert not torch.equal(used, params[0])
+    assert torch.equal(unused, params[1])
+    assert unused not in opt.state
+
+
 @pytest.mark.parametrize("set_to_none", [None, False, True])
 def test_flat_gradients_accumulate(set_to_none: bool | None) -> None:
     """Whether they are added to the flat buffer from the start, or moved there by each pass."""
