@@ -88,7 +88,6 @@ def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> An
             if opt.first_step(zero_grad=True):
                 mean_loss(self.model, [batch], self.manual_backward)
             opt.second_step()
-            opt.restore()  # nothing, but after an overflow under a scaler
             self.lr_schedulers().step()
 
         def closure(self, batch: Batch) -> None:
@@ -181,7 +180,7 @@ def overflowing(model: nn.Module, call: int) -> None:
 
 
 def test_lightning_with_a_scaler_by_hand() -> None:
-    """Which does not step after an overflow, here in the second pass of the third step: restore() ends that step."""
+    """Which does not step after an overflow, here in the second pass of the third step: second_step() ends that step."""
     sam = METHODS["sam"]
     module, trainer = lightning_module(sam, "by hand"), lightning_trainer()
     overflowing(module.model, 5)
