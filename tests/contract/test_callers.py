@@ -238,18 +238,34 @@ def _reset_to_zero(model: nn.Module, opt: Any) -> None:
         p.grad = torch.zeros_like(p)
 
 
+def _move(model: nn.Module, opt: Any) -> None:
+    model.double().float()
+
+
+def _swap(model: nn.Module, opt: Any) -> None:
+    """As torch moves a model that has this future: parameters and gradients are swapped with their copies."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.mark.parametrize(
     "reset",
     [
         lambda model, opt: None,
         lambda model, opt: opt.zero_grad(),
         lambda model, opt: model.zero_grad(set_to_none=False),
+        lambda model, opt: opt.unflatten() if opt.stats["steps"] else None,
         _reset_to_zero,
+        _move,
+        _swap,
     ],
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_gradients_of_the_last_step_and_zeros_are_not_said(reset: Any, flatten: bool) -> None:
-    """Nor those that a closure which raised has left."""
+    """Nor those that a closure which raised has left, nor where they were moved with the model."""
     model = make_net(f32)
     opt = SAM.make(model.named_parameters(), "momentum", flatten=flatten)
     closure = make_closure(model, batches(1, f32)[0])
