@@ -124,12 +124,12 @@ class Gradients:
         readable = on_host and not any(map(is_capturing, self.layouts.devices))
         if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
             return
-        self.scalars["base_steps"] += 1
         self.warn_once(
             f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
             f"alone: {self._owner} did not look at the sharpness. Pass a closure, or step by hand: first_step(), "
             "second_step()"
         )
+        self.scalars["base_steps"] += 1  # a warning may be an error, and then no step follows
 
     def warn_once(self, message: str) -> None:
         """A warning at the user's line, the first time."""
