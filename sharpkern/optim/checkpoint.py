@@ -234,12 +234,12 @@ class Checkpoints(Optimizer):
             return
         if self._step.loading is not None:
             self._take_loaded(self._step.loading, state)
-        # In place: proxies, schedulers and a wrapped optimizer may hold these very objects.
+        # In place: proxies, schedulers and a wrapped optimizer may hold these very objects. Nothing else of torch's is
+        # set: a proxy would keep it, and with it hooks of its own.
         self.param_groups[:] = state["param_groups"]
         if state["state"] is not self.state:
             self.state.clear()
             self.state.update(state["state"])
-        super().__setstate__({**state, "param_groups": self.param_groups, "state": self.state})
         self._bound().share(loaded=True)
         layouts = self._step.layouts
         if layouts.valid and all(layout.attached() for layout in layouts):

@@ -76,6 +76,24 @@ def test_a_wrapper_steps_as_the_optimizer_does(method: Method, wrap: Any) -> Non
         assert not wrapped.is_perturbed
 
 
+@pytest.mark.parametrize("base", ["momentum", "wrapped"])
+def test_a_state_dict_is_loaded_through_a_wrapper(base: str) -> None:
+    """Hooks of the optimizer are called, through the wrapper, too, which gets nothing of its own."""
+    model, seen = make_net(f32), []
+    opt = METHODS["looksam"].make(model.named_parameters(), base)
+    train(model, opt, batches(2, f32))
+    opt.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    opt.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    opt.register_step_post_hook(lambda *_: seen.append("stepped"))
+    wrapped = Wrapper(opt)
+    own = set(vars(wrapped))
+    wrapped.load_state_dict(wrapped.state_dict())
+    wrapped.state_dict()
+    train(model, wrapped, batches(1, f32))
+    assert seen == ["saved", "loaded", "saved", "stepped"]
+    assert set(vars(wrapped)) == own
+
+
 @every_by_hand
 def test_at_a_learning_rate_of_0_a_wrapper_leaves_the_weights_alone(method: Method) -> None:
     model = make_net(f32)
