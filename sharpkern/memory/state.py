@@ -43,7 +43,7 @@ class LayoutState:
                 entry[name] = layout.view(name, i).copy_(entry[name])
             if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
-                self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)))
+                self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)).reshape(()))
                 entry["step"] = self.step[i]
                 found.append("step")
             self._exposed[i].update(found)

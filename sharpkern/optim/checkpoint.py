@@ -102,14 +102,20 @@ class Checkpoints(Optimizer):
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
         step = self._step
-        for group, new in zip(self.param_groups, loaded["param_groups"], strict=False):
-            self.direction.check({**group, **new})  # as torch does not look at the base rule's, either
+        for group in loaded["param_groups"]:
+            # Not the base rule's options, nor does torch. Not a tensor: reading one may wait for its device.
+            numbers = {key: value for key, value in group.items() if not isinstance(value, Tensor)}
+            self.direction.check({**self.defaults, **numbers})
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         for i, (p, _, _, label) in zip(ids, entries(self.param_groups), strict=False):
-            check_memory(p, label)
-            self._check_entry(loaded["state"].get(i, {}), p, label)
+            entry = loaded["state"].get(i, {})
+            if p.requires_grad or entry:
+                check_memory(p, label)
+            self._check_entry(entry, p, label)
         own = _numbers(loaded)
         if own is not None:
+            if not isinstance(own, dict):
+                raise ValueError(f"loaded state dict has sharpkern {own!r}, expected a dict")
             if own.get("version") != 1:
                 raise ValueError(f"loaded state dict has sharpkern version {own.get('version')}, this one reads 1")
             if not {"counters", "squared_norm"} <= own.keys():
@@ -268,7 +274,7 @@ class Checkpoints(Optimizer):
             raise RuntimeError(f"{what} while the weights are perturbed: call second_step() or restore() first")
 
 
-def _numbers(loaded: dict[str, Any]) -> dict[str, Any] | None:
+def _numbers(loaded: dict[str, Any]) -> Any:
     """The numbers in a state dict: at its top, else in the first group that has them."""
     everywhere = [loaded.get(NUMBERS), *(group.get(NUMBERS) for group in loaded["param_groups"])]
     return next((own for own in everywhere if own is not None), None)

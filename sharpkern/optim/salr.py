@@ -156,6 +156,11 @@ class SALR(SharpnessAwareOptimizer):
             step.scalars["sharpness"] = sharpness
             step.scalars["lr_scale"] = min(sharpness / median, self.max_lr_scale)
 
+    def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
+        super()._take_loaded(loaded, state)
+        scalars = self._step.scalars
+        scalars["lr_scale"] = min(scalars["lr_scale"], self.max_lr_scale)  # it may be of a run without the bound
+
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise for a group without a learning rate, and for options out of range."""
         rule = self._step.rule

@@ -408,6 +408,60 @@ def test_loading_that_changes_what_is_scaled_is_told_of(saved: bool, loaded: boo
         assert [str(w.message).partition(":")[0] for w in seen] == [said] * (loaded and not saved)
 
 
+@pytest.mark.parametrize("base", ["momentum", "adamw"])
+def test_a_number_of_steps_has_any_shape(base: str) -> None:
+    """Of one element, as some tools store numbers."""
+    model = make_net(f32)
+    opt = METHODS["sam"].make(model.named_parameters(), base)
+    train(model, opt, batches(2, f32))
+    state = copy.deepcopy(opt.state_dict())
+    for i, entry in state["state"].items():
+        entry["step"] = [5, 5.0, torch.tensor(5.0), torch.tensor([5.0]), torch.tensor([[5]])][i % 5]
+    opt.load_state_dict(state)
+    assert [entry["step"].tolist() for entry in opt.state.values()] == [5.0] * len(opt.state)
+    train(model, opt, batches(1, f32))
+
+
+def test_a_frozen_parameter_without_memory_takes_no_part_in_loading() -> None:
+    """A layer that is kept elsewhere; state for one has nowhere to go."""
+    away, p = nn.Parameter(torch.ones(3, device="meta"), requires_grad=False), nn.Parameter(torch.ones(3))
+    opt = sk.LookSAM([away, p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones(3)
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(3))
+    state["state"][0] = copy.deepcopy(state["state"][1])
+    state["param_groups"][0]["lr"] = 5.0
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_loaded_radius_may_be_a_tensor() -> None:
+    """A schedule may have written one into the group, which a step takes."""
+    model = make_net(f32)
+    for rho in (0.1, torch.tensor(0.1)):
+        opt = sk.SAM(model.parameters(), lr=0.0)
+        opt.param_groups[0]["rho"] = rho
+        opt.zero_grad()
+        train(model, opt, batches(1, f32))
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert torch.as_tensor(opt.param_groups[0]["rho"]) == torch.tensor(0.1)
+
+
+def test_a_loaded_lr_scale_is_within_its_bound() -> None:
+    """Of a run that had none, which is resumed with one."""
+    model = make_net(f32)
+    opt = METHODS["salr"].make(model.named_parameters())
+    state = opt.state_dict()
+    state["sharpkern"]["lr_scale"] = torch.tensor(1e7, dtype=torch.float64)
+    for bound in (None, 2.0):
+        other = METHODS["salr"].make(model.named_parameters(), max_lr_scale=bound)
+        other.load_state_dict(state)
+        assert other.stats["lr_scale"] == (bound or 1e7)
+
+
 # Dicts that do not fit.
 
 CLASSES = {
@@ -429,6 +483,7 @@ BAD_DICTS: dict[str, Any] = {
     "no counters": lambda s: s["sharpkern"].pop("counters"),
     "counters": lambda s: s["sharpkern"].update(counters=torch.zeros(3)),
     "version": lambda s: s["sharpkern"].update(version=99),
+    "no numbers": lambda s: s.update(sharpkern=[1]),
     "g_v": lambda s: s["state"][0].update(g_v=torch.zeros(7)),
     "ema": lambda s: s["sharpkern"].update(ema=torch.zeros(2, 2)),
     "g_v_squared_norm": lambda s: s["sharpkern"].update(g_v_squared_norm=torch.zeros(2, 2)),
