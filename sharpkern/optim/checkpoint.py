@@ -199,7 +199,7 @@ class Checkpoints(Optimizer):
         return ["the number of steps", *sorted(names)] if names or not isinstance(self.policy, Always) else []
 
     def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
-        """Complete what torch made of a state dict: missing options, state that torch cast, numbers."""
+        """Complete what torch made of a state dict: missing options, state that torch cast."""
         names = self._names(state["param_groups"])
         for old, new, found in zip(self.param_groups, state["param_groups"], names, strict=True):
             for key, value in old.items():
@@ -223,6 +223,8 @@ class Checkpoints(Optimizer):
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:
                 del state["state"][p]
+
+    def _take_numbers(self, loaded: dict[str, Any]) -> None:
         own = _numbers(loaded) or {}
         if own and "t" not in own:
             own = {**own, "t": int(own["counters"][0]), "plain_steps": 0}
@@ -238,20 +240,31 @@ class Checkpoints(Optimizer):
             self._step = Step(self, *settings)
             self._step.scalars.load(numbers)
             return
-        if self._step.loading is not None:
-            self._take_loaded(self._step.loading, state)
+        loading = self._step.loading
+        if loading is not None:
+            self._take_loaded(loading, state)
         # In place: proxies, schedulers and a wrapped optimizer may hold these very objects. Nothing else of torch's is
         # set: a proxy would keep it, and with it hooks of its own.
-        self.param_groups[:] = state["param_groups"]
-        if state["state"] is not self.state:
-            self.state.clear()
-            self.state.update(state["state"])
-        self._bound().share(loaded=True)
+        before = list(self.param_groups), dict(self.state)
+        try:
+            self._put(state["param_groups"], state["state"])
+            self._bound().share(loaded=True)
+        except BaseException:  # a wrapped optimizer did not take it
+            self._put(*before)
+            raise
+        if loading is not None:
+            self._take_numbers(loading)
         layouts = self._step.layouts
         if layouts.valid and all(layout.attached() for layout in layouts):
             layouts.take_state()
         else:
             layouts.lay_out()
+
+    def _put(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+        self.param_groups[:] = groups
+        if state is not self.state:
+            self.state.clear()
+            self.state.update(state)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling an optimizer")

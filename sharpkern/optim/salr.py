@@ -156,8 +156,8 @@ class SALR(SharpnessAwareOptimizer):
             step.scalars["sharpness"] = sharpness
             step.scalars["lr_scale"] = min(sharpness / median, self.max_lr_scale)
 
-    def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
-        super()._take_loaded(loaded, state)
+    def _take_numbers(self, loaded: dict[str, Any]) -> None:
+        super()._take_numbers(loaded)
         scalars = self._step.scalars
         scalars["lr_scale"] = min(scalars["lr_scale"], self.max_lr_scale)  # it may be of a run without the bound
 

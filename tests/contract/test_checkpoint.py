@@ -521,6 +521,30 @@ def test_a_dict_that_does_not_fit_changes_nothing(bad: str) -> None:
         opt.load_state_dict(before)  # and one that fits does
 
 
+@every_method
+def test_a_dict_that_the_wrapped_optimizer_does_not_take_changes_nothing(method: Method) -> None:
+    """RMSprop looks for its own numbers of steps in what it loads."""
+    model, twin = make_net(f32), make_net(f32)
+    opt, other = (method.make(m.named_parameters(), "wrapped") for m in (model, twin))
+    for m, o in ((model, opt), (twin, other)):
+        train(m, o, batches(3, f32))
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        del entry["step"]
+    state["param_groups"][0]["lr"] = 123.0
+    for numbers in (state["sharpkern"], *(group["sharpkern"] for group in state["param_groups"])):
+        numbers["t"] = 99
+    before = state_of(opt)
+    with pytest.raises(KeyError, match="step"):
+        opt.load_state_dict(state)
+    assert opt.state_dict()["sharpkern"]["t"] == other.state_dict()["sharpkern"]["t"]
+    assert_same_bits(state_of(opt), before)
+    for m, o in ((model, opt), (twin, other)):
+        train(m, o, batches(4, f32)[3:])
+    assert_same_bits(weights(model), weights(twin))
+    assert_same_bits(opt.stats, other.stats)
+
+
 # State that the user clears.
 
 
