@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -56,8 +57,11 @@ class Flattened:
 
     def take(self) -> None:
         """Move the gradients that lie elsewhere into the flat buffer; those that no kernel can use stay as they are."""
-        for i, (p, view) in enumerate(zip(self._all, self._views, strict=True)):
-            grad = p.grad
+        grads = [p.grad for p in self._all]
+        if all(map(operator.is_, grads, self._views)):  # most often
+            self._held = [True] * len(grads)
+            return
+        for i, (p, grad, view) in enumerate(zip(self._all, grads, self._views, strict=True)):
             if grad is None:
                 if self._held[i]:
                     view.zero_()
