@@ -107,6 +107,7 @@ class Kind:
 
     def ours(self, params: Sequence[Tensor], base: Base, closure: baselines.Closure) -> Callable[[], object]:
         optimizer = _make(self.cls, params, base, **self.own)
+        optimizer.zero_grad()  # the closure makes all of them
         return partial(optimizer.step, closure)
 
     def theirs(self, params: Sequence[Tensor], base: Base, closure: baselines.Closure) -> Callable[[], object]:

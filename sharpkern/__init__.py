@@ -1,7 +1,7 @@
 """sharpkern: fused sharpness-aware optimizers for PyTorch."""
 
 from . import policy
-from .batch_stats import frozen_batch_stats
+from .batch_stats import frozen_batch_stats, frozen_buffers
 from .ops import available_backends, build_info, use_backend
 from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
 
@@ -20,6 +20,7 @@ __all__ = [
     "available_backends",
     "build_info",
     "frozen_batch_stats",
+    "frozen_buffers",
     "policy",
     "use_backend",
 ]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory.shapes import SUPPORTED_DTYPES, overlaps
 
@@ -23,6 +22,12 @@ def warn(message: str) -> None:
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("sharpkern", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def type_name(value: Any) -> str:
+    """The type of an object, as it is imported; ``torch.typename`` names tensors by their dtype."""
+    cls = type(value)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def check_real(value: Any, name: str) -> None:
@@ -62,9 +67,9 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
         known: parameters of the other groups.
 
     Returns:
-        (tensor, its name in errors) of those that are trained.
+        (tensor, its name in errors) of those that are trained and have memory.
     """
-    seen = set(known)
+    seen: set[Tensor] = set()
     trained = []
     for i, entry in enumerate(entries):
         named = isinstance(entry, tuple) and len(entry) == 2
@@ -72,25 +77,27 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
         if not isinstance(param, Tensor):
             continue  # torch names the type
         name = f"parameter {entry[0]!r}" if named else f"parameter {i} of group {index}"
+        if param in known:
+            raise ValueError(f"some parameters appear in more than one parameter group: {name} does")
         if param in seen:
-            raise ValueError(f"{name} appears more than once among the parameters")
+            raise ValueError(f"{name} appears more than once in its group: kernels would write it twice at once")
         seen.add(param)
         if is_lazy(param):
             raise ValueError(f"{name} is not initialized: run a forward pass of its lazy module first")
-        if param.is_meta:
-            raise ValueError(f"{name} is on the meta device: it has no data to optimize")
         if not param.requires_grad:
             continue  # only a trainable parameter is ever touched
         if param.layout != torch.strided:
             raise TypeError(f"{name} should be a dense tensor, but its layout is {param.layout}")
-        if is_traceable_wrapper_subclass(param):
-            raise TypeError(f"{name} is a {torch.typename(param)}: tensor subclasses are not supported")
+        if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # Its elements are not where its address says.
+            raise TypeError(f"{name} is a {type_name(param)}: tensor subclasses are not supported")
         if param.dtype not in SUPPORTED_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             raise TypeError(f"{name} has dtype {param.dtype}; supported are {supported}")
         if overlaps(param):
             raise ValueError(f"{name} has elements that share memory (an expanded tensor?)")
-        trained.append((param, name))
+        if not param.is_meta:  # it may get memory before the first step
+            trained.append((param, name))
     return trained
 
 

@@ -17,6 +17,7 @@ class Direction:
     """Along the gradient."""
 
     options: tuple[str, ...] = ("rho",)  # of a parameter group
+    by_name = False  # whether it depends on names what is scaled
 
     def check(self, group: Group) -> None:
         """Raise for an option that is out of range."""
@@ -63,6 +64,7 @@ class Weights(Direction):
     """T_w = abs(w) + eta on parameters whose name contains ``weight``; without names on those of two dimensions up."""
 
     options = ("rho", "eta")
+    by_name = True
 
     def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
         return "weight" in name if name is not None else param.dim() >= 2

@@ -143,7 +143,8 @@ _LIST = [
     # w, two descents, their end, one ascent, its end.
     Method(
         "salr", sk.SALR, dict(n_ascent=2, n_descent=3, step_size=0.02, every=2),
-        lambda o: {key: o[key] for key in ("n_ascent", "n_descent", "step_size", "every")}, NaiveSALR,
+        lambda o: {key: o[key] for key in ("n_ascent", "n_descent", "step_size", "every", "max_lr_scale") if key in o},
+        NaiveSALR,
         every={"every": 1}, calls=6, followed=(0, 1, 2, 4), by_hand=False, radius="step_size",
     ),
 ]  # fmt: skip

@@ -237,10 +237,19 @@ class Naive:
 class NaiveSALR(Naive):
     """SALR (Yue et al. 2020): the learning rate of a step is scaled by its sharpness over the median."""
 
-    def __init__(self, *args: Any, n_ascent: int, n_descent: int, step_size: float, every: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        n_ascent: int,
+        n_descent: int,
+        step_size: float,
+        every: int,
+        max_lr_scale: float = float("inf"),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.branches = {-1.0: n_descent, 1.0: n_ascent}
-        self.step_size, self.every = step_size, every
+        self.step_size, self.every, self.max_lr_scale = step_size, every, max_lr_scale
         self.history: list[float] = []
         self.ratio = 1.0
         self.finite = True  # whether every gradient that was followed in this step is
@@ -272,7 +281,7 @@ class NaiveSALR(Naive):
             sharpness = -self.branch(-1.0, closure, g) + self.branch(1.0, closure, g)
             if self.finite and math.isfinite(sharpness) and sharpness > 0:
                 self.history.append(sharpness)
-                self.ratio = sharpness / statistics.median(self.history)
+                self.ratio = min(sharpness / statistics.median(self.history), self.max_lr_scale)
         self.t += 1
         if self.finite:
             self.descend(g)

@@ -5,7 +5,9 @@ test_loops.py has what they do in stand-ins.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,12 +31,17 @@ few = over([METHODS[name] for name in ("sam", "aesam", "aelooksam", "gsam")])
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What trainers write goes to a folder of the test; their own deprecations are not under test, our warnings are."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer of transformers writes to it
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "accelerate", "ignite"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=r".*(closure|first_step|gradients)")
         yield
+    if "accelerate" in sys.modules:  # which is one for the process
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 def loader(micro: int = 1) -> Any:
@@ -166,12 +173,28 @@ def scaled_precision(init_scale: float = 2.0**10) -> Any:
     return Scaled()
 
 
+def overflowing(model: nn.Module, call: int) -> None:
+    """Make one backward pass of the model's, by its number, leave a gradient that is infinite."""
+    calls = itertools.count()
+    model.out.bias.register_hook(lambda g: g * torch.inf if next(calls) == call else g)
+
+
 def test_lightning_with_a_scaler_by_hand() -> None:
+    """Which does not step after an overflow, here in the second pass of the third step: second_step() ends that step."""
     sam = METHODS["sam"]
     module, trainer = lightning_module(sam, "by hand"), lightning_trainer()
+    overflowing(module.model, 5)
     trainer.strategy.precision_plugin = scaled_precision()
     trainer.fit(module, loader())
-    assert relative_error(module.model, plain(sam, schedule=SCHEDULE)[0]) < 1e-9
+    assert int(module.opt.stats["skipped_steps"]) == 0
+    model, opt = make(sam)
+    overflowing(model, 5)
+    scheduler = SCHEDULE(opt)
+    for batch in data():
+        opt.step(lambda batch=batch: mean_loss(model, [batch]))
+        scheduler.step()
+    assert int(opt.stats["skipped_steps"]) == 1
+    assert relative_error(module.model, model) < 1e-9
 
 
 @every_way("closure", "by hand")
@@ -395,3 +418,65 @@ def test_ignites_own_process_function_is_told() -> None:
     with pytest.warns(UserWarning, match="is a step of SGD alone"):
         engine.create_supervised_trainer(model, opt, nn.functional.cross_entropy).run(data())
     assert int(opt.stats["base_steps"]) == STEPS
+
+
+# bfloat16: autocast around the forward pass.
+
+
+def in_float32(batches: list[Batch]) -> Any:
+    return DataLoader([(x.float(), y) for x, y in batches], batch_size=None)
+
+
+def with_lightning(method: Method) -> Run:
+    module = lightning_module(method)
+    module.model.float()
+    lightning_trainer(precision="bf16-mixed").fit(module, in_float32(data()))
+    return module.model, module.opt
+
+
+def with_accelerate(method: Method) -> Run:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    run = make(method)
+    run[0].float()
+    model, opt, batches, scheduler = accelerator.prepare(*run, in_float32(data()), SCHEDULE(run[1]))
+    for x, y in batches:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            with accelerator.autocast():
+                loss = nn.functional.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            return loss
+
+        opt.step(closure)
+        scheduler.step()
+    return run
+
+
+def with_transformers(method: Method) -> Run:
+    run, trainer = transformers_trainer(method, bf16=True)
+    run[0].float()
+    trainer.train_dataset = [{"x": x.float(), "labels": y} for x, y in data()]
+    trainer.train()
+    return run
+
+
+@pytest.mark.parametrize("train", [with_lightning, with_accelerate, with_transformers])
+@few
+def test_bfloat16(method: Method, train: Callable[[Method], Run]) -> None:
+    model, opt = make(method)
+    model.float()
+    scheduler = SCHEDULE(opt)
+    for x, y in in_float32(data()):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        scheduler.step()
+    run = train(method)
+    assert_same(run, (model, opt))
+    assert relative_error(run[0].double(), plain(method, schedule=SCHEDULE)[0]) > 1e-4

@@ -14,7 +14,7 @@ from . import transfer
 from .layout import Layout
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
-from .state import LayoutState, Names, check_shapes
+from .state import LayoutState, Names, check_shapes, of_parameters
 
 Group = dict[str, Any]
 
@@ -121,7 +121,7 @@ class Layouts:
 
         Raises:
             TypeError, ValueError: for parameters that cannot be optimized (any more).
-            RuntimeError: while a CUDA graph is captured.
+            RuntimeError: for parameters on the meta device; while a CUDA graph is captured.
         """
         groups = self.param_groups
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
@@ -136,8 +136,9 @@ class Layouts:
         for entry in entries(groups):
             p = entry[0]
             if self._takes_part(p) or p in backups:
-                if p.is_meta or p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
-                    raise TypeError(f"{entry[3]} became {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                check_memory(p, entry[3])
+                if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
+                    raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype), []).append(entry)
             else:
                 idle.append(p)
@@ -175,7 +176,7 @@ class Layouts:
     def _state_key(self) -> tuple[int, int, int]:
         """Changes when the user clears or replaces state, or a part of it."""
         state = self.state
-        return id(state), len(state), sum(map(len, state.values()))
+        return id(state), len(state), sum(len(entry) for _, entry in of_parameters(state))
 
     def state_written(self) -> None:
         """A step put state where it belongs."""
@@ -249,6 +250,16 @@ def entries(groups: list[Group]) -> Iterable[tuple[Tensor, int, str | None, str]
         for i, p in enumerate(group["params"]):
             name = names[i] if names else None
             yield p, g, name, f"parameter {name!r}" if name else f"parameter {i} of group {g}"
+
+
+def check_memory(p: Tensor, label: str) -> None:
+    """Raise RuntimeError for a parameter on the meta device."""
+    if p.is_meta:
+        raise RuntimeError(
+            f"{label} is on the meta device: it has no data to optimize. Give it some before the first step (to_empty "
+            "puts new parameters in the place of a module's: make the optimizer afterwards, or call "
+            "torch.__future__.set_swap_module_params_on_conversion(True) before)"
+        )
 
 
 def check_aliases(params: list[tuple[Tensor, str]]) -> None:

@@ -3,7 +3,7 @@ declare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from .layout import SCRATCH, Layout
 
 State = Mapping[Tensor, dict[str, Any]]
 Names = tuple[str, ...]
+
+
+def of_parameters(state: Mapping[Any, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """The entries of an optimizer's state that are parameters'. Others may stand there: users keep values of theirs."""
+    return ((p, entry) for p, entry in state.items() if isinstance(p, Tensor) and isinstance(entry, dict))
 
 
 class LayoutState:

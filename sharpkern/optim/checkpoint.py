@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import warn
-from ..memory.layouts import entries
+from ..direction import Direction
+from ..memory.layouts import check_memory, entries
 from ..memory.scalars import saved_names
+from ..memory.state import of_parameters
 from ..policy import Always, Policy
 from ..rules import FusedRule
 from .step import Step
@@ -29,6 +31,7 @@ class Checkpoints(Optimizer):
     _step: Step
     _knobs: tuple[str, ...]
     policy: Policy
+    direction: Direction
     # What an algorithm declares: numbers that it keeps (``memory/scalars.py``), set before ``__init__`` is called.
     scalars: Mapping[str, Any] = {}
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
@@ -57,15 +60,24 @@ class Checkpoints(Optimizer):
             RuntimeError: while the weights are perturbed.
         """
         self._refuse_perturbed("state_dict()")
-        state = super().state_dict()
+        # The first of the post-hooks: the user's see the whole dict, and may return another one.
+        handle = self.register_state_dict_post_hook(lambda _, state: self._complete_saved(state), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete_saved(self, state: dict[str, Any]) -> None:
         if self._step.owns_state:
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
-        state[NUMBERS] = {"version": 1, **self._step.scalars.save()}
-        plain = {"version": 1, **self._step.scalars.plain()}
+        head: dict[str, Any] = {"version": 1}
+        if self.direction.by_name:
+            head["scaled"] = self._scaled([group.get("param_names") for group in self.param_groups])
+        state[NUMBERS] = {**head, **self._step.scalars.save()}
+        plain = {**head, **self._step.scalars.plain()}
         for group in state["param_groups"]:
             group[NUMBERS] = dict(plain)
-        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -75,8 +87,9 @@ class Checkpoints(Optimizer):
         state without the numbers that the training depends on.
 
         Raises:
-            ValueError: when it does not fit the parameters, before anything changed.
-            RuntimeError: while a step is pending.
+            ValueError, TypeError: when it does not fit the parameters, or an option of a group is out of range, before
+                anything changed.
+            RuntimeError: while a step is pending, or a parameter is on the meta device.
         """
         self._refuse_open("load_state_dict()")
         # The last of the pre-hooks: it sees the dict as the user's hooks left it.
@@ -88,15 +101,13 @@ class Checkpoints(Optimizer):
             self._step.loading = None
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
-        rule, step = self._step.rule, self._step
+        step = self._step
+        for group, new in zip(self.param_groups, loaded["param_groups"], strict=False):
+            self.direction.check({**group, **new})  # as torch does not look at the base rule's, either
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         for i, (p, _, _, label) in zip(ids, entries(self.param_groups), strict=False):
-            for key, value in loaded["state"].get(i, {}).items():
-                if key in (*self.state_names, *rule.buffers) and value is not None and value.size() != p.size():
-                    raise ValueError(
-                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
-                        f"of shape {tuple(p.size())}"
-                    )
+            check_memory(p, label)
+            self._check_entry(loaded["state"].get(i, {}), p, label)
         own = _numbers(loaded)
         if own is not None:
             if own.get("version") != 1:
@@ -110,12 +121,70 @@ class Checkpoints(Optimizer):
             if found and found != declared:
                 raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")
             step.scalars.check(own)
+            self._compare_scaled(own, loaded["param_groups"])
         elif self._course and any(map(loaded["state"].get, ids)):
             warn(
                 f"the loaded state dict has state, but not the numbers that {type(self).__name__} keeps beside it (key "
                 f"{NUMBERS!r}): {', '.join(self._course)} stay what they are here"
             )
         step.loading = loaded
+
+    def _check_entry(self, entry: Any, p: Tensor, label: str) -> None:
+        """Raise ValueError for loaded state of a parameter that does not fit it."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"loaded state dict has state {entry!r} for {label}, expected a dict")
+        rule = self._step.rule
+        for key, value in entry.items():
+            if key in (*self.state_names, *rule.buffers) and value is not None:
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"loaded state dict has {key} {value!r} for {label}, expected a tensor")
+                if value.size() != p.size():
+                    raise ValueError(
+                        f"loaded state dict has {key} of shape {tuple(value.size())} for {label} "
+                        f"of shape {tuple(p.size())}"
+                    )
+            if key == "step" and isinstance(rule, FusedRule):
+                one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+                if not one:
+                    raise ValueError(f"loaded state dict has step {value!r} for {label}, expected a number")
+
+    def _names(self, loaded: list[dict[str, Any]]) -> list[list[str] | None]:
+        """The names that each group's parameters have after loading: the loaded ones, as in torch; but those here where
+        a tool cut the parameters into groups otherwise, so that the loaded ones are other parameters'."""
+        here = {name: p for p, _, name, _ in entries(self.param_groups) if name}
+        found = []
+        for old, new in zip(self.param_groups, loaded, strict=False):
+            names, params = new.get("param_names"), old["params"]
+            fit = names and len(names) == len(params) and all(map(operator.is_, map(here.get, names, params), params))
+            found.append(names if fit else old.get("param_names"))
+        return found
+
+    def _scaled(self, names: list[list[str] | None]) -> list[int]:
+        """How many tensors the direction scales, of how many elements, if the groups' parameters have these names."""
+        sizes = [
+            p.numel()
+            for group, found in zip(self.param_groups, names, strict=False)
+            for i, p in enumerate(group["params"])
+            if self.direction.scaled(group, found[i] if found else None, p)
+        ]
+        return [len(sizes), sum(sizes)]
+
+    def _compare_scaled(self, own: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        """Warn where loading changes what the direction scales.
+
+        Raises:
+            ValueError: for what is no such count.
+        """
+        if self.direction.by_name and "scaled" in own:
+            before, after = own["scaled"], self._scaled(self._names(groups))
+            if not (isinstance(before, list) and [type(x) for x in before] == [int, int]):
+                raise ValueError(f"loaded state dict has scaled {before!r}, expected one like {after!r}")
+            if before != after:
+                warn(
+                    f"{type(self).__name__} scaled {before[0]} tensors of {before[1]} elements when the state dict was "
+                    f"saved, and scales {after[0]} of {after[1]}: it goes by their names where it has any. Make it of "
+                    "named_parameters() both times, or of parameters() both times"
+                )
 
     @property
     def _course(self) -> list[str]:
@@ -125,19 +194,14 @@ class Checkpoints(Optimizer):
 
     def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
         """Complete what torch made of a state dict: missing options, state that torch cast, numbers."""
-        named = {name: p for p, _, name, _ in entries(self.param_groups) if name}
-        for old, new in zip(self.param_groups, state["param_groups"], strict=True):
+        names = self._names(state["param_groups"])
+        for old, new, found in zip(self.param_groups, state["param_groups"], names, strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
             new[NUMBERS] = None
-            # Names of other parameters: a tool cut them into groups otherwise.
-            names, params = new.get("param_names"), new["params"]
-            if names and (
-                len(names) != len(params) or any(map(operator.is_not, map(named.get, names, params), params))
-            ):
+            new["param_names"] = found
+            if found is None:
                 del new["param_names"]
-                if "param_names" in old:
-                    new["param_names"] = old["param_names"]
         # torch casts floating-point state to the parameter's dtype; ours keeps the loaded one's, and so does a wrapped
         # optimizer's number (NAdam's mu_product), which is of no parameter's dtype.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
@@ -149,7 +213,7 @@ class Checkpoints(Optimizer):
                     kept = fused or key in ("step", *self.state_names) or value.dim() == 0 < p.dim()
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
         foreign = self._family - set(self.state_names)
-        for p in [p for p, entry in state["state"].items() if foreign & entry.keys()]:
+        for p in [p for p, entry in of_parameters(state["state"]) if foreign & entry.keys()]:
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:
                 del state["state"][p]
@@ -188,7 +252,7 @@ class Checkpoints(Optimizer):
         step, state = self._step, super().__getstate__()
         if step.owns_state:
             # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
-            clones: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+            clones: defaultdict[Any, Any] = defaultdict(dict)
             clones.update({p: _cloned(entry) for p, entry in self.state.items()})
             state["state"] = clones
         knobs = {name: getattr(self, name) for name in self._knobs}
@@ -210,5 +274,8 @@ def _numbers(loaded: dict[str, Any]) -> dict[str, Any] | None:
     return next((own for own in everywhere if own is not None), None)
 
 
-def _cloned(entry: dict[str, Any]) -> dict[str, Any]:
+def _cloned(entry: Any) -> Any:
+    """A copy of a parameter's state; whatever else stands among it, as it is."""
+    if not isinstance(entry, dict):
+        return entry
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}

@@ -126,6 +126,8 @@ class Driver(Checkpoints):
         if not self._step.is_open:
             raise RuntimeError("second_step() was called before first_step()")
         self.step()
+        if self._step.is_open:
+            self.restore()  # a scaler within a wrapper's step met an overflow, and did not step
         if zero_grad:
             self.zero_grad()
 

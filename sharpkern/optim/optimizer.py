@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..checks import check_number, check_params, warn_half
+from ..checks import check_number, check_params, type_name, warn_half
 from ..direction import Direction
 from ..memory.layouts import check_aliases, entries
 from ..policy import Always, Policy, choose
@@ -56,7 +55,7 @@ class SharpnessAwareOptimizer(Driver):
         if max_grad_norm is not None:
             check_number(max_grad_norm, "max_grad_norm", positive=True)
         if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model should be a torch.nn.Module, but got {torch.typename(model)}")
+            raise TypeError(f"model should be a torch.nn.Module, but got {type_name(model)}")
         self.policy = choose(policy, Always)
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)
@@ -65,8 +64,12 @@ class SharpnessAwareOptimizer(Driver):
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
-        warn_half(p for p, *_ in entries(self.param_groups))
-        self._bound().share()
+        params = [p for p, *_ in entries(self.param_groups)]
+        warn_half(params)
+        self._bound()
+        if any(p.is_meta for p in params):
+            return  # they get memory before the first step, which does the rest
+        self._step.share()
         if flatten:
             self._step.layouts.lay_out()
 

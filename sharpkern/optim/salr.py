@@ -30,11 +30,15 @@ class SALR(SharpnessAwareOptimizer):
         \eta &= \eta_0\, \frac{S}{\text{median}(S_1, \ldots, S)}, \qquad
         w \leftarrow \text{base}_\eta(w,\ \nabla L_B(w))
 
-    Every so many steps S is measured on the step's own batch; weights, optimizer state and, with ``model=``, norm
-    statistics are afterwards what they were, to the bit. The ratio is held until the next measurement; 1 at the start.
+    Every so many steps S is measured on the step's own batch; weights, optimizer state and, with ``model=``, its
+    buffers are afterwards what they were, to the bit. The ratio is held until the next measurement; 1 at the start.
     The median is over all measurements, the current one included, and exact. An S that is not positive, or not
     finite, is not recorded and changes nothing. :math:`\eta_0` is the group's ``lr``, which is never written to: a
     scheduler moves it as always. The ratio reaches AdamW's weight decay, too.
+
+    The ratio has no bound in the paper, and it can feed itself: a large step leads to where S is larger, which makes
+    the next step larger, before the median follows. RMSprop, whose steps keep their length whatever the gradient, is
+    prone to it. ``max_lr_scale`` bounds it.
 
     A measurement takes ``n_ascent + n_descent`` forward and backward passes more; the gradient at w is shared by both
     branches and by the training step. Models with dropout draw anew in every pass, which S measures along.
@@ -53,6 +57,7 @@ class SALR(SharpnessAwareOptimizer):
         n_ascent, n_descent: steps of the two branches.
         step_size: :math:`\gamma`, the length of each, in units of the weights.
         every: one step in so many measures, the first one included.
+        max_lr_scale: the ratio is this at most; None: whatever it is.
         perturb_eps: added to the norm of a branch's gradient, against division by zero.
         model, max_grad_norm, flatten: as in :class:`sharpkern.SAM`.
         skip_nonfinite: a step that meets an infinite or NaN gradient in a pass whose gradient is followed (all but
@@ -64,8 +69,8 @@ class SALR(SharpnessAwareOptimizer):
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return one
             number, before anything changed.
 
-    ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, S
-    over the median (1 before).
+    ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, the
+    ratio (1 before).
 
     Source: Yue et al. 2020, `SALR: Sharpness-aware Learning Rate Scheduler for Improved Generalization
     <https://arxiv.org/abs/2011.05348>`_.
@@ -84,15 +89,19 @@ class SALR(SharpnessAwareOptimizer):
         n_descent: int = 5,
         step_size: float = 0.002,
         every: int = 2,
+        max_lr_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         for name, count in (("n_ascent", n_ascent), ("n_descent", n_descent), ("every", every)):
             check_count(count, name)
         check_number(step_size, "step_size", positive=True)
+        if max_lr_scale is not None:
+            check_number(max_lr_scale, "max_lr_scale", positive=True)
         refuse(self, kwargs, *self.refused)
         self.n_ascent, self.n_descent, self.every = int(n_ascent), int(n_descent), int(every)
         self.step_size = float(step_size)
-        # The squared norms of the branches' gradients; every S in ascending order; the last S, and S / median.
+        self.max_lr_scale = math.inf if max_lr_scale is None else float(max_lr_scale)
+        # The squared norms of the branches' gradients; every S in ascending order; the last S, and the ratio.
         self.norms = tuple(f"branch_{i}" for i in range(n_descent - 1 + n_ascent - 1))
         self.scalars = {**dict.fromkeys(self.norms, Sum()), "history": [], "sharpness": math.nan, "lr_scale": 1.0}
         super().__init__(params, base_optimizer, {}, **kwargs)
@@ -144,7 +153,8 @@ class SALR(SharpnessAwareOptimizer):
             last = len(history) - 1
             # The mean of the middle two, or twice the middle one.
             median = (history[last // 2] + history[(last + 1) // 2]) / 2
-            step.scalars["sharpness"], step.scalars["lr_scale"] = sharpness, sharpness / median
+            step.scalars["sharpness"] = sharpness
+            step.scalars["lr_scale"] = min(sharpness / median, self.max_lr_scale)
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise for a group without a learning rate, and for options out of range."""

@@ -49,7 +49,8 @@ class SAM(SharpnessAwareStep):
         adaptive: elementwise scaling, see above; a group may have its own.
         policy: which steps take the second pass, a :mod:`sharpkern.policy`; every one without.
         perturb_eps: :math:`\epsilon`, against division by zero.
-        model: when given, running statistics of its norm layers are updated in the first pass only.
+        model: when given, its buffers (norm statistics, spectral norm's vectors, observers, codebooks) are after a
+            step what the first pass left, see :func:`sharpkern.frozen_buffers`. A step of one pass copies nothing.
         max_grad_norm: clip the second gradient to this norm.
         skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing and is
             counted in ``stats["skipped_steps"]``. Costs a read of the second gradient.

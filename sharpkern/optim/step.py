@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import ExitStack
 from enum import Enum
 from typing import Any
 
 import torch
 
-from ..batch_stats import frozen_batch_stats
+from ..batch_stats import Buffers
 from ..rules import FusedRule, WrappedRule
 from .measure import Measurements, ops
 
@@ -46,7 +45,7 @@ class Step(Measurements):
         self.loss: Any = None  # what the closure returned in the first pass
         self.loading: dict[str, Any] | None = None  # the state dict that is being loaded
         self._counted = False  # whether this step counts in the statistics already
-        self._frozen: ExitStack | None = None
+        self._buffers: Buffers | None = None  # of the model, as the first pass left them
 
     # Moving.
 
@@ -203,19 +202,23 @@ class Step(Measurements):
         self.scalars["plain_steps"] += plain
 
     def freeze(self) -> None:
-        """No pass from here on counts in the statistics of the model's norm layers."""
-        if self.settings.model is not None and self._frozen is None:
-            self._frozen = ExitStack()
-            self._frozen.enter_context(frozen_batch_stats(self.settings.model))
+        """Every pass from here on computes with the buffers of the model as the first pass left them."""
+        if self._buffers is not None:
+            self._buffers.restore()
+        elif self.settings.model is not None:
+            trained = (p for group in self.layouts.param_groups for p in group["params"])
+            self._buffers = Buffers(self.settings.model, trained)
 
     def finish(self) -> None:
         """No step is open: the weights are at home, wherever its algorithm left them; no gradient is held."""
-        self.back()
-        self.passes, self.loss, self._measured = None, None, None
-        self._counted = self._mixed = False
-        self.layouts.finish()
-        self.choose_witness()
-        if self._frozen is not None:
-            self._frozen.close()
-            self._frozen = None
-        torch.clear_autocast_cache()
+        try:
+            self.back()
+            self.passes, self.loss, self._measured = None, None, None
+            self._counted = self._mixed = False
+            self.layouts.finish()
+            self.choose_witness()
+        finally:
+            if self._buffers is not None:
+                self._buffers.restore()
+                self._buffers = None
+            torch.clear_autocast_cache()

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from .fused import FUSED, FusedRule
@@ -25,8 +26,8 @@ def make_rule(base_optimizer: Any, kwargs: dict[str, Any], own: Sequence[str], o
 
     Raises:
         TypeError: when ``base_optimizer`` is no optimizer class, or does not know a keyword.
-        ValueError: when it has an option that is called like one of ours (``own``), needs a closure, or
-            does not take a value.
+        ValueError: when it has an option that is called like one of ours (``own``), needs a closure or sparse
+            gradients, or does not take a value.
     """
     if isinstance(base_optimizer, Optimizer):
         raise TypeError(
@@ -39,6 +40,11 @@ def make_rule(base_optimizer: Any, kwargs: dict[str, Any], own: Sequence[str], o
         )
     if hasattr(base_optimizer, "second_step"):
         raise ValueError(f"{base_optimizer.__name__} cannot be the base optimizer: it takes two passes itself")
+    if issubclass(base_optimizer, torch.optim.SparseAdam):
+        raise ValueError(
+            f"{base_optimizer.__name__} cannot be the base optimizer: it needs sparse gradients, which {owner} does "
+            "not support; take torch.optim.Adam and nn.Embedding(sparse=False)"
+        )
     rule = FUSED.get(base_optimizer, WrappedRule)(base_optimizer, kwargs)
     known = {*inspect.signature(base_optimizer.__init__).parameters, *rule.defaults}
     for key in own:

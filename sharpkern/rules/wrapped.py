@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
-from ..memory.state import Names
+from ..memory.state import Names, of_parameters
 from .fused import Group, refuse_differentiable
 
 
@@ -131,7 +131,7 @@ def _hide(stack: ExitStack, outer: Layouts, names: Names) -> None:
     Some optimizers make their state when a parameter has none, and look for it when there is any.
     """
     for name in names:
-        for p in [p for p, entry in outer.state.items() if name in entry]:
+        for p in [p for p, entry in of_parameters(outer.state) if name in entry]:
             stack.callback(_show, outer, p, name, outer.state[p][name])
             del outer.state[p][name]
             if not outer.state[p]:

@@ -25,7 +25,7 @@ class Wrapper:
 
     def __init__(self, opt: Any) -> None:
         object.__setattr__(self, "inner", opt)
-        self.__class__ = type("Wrapped" + type(opt).__name__, (Wrapper, type(opt)), {})
+        self.__class__ = type("Wrapped" + type(opt).__name__, (type(self), type(opt)), {})
         self.count = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -87,6 +87,27 @@ def test_at_a_learning_rate_of_0_a_wrapper_leaves_the_weights_alone(method: Meth
     assert opt.is_perturbed
     wrapped.restore()
     assert_same_bits(weights(model), before)
+
+
+@every_by_hand
+def test_a_wrapper_that_does_not_step_ends_the_step(method: Method) -> None:
+    """As with a scaler after an overflow: the weights are back, and the next step is like any other."""
+
+    class Skipping(Wrapper):
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            return None
+
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), "momentum", **method.every)
+    closure, before = make_closure(model, batches(1, f32)[0]), weights(model)
+    closure()
+    skipping = Skipping(opt)
+    assert skipping.first_step(zero_grad=True)
+    closure()
+    skipping.second_step(zero_grad=True)
+    assert_same_bits(weights(model), before)
+    with told():
+        train_by_hand(model, opt, batches(1, f32))
 
 
 # step(closure) after first_step.

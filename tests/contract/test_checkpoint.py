@@ -163,15 +163,10 @@ def test_copies_keep_the_model(method: Method, base: str) -> None:
     model = make_net()
     opt = method.make(model.named_parameters(), base, model=model, **method.every)
     twin, twin_opt = copy.deepcopy((model, opt))
-    seen: list[tuple[bool, bool]] = []
-
-    def closure() -> Tensor:
-        seen.append((twin.bn.track_running_stats, model.bn.track_running_stats))
-        return make_closure(twin, batches(1)[0])()
-
     before = weights(model)
-    twin_opt.step(closure)
-    assert seen == [(True, True)] + [(False, True)] * (method.calls - 1)
+    twin_opt.step(make_closure(twin, batches(1)[0]))
+    assert twin.bn.num_batches_tracked == 1  # in the first of its passes
+    assert model.bn.num_batches_tracked == 0
     assert_same_bits(weights(model), before)
 
 
@@ -308,6 +303,61 @@ def test_unknown_group_keys_are_kept() -> None:
     assert opt.param_groups[0]["other"] == 5
 
 
+@each_method
+def test_state_of_the_users_own_passes_through(method: Method, base: str) -> None:
+    """A hook, say, keeps a value in ``opt.state`` that is no parameter's."""
+    data = batches(4, f32)
+    ends = []
+    for own in (False, True):
+        model = make_net(f32)
+        opt = method.make(model.named_parameters(), base)
+        train(model, opt, data[:2])
+        if own:
+            opt.state["test"], opt.state["more"] = 1, {"g_v": 2}
+            twins = [pickle.loads(pickle.dumps((model, opt))), copy.deepcopy((model, opt))]
+            fresh = make_net(f32)
+            fresh.load_state_dict(model.state_dict())
+            fresh_opt = method.make(fresh.named_parameters(), base)
+            fresh_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            for m, o in ((model, opt), *twins, (fresh, fresh_opt)):
+                train(m, o, data[2:])
+                assert (o.state["test"], o.state["more"]) == (1, {"g_v": 2})
+                assert o.state_dict()["state"]["test"] == 1
+                ends.append(weights(m))
+        else:
+            train(model, opt, data[2:])
+            ends.append(weights(model))
+    for end in ends[1:]:
+        assert_same_bits(end, ends[0])
+
+
+@each_method
+def test_state_dict_hooks_see_and_return_whole_dicts(method: Method, base: str) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), base)
+    train(model, opt, batches(2, f32))
+    plain = opt.state_dict()
+    seen: list[Any] = []
+
+    def hook(o: Any, state: dict[str, Any]) -> Any:
+        seen.append((o is opt, state["sharpkern"]["t"], len(state["param_groups"])))
+        return {"mine": state}
+
+    handle = opt.register_state_dict_post_hook(hook, prepend=True)
+    found = opt.state_dict()
+    assert seen == [(True, 2, 1)]
+    assert found.keys() == {"mine"}
+    assert found["mine"]["param_groups"] == plain["param_groups"]
+    assert len(opt._optimizer_state_dict_post_hooks) == 1
+    handle.remove()
+    opt.register_state_dict_post_hook(lambda o, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.state_dict()
+    assert len(opt._optimizer_state_dict_post_hooks) == 1
+    opt.register_load_state_dict_pre_hook(lambda o, state: state["mine"])
+    opt.load_state_dict(found)
+
+
 def test_load_hooks_see_the_finished_optimizer() -> None:
     model = make_net()
     opt = sk.SAM(model.parameters(), SGD, rho=0.3, lr=0.1, momentum=0.9)
@@ -335,6 +385,29 @@ def test_loaded_names_scale_what_they_name() -> None:
     assert_same_bits(*ends)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["into unnamed", "into named"])
+@pytest.mark.parametrize("saved", [False, True], ids=["from unnamed", "from named"])
+def test_loading_that_changes_what_is_scaled_is_told_of(saved: bool, loaded: bool) -> None:
+    """Names of the loaded dict are taken; where it has none, those that are here, by which other tensors are scaled."""
+
+    def make(named: bool) -> tuple[Any, Any]:
+        model = make_net(f32)
+        return model, sk.ASAM(model.named_parameters() if named else model.parameters(), SGD, lr=0.1, momentum=0.9)
+
+    model, opt = make(saved)
+    train(model, opt, batches(2, f32))
+    whole = opt.state_dict()
+    for state in (whole, {key: whole[key] for key in ("state", "param_groups")}):
+        _, other = make(loaded)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            other.load_state_dict(state)
+            other.load_state_dict(other.state_dict())  # as it is now
+            make(loaded)[1].load_state_dict(without_numbers(whole))  # which does not say
+        said = "ASAM scaled 3 tensors of 1169 elements when the state dict was saved, and scales 4 of 1174"
+        assert [str(w.message).partition(":")[0] for w in seen] == [said] * (loaded and not saved)
+
+
 # Dicts that do not fit.
 
 CLASSES = {
@@ -343,6 +416,11 @@ CLASSES = {
     "g_v_squared_norm": "aelooksam",
     "history": "salr",
     "lr_scale": "salr",
+    "g_v no tensor": "aelooksam",
+    "rho": "sssam",
+    "rho nan": "gsam",
+    "eta": "asam",
+    "scaled": "asam",
 }
 BAD_DICTS: dict[str, Any] = {
     "groups": lambda s: s["param_groups"].append(dict(s["param_groups"][0])),
@@ -356,6 +434,15 @@ BAD_DICTS: dict[str, Any] = {
     "g_v_squared_norm": lambda s: s["sharpkern"].update(g_v_squared_norm=torch.zeros(2, 2)),
     "history": lambda s: s["sharpkern"].update(history=torch.zeros(2, 2)),
     "lr_scale": lambda s: s["sharpkern"].pop("lr_scale"),
+    "no tensor": lambda s: s["state"][0].update(momentum_buffer=1.0),
+    "g_v no tensor": lambda s: s["state"][0].update(g_v=[0.0]),
+    "step": lambda s: s["state"][0].update(step="3"),
+    "steps": lambda s: s["state"][0].update(step=torch.zeros(2)),
+    "no entry": lambda s: s["state"].update({0: 5}),
+    "rho": lambda s: s["param_groups"][0].update(rho=-0.1),
+    "rho nan": lambda s: s["param_groups"][0].update(rho=math.nan),
+    "scaled": lambda s: s["sharpkern"].update(scaled=[3]),
+    "eta": lambda s: s["param_groups"][0].update(eta=-1.0),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from methods import METHODS, SGD
-from models import assert_same_bits, batches, make_closure, make_net, train, weights
+from models import assert_same_bits, batches, make_closure, make_net, relative_error, train, weights
 from torch import Tensor, nn
 
 import sharpkern as sk
@@ -77,6 +77,26 @@ def test_salr_measures_what_it_says() -> None:
         opt.step(closure)
         values.append(float(opt.stats["sharpness"]))
         assert float(opt.stats["lr_scale"]) == values[-1] / np.median(values)
+
+
+@pytest.mark.parametrize("base", ["momentum", "wrapped"])
+def test_salr_bounds_its_ratio(base: str) -> None:
+    """As the naive one, where the bound is met and where it is not."""
+    model, twin = make_net(), make_net()
+    data = batches(12)
+    free = salr(make_net().named_parameters(), base, every=1)
+    opt, naive = (m(net.named_parameters(), base, every=1, max_lr_scale=1.02)
+                  for m, net in ((METHODS["salr"].make, model), (METHODS["salr"].oracle, twin)))  # fmt: skip
+    ratios = []
+    for batch in data:
+        opt.step(make_closure(model, batch))
+        naive.step(make_closure(twin, batch))
+        ratios.append(float(opt.stats["lr_scale"]))
+        assert ratios[-1] == pytest.approx(naive.ratio, rel=1e-9)
+    assert max(ratios) == 1.02
+    assert min(ratios) < 1.0
+    assert relative_error(model, twin) < 1e-11
+    assert free.max_lr_scale == math.inf
 
 
 def test_salr_records_nothing_that_is_not_positive() -> None:

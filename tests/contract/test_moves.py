@@ -395,3 +395,46 @@ def test_flatten_refuses_gaps_and_aliases_before_it_moves_anything() -> None:
             with pytest.raises(ValueError, match=message):
                 method.make(params, SGD, lr=0.1, flatten=True)
             assert [p.data_ptr() for p in params] == before
+
+
+# Parameters that get memory late.
+
+
+@pytest.fixture
+def swapped_parameters() -> Iterator[None]:
+    """``to_empty`` keeps the parameters of a module."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def on_meta(dtype: torch.dtype = f32) -> nn.Module:
+    return copy.deepcopy(make_net(dtype)).to("meta")
+
+
+@flattened
+@each_method
+def test_memory_before_the_first_step(method: Method, base: str, flatten: bool, swapped_parameters: None) -> None:
+    for rule in {base, "wrapped-adagrad"}:  # the latter makes its state when it is made
+        straight, model = make_net(f32), on_meta()
+        opts = [method.make(m.named_parameters(), rule, flatten=flatten) for m in (straight, model)]
+        model.to_empty(device=torch.get_default_device())
+        model.load_state_dict(make_net(f32).state_dict())
+        for m, opt in zip((straight, model), opts, strict=True):
+            train(m, opt, batches(3, f32))
+        assert_same_bits(weights(model), weights(straight))
+
+
+@flattened
+@each_method
+def test_a_step_without_memory_is_an_error(method: Method, base: str, flatten: bool) -> None:
+    """Also where ``to_empty`` put other parameters in their place: torch steps nothing then, without a word."""
+    model = on_meta()
+    opt = method.make(model.named_parameters(), base, flatten=flatten)
+    saved = method.make(make_net(f32).named_parameters(), base).state_dict()
+    with pytest.raises(RuntimeError, match="parameter 'gain' is on the meta device.*before the first step"):
+        opt.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "lr": 5.0}]})
+    assert opt.param_groups[0]["lr"] != 5.0
+    model.to_empty(device=torch.get_default_device())
+    with pytest.raises(RuntimeError, match="parameter 'gain' is on the meta device.*set_swap_module_params"):
+        opt.step(make_closure(model, batches(1, f32)[0]))
