@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Gradients, Naive, NaiveSALR, Trigger, asam, dot, draws, every, look, magnitude
+from naive import Gradients, Look, Naive, NaiveSALR, Trigger, asam, dot, draws, every, magnitude
 
 import sharpkern as sk
 
@@ -132,11 +132,11 @@ _LIST = [
     ),
     Method(
         "looksam", sk.LookSAM, dict(rho=0.05, k=3, alpha=0.4),
-        lambda o: {"fires": every(o["k"]), "mix": look(o["alpha"])}, every={"k": 1}, state=("g_v",),
+        lambda o: {"fires": every(o["k"]), "mix": Look(o["alpha"])}, every={"k": 1}, state=("g_v",),
     ),
     Method(
         "aelooksam", sk.AELookSAM, dict(rho=0.05, alpha=0.4, lambda_start=2.0, lambda_end=0.0),
-        lambda o: {"fires": _ae_sam(o), "mix": look(o["alpha"])}, every=_ALWAYS, never=_NEVER, of_length=True,
+        lambda o: {"fires": _ae_sam(o), "mix": Look(o["alpha"])}, every=_ALWAYS, never=_NEVER, of_length=True,
         triggered=True, state=("g_v",),
     ),
     Method("gsam", sk.GSAM, dict(rho=0.05, alpha=0.4), lambda o: {"mix": _gsam(o["alpha"])}),

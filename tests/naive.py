@@ -92,22 +92,26 @@ def last(g: Gradients, g_s: Gradients | None) -> Gradients:
     return g if g_s is None else g_s
 
 
-def look(alpha: float) -> Mix:
+class Look:
     """LookSAM (Liu et al. 2022): what the second gradient has beside the first one is used again."""
-    g_v: Gradients = {}
 
-    def mix(g: Gradients, g_s: Gradients | None) -> Gradients:
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.g_v: Gradients = {}
+        self.share = math.inf  # how long g_v is, in norms of the gradient that it is a part of
+
+    def __call__(self, g: Gradients, g_s: Gradients | None) -> Gradients:
         n = dot(g, g)
         if g_s is not None:
             if n > 0:
                 along = dot(g, g_s) / n
-                g_v.clear()
-                g_v.update({p: g_s.get(p, 0 * g.get(p, 0)) - along * g.get(p, 0) for p in {**g, **g_s}})
+                self.g_v = {p: g_s.get(p, 0 * g.get(p, 0)) - along * g.get(p, 0) for p in {**g, **g_s}}
+                self.share = (dot(self.g_v, self.g_v) / max(dot(g_s, g_s), 1e-300)) ** 0.5
             return g_s
-        norm = dot(g_v, g_v) ** 0.5
-        return {p: x + alpha * n**0.5 / norm * g_v.get(p, 0) for p, x in g.items()} if norm > 1e-12 else g
-
-    return mix
+        norm = dot(self.g_v, self.g_v) ** 0.5
+        if norm <= 1e-12:
+            return g
+        return {p: x + self.alpha * n**0.5 / norm * self.g_v.get(p, 0) for p, x in g.items()}
 
 
 class Naive:

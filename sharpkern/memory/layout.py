@@ -104,11 +104,10 @@ class Layout:
         return True
 
     def unflatten(self) -> None:
-        """Undo ``flatten``: every parameter and gradient gets memory of its own again."""
+        """Undo ``flatten``: every parameter and gradient gets memory of its own again. ``attached`` notices."""
         if self.flat is not None:
             self.flat.undo()
             self.flat = None
-            self.table.follow(self.table.locate(self.params))
 
     # One pass.
 

@@ -329,6 +329,21 @@ def test_unflatten(method: Method, base: str) -> None:
         torch.testing.assert_close(weights(model)[name], w, rtol=1e-5, atol=1e-6)
 
 
+@each_method
+def test_unflatten_after_the_model_changed_its_dtype(method: Method, base: str) -> None:
+    """And before the optimizer could notice."""
+    ends = []
+    for flatten in (False, True):
+        model = make_net(f32)
+        opt = method.make(model.named_parameters(), "adamw" if base == "wrapped" else base, flatten=flatten)
+        train(model, opt, batches(1, f32))
+        model.to(torch.float64)
+        opt.unflatten()
+        train(model, opt, batches(2))
+        ends.append(weights(model))
+    assert_same_bits(*ends)
+
+
 @pytest.mark.parametrize("fail", [False, True])
 @every_method
 def test_unflatten_between_passes(method: Method, fail: bool) -> None:
