@@ -46,10 +46,12 @@ class Flattened:
     def _point(self) -> None:
         for p, view in zip(self._all, self._views, strict=True):
             grad = p.grad
-            if grad is None or grad is view:
+            if grad is None:
                 continue
             if not p.requires_grad:
                 p.grad = None  # a gradient of zeros would still decay a frozen weight
+            elif grad is view:
+                continue
             elif grad.dtype == view.dtype:
                 p.grad = view
             else:

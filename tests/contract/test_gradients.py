@@ -163,6 +163,26 @@ def test_frozen_thawed_and_added(method: Method, base: str) -> None:
 
 
 @each_method
+def test_a_parameter_that_is_frozen_stays(method: Method, base: str) -> None:
+    """From the next step on, which resets its gradient; thawed, it is trained again."""
+    ends = []
+    for flatten in (False, True):
+        model = make_net()
+        opt = method.make(model.named_parameters(), base, flatten=flatten)
+        data = batches(6)
+        train(model, opt, data[:2])
+        model.conv.requires_grad_(False)
+        before = model.conv.weight.detach().clone()
+        train(model, opt, data[2:4])
+        assert torch.equal(model.conv.weight, before)
+        model.conv.requires_grad_(True)
+        train(model, opt, data[4:])
+        assert not torch.equal(model.conv.weight, before)
+        ends.append(weights(model))
+    assert_same_bits(*ends)
+
+
+@each_method
 def test_a_parameter_shared_by_two_modules(method: Method, base: str) -> None:
     ends = []
     for make in (method.make, method.oracle):
