@@ -175,14 +175,14 @@ class Buffers:
 
 def _is_moved(now: Tensor | None, then: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a tensor is in another one's place because the model was moved or cast."""
-    if now is None or then is None or now.size() != then.size():
+    if now is None or then is None or (now.device, now.dtype) == (then.device, then.dtype):
         return False
-    return now.device != then.device or now.dtype != then.dtype
+    return now.size() == then.size()
 
 
 def _is_plain(t: Tensor) -> bool:
     """Whether its elements lie in memory as they are."""
-    if is_lazy(t) or t.is_meta or t.layout != torch.strided:
+    if is_lazy(t) or t.is_meta or t.is_nested or t.layout != torch.strided:
         return False
     return not (
         t.is_quantized or t.is_conj() or t.is_neg() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__

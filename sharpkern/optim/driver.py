@@ -173,11 +173,13 @@ class Driver(Checkpoints):
             self._run(closure, begin=True)
         else:
             with torch.no_grad():
-                step.refresh()
-                step.collect()
-                step.count_base_step()
-                step.descend()
-                step.finish()
+                try:
+                    step.refresh()
+                    step.collect()
+                    step.count_base_step()
+                    step.descend()
+                finally:
+                    step.finish()
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..checks import warn
 from ..memory.layouts import Layouts
@@ -29,9 +29,9 @@ class Gradients:
     def __init__(self, owner: str, rule: Rule, layouts: Layouts, scalars: Scalars) -> None:
         self.rule, self.layouts, self.scalars, self._owner = rule, layouts, scalars, owner
         self._warned: set[str] = set()
-        # A parameter that had a gradient, and what that was when a step or zero_grad() left it: (it, its version).
+        # A parameter that had a gradient, and what that was when a step or zero_grad() left it.
         self._witness: Tensor | None = None
-        self._noted: tuple[TensorWeakRef, int] | None = None
+        self._noted: _Mark | None = None
         self._looks = 3  # at the values of gradients that were there before a closure: each waits for the device
 
     @property
@@ -80,8 +80,7 @@ class Gradients:
 
     def note_gradient(self) -> None:
         """The gradients that are there are of a step, or were reset: no news to the next one."""
-        grad = None if self._witness is None else self._witness.grad
-        self._noted = None if grad is None else (TensorWeakRef(grad), grad._version)
+        self._noted = None if self._witness is None else _mark(self._witness)
 
     def choose_witness(self) -> None:
         """Let a parameter that has a gradient tell whether the caller made others after this step."""
@@ -93,11 +92,12 @@ class Gradients:
         """Warn, once, of gradients that the caller made and ``step(closure)`` does not use."""
         if self._witness is None:
             self._witness = next((p for p in self._params() if p.grad is not None), None)
-        grad = None if self._witness is None else self._witness.grad
-        if grad is None or not self._looks or is_capturing(grad.device):
+        witness = self._witness
+        if witness is None or witness.grad is None or not self._looks or is_capturing(witness.device):
             return
-        if self._noted is not None and self._noted[0]() is grad and self._noted[1] == grad._version:
-            return
+        mark = _mark(witness)
+        if mark and self._noted and (mark == self._noted or mark[0] != self._noted[0]):
+            return  # the same, or moved together with its parameter
         self._looks -= 1
         if self._any_nonzero():
             self._looks = 0
@@ -124,15 +124,29 @@ class Gradients:
         readable = on_host and not any(map(is_capturing, self.layouts.devices))
         if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
             return
-        self.scalars["base_steps"] += 1
         self.warn_once(
             f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
             f"alone: {self._owner} did not look at the sharpness. Pass a closure, or step by hand: first_step(), "
             "second_step()"
         )
+        self.scalars["base_steps"] += 1  # a warning may be an error, and then no step follows
 
     def warn_once(self, message: str) -> None:
         """A warning at the user's line, the first time."""
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
+
+
+# Memory of a parameter, memory of its gradient, and the version of that. Not weak references to the tensors themselves:
+# torch swaps none that has one (torch.__future__.set_swap_module_params_on_conversion).
+_Mark = tuple[StorageWeakRef, StorageWeakRef, int | None]
+
+
+def _mark(p: Tensor) -> _Mark | None:
+    """What tells a gradient from another one, or from a later value of it; None for one without such memory."""
+    grad = p.grad
+    if grad is None or not p.layout == grad.layout == torch.strided:
+        return None
+    version = None if grad.is_inference() else grad._version
+    return StorageWeakRef(p.untyped_storage()), StorageWeakRef(grad.untyped_storage()), version

@@ -448,6 +448,20 @@ def test_a_buffer_whose_elements_are_another_tensors() -> None:
     assert torch.equal(pair.b, torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(layout: torch.layout) -> None:
+    """They have no one size, nor strides."""
+    rows = [torch.ones(2), torch.arange(3.0)]
+    model = Layer(ema, rows=torch.nested.nested_tensor(rows, layout=layout))
+    held = model.rows
+    with sk.frozen_buffers(model):
+        model.rows.mul_(2)
+        model.rows = model.rows * 2
+    assert model.rows is held
+    assert all(map(torch.equal, held.unbind(), rows))
+
+
 def test_held_tensors_are_the_models() -> None:
     """functional_call, captured forwards and wrappers write to tensors that they hold."""
     model = make_model("ema", "batch norm", "shared")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -238,18 +239,34 @@ def _reset_to_zero(model: nn.Module, opt: Any) -> None:
         p.grad = torch.zeros_like(p)
 
 
+def _move(model: nn.Module, opt: Any) -> None:
+    model.double().float()
+
+
+def _swap(model: nn.Module, opt: Any) -> None:
+    """As torch moves a model that has this future: parameters and gradients are swapped with their copies."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.mark.parametrize(
     "reset",
     [
         lambda model, opt: None,
         lambda model, opt: opt.zero_grad(),
         lambda model, opt: model.zero_grad(set_to_none=False),
+        lambda model, opt: opt.unflatten() if opt.stats["steps"] else None,
         _reset_to_zero,
+        _move,
+        _swap,
     ],
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_gradients_of_the_last_step_and_zeros_are_not_said(reset: Any, flatten: bool) -> None:
-    """Nor those that a closure which raised has left."""
+    """Nor those that a closure which raised has left, nor where they were moved with the model."""
     model = make_net(f32)
     opt = SAM.make(model.named_parameters(), "momentum", flatten=flatten)
     closure = make_closure(model, batches(1, f32)[0])
@@ -308,6 +325,32 @@ def test_a_step_of_the_base_optimizer_is_said_and_counted(method: Method, base: 
     resumed = method.make(model.named_parameters(), base)
     resumed.load_state_dict(opt.state_dict())
     assert resumed.stats["base_steps"] == 3
+
+
+@pytest.mark.parametrize("what", ["discarded", "none", "base step"])
+@each_method
+def test_a_warning_that_is_an_error_changes_nothing(method: Method, base: str, what: str) -> None:
+    """The next step is taken, and no gradient is held meanwhile."""
+    model, twin = make_net(f32), make_net(f32)
+    opt, other = (method.make(m.named_parameters(), base) for m in (model, twin))
+    closures = [make_closure(m, batches(1, f32)[0]) for m in (model, twin)]
+    if what != "none":
+        closures[0]()
+    before, stats = weights(model), opt.stats
+    with warnings.catch_warnings(), pytest.raises(UserWarning):
+        warnings.simplefilter("error")
+        opt.step(*{"discarded": [closures[0]], "none": [lambda: torch.tensor(1.0)]}.get(what, []))
+    assert_same_bits(weights(model), before)
+    assert_same_bits(opt.stats, stats)
+    assert not opt.state_dict()["state"]
+    grads = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+    assert len(grads) == (0 if what == "none" else len(before))
+    for p in model.parameters():
+        p.grad = None
+    assert not any(grad() is not None for grad in grads)
+    for o, closure in zip((opt, other), closures, strict=True):
+        o.step(closure)
+    assert_same_bits(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])

@@ -246,6 +246,26 @@ def test_lazily_negated_gradients() -> None:
     torch.testing.assert_close(q.detach(), 1 + 0.1 * torch.arange(5.0))
 
 
+@each_method
+def test_gradients_made_in_inference_mode(method: Method, base: str) -> None:
+    """As methods without a backward make them. Such tensors have no version."""
+    ends = []
+    for inference in (False, True):
+        p = nn.Parameter(torch.linspace(-1, 1, 5))
+        opt = method.make([p], base)
+
+        def closure(p: nn.Parameter = p, inference: bool = inference) -> Tensor:
+            with torch.inference_mode(inference):
+                grad = p.detach().cos()
+            p.grad = grad
+            return p.detach().sin().sum()
+
+        for _ in range(3):
+            opt.step(closure)
+        ends.append({"p": p.detach()})
+    assert_same_bits(*ends)
+
+
 def test_gradients_of_another_dtype() -> None:
     p = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
     if not hasattr(p, "grad_dtype"):
