@@ -165,8 +165,8 @@ def group_options(draw: Any, method: str, rule: str) -> dict[str, Any]:
 
 @st.composite
 def steps(draw: Any, count: int, by_hand: bool, calls: int) -> Step:
-    passes, which = st.integers(0, calls - 1), st.integers(0, count - 1)
-    fault = draw(sampled(None, None, None, "missing", "poison", "raises"))
+    passes, which = st.just(0) | st.integers(0, calls - 1), st.integers(0, count - 1)
+    fault = draw(sampled(None, None, "missing", "missing", "poison", "raises"))
     poison = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e200])) if fault == "poison" else None
     return Step(
         draw(sampled("closure", "hand", "hand", rare=("cancel", "base"))) if by_hand else "closure",

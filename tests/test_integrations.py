@@ -180,7 +180,7 @@ def overflowing(model: nn.Module, call: int) -> None:
 
 
 def test_lightning_with_a_scaler_by_hand() -> None:
-    """Which does not step after an overflow, here in the second pass of the third step: second_step() ends that step."""
+    """Which does not step after an overflow, in the second pass of the third step: second_step() ends that step."""
     sam = METHODS["sam"]
     module, trainer = lightning_module(sam, "by hand"), lightning_trainer()
     overflowing(module.model, 5)
