@@ -361,6 +361,7 @@ def _process(rank: int, store: str) -> None:
             check(method, base, loop, expected)
     sam = METHODS["sam"]
     check(sam, "momentum", "no_sync", _each_along_its_own(sam.options["rho"], *RULES["momentum"]))
+    dist.barrier()  # neither leaves while the other one still reads
     dist.destroy_process_group()
 
 

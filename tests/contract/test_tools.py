@@ -190,6 +190,7 @@ def of_two(rank: int, folder: str, name: str) -> None:
         train(*fresh, data[5:])
         assert_same_bits(weights(fresh[0]), weights(straight[0]))
         assert_same_bits(state_of(fresh[1]), state_of(straight[1]))
+    dist.barrier()  # neither leaves while the other one still reads
     dist.destroy_process_group()
 
 
