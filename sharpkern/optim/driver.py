@@ -13,7 +13,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable, which imports torch._dynamo at once
 
 from .checkpoint import Checkpoints
-from .step import AGAIN, DONE, Passes, Step, Wish
+from .step import AGAIN, AS_IS, DONE, Passes, Step, Wish
+
+# Said of a first pass, by hand and by a closure.
+NO_GRADIENT = (
+    "first_step() found no gradient, so the weights do not move: call backward() before it",
+    "the closure left no gradient, so this step trains nothing: does it call loss.backward()? (A trainer that hands "
+    "over a closure which does nothing wants first_step() and second_step())",
+)
 
 
 class Driver(Checkpoints):
@@ -45,8 +52,7 @@ class Driver(Checkpoints):
                         step.refresh()
                         step.collect()
                     if begin:
-                        if closure is not None:
-                            step.warn_without_gradients()
+                        step.warn_without_gradients(NO_GRADIENT[closure is not None])
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -63,6 +69,8 @@ class Driver(Checkpoints):
                     if wish is AGAIN or closure is None:
                         step.release()
                 if closure is None:
+                    if wish is AS_IS:
+                        step.watch()
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None
                 if collect:
@@ -106,7 +114,10 @@ class Driver(Checkpoints):
         """
         self._refuse_by_hand()
         if self._step.is_open:
-            raise RuntimeError("first_step() was called twice: call second_step(), step() or restore() in between")
+            raise RuntimeError(
+                "first_step() was called twice: call second_step(), step() or restore() in between (a GradScaler does "
+                "not step after an overflow: restore() after scaler.step())"
+            )
         again = self._run(None, begin=True) is AGAIN
         if again and zero_grad:
             self.zero_grad()
@@ -163,6 +174,8 @@ class Driver(Checkpoints):
                 with torch.no_grad():
                     step.refresh()
                     step.collect()
+                step.warn_of_added_gradients()
+                step.warn_without_gradients("second_step() found no gradient, so this step trains nothing")
                 if self._run(None, begin=False) is not None:
                     self.restore()
                     raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
@@ -194,7 +207,10 @@ class Driver(Checkpoints):
     @uncompiled
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending."""
+        """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending.
+
+        The step's number stays taken: a policy that wanted its second pass does not make up for it.
+        """
         step = self._bound()
         if step.layouts.away:
             step.refresh()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from ..checks import warn
 from ..memory.layouts import Layouts
@@ -32,6 +33,8 @@ class Gradients:
         # A parameter that had a gradient, and what that was when a step or zero_grad() left it.
         self._witness: Tensor | None = None
         self._noted: _Mark | None = None
+        self._watch: RemovableHandle | None = None  # on the witness, while a step by hand takes one pass
+        self._added: list[bool] = []  # backward passes that it saw
         self._looks = 3  # at the values of gradients that were there before a closure: each waits for the device
 
     @property
@@ -103,16 +106,35 @@ class Gradients:
             self._looks = 0
             self.warn_once(
                 "step(closure) resets the gradients before it calls the closure: those that were there are not used. "
-                "Accumulate inside of the closure, or step by hand with first_step() and second_step(); call "
-                "zero_grad() before where they are of no use"
+                "Accumulate inside of the closure, or step by hand with first_step() and second_step(). Where another "
+                "loss left them (a GAN, two optimizers) it does no harm: zero_grad() before this step says so"
             )
 
-    def warn_without_gradients(self) -> None:
-        """Warn, once, of a closure that trains nothing."""
+    def warn_without_gradients(self, message: str) -> None:
+        """Warn, once, of a pass that left none."""
         if not self.has_gradients:
+            self.warn_once(message)
+
+    def watch(self) -> None:
+        """Notice a backward from here to the end of the step: it would add to gradients that are the step's."""
+        self.choose_witness()
+        p, seen = self._witness, self._added
+        if p is not None and p.requires_grad:
+            self._watch = p.register_post_accumulate_grad_hook(lambda _: seen.append(True))
+
+    def unwatch(self) -> None:
+        """Notice none any more."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        self._added.clear()
+
+    def warn_of_added_gradients(self) -> None:
+        """Warn, once, of a second backward where ``first_step`` said that none is wanted."""
+        if self._added:
             self.warn_once(
-                "the closure left no gradient, so this step trains nothing: does it call loss.backward()? (A trainer "
-                "that hands over a closure which does nothing wants first_step() and second_step())"
+                "first_step() returned False: second_step() uses the gradients that were there, and another backward "
+                "added to them. Write `if opt.first_step(zero_grad=True):` before it"
             )
 
     def count_base_step(self) -> None:

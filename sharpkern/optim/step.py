@@ -216,6 +216,7 @@ class Step(Measurements):
             self.passes, self.loss, self._measured = None, None, None
             self._counted = self._mixed = False
             self.layouts.finish()
+            self.unwatch()
             self.choose_witness()
         finally:
             if self._buffers is not None:

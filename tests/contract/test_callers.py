@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods import METHODS, Method, each_method, every_by_hand, every_method
+from methods import METHODS, Method, each_method, every_by_hand, every_deciding, every_method
 from models import assert_same_bits, batches, make_closure, make_net, train, train_by_hand, weights
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -318,11 +318,54 @@ def test_a_closure_without_a_gradient_is_said(method: Method, base: str) -> None
     with told("the closure left no gradient"):
         for _ in range(2):
             opt.step(lambda: nn.functional.cross_entropy(model(x), y))
-        if method.by_hand:
-            other = method.make(model.named_parameters(), base)
-            other.first_step()  # no closure is to blame
-            other.second_step()
+    if method.by_hand:
+        other = method.make(model.named_parameters(), base)
+        with told("first_step() found no gradient", "second_step() found no gradient"):
+            for _ in range(2):
+                other.first_step()
+                other.second_step()
     assert_same_bits(weights(model), before)
+
+
+@every_by_hand
+def test_a_forgotten_backward_is_said(method: Method) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), "momentum", **method.every)
+    closure, before = make_closure(model, batches(1, f32)[0]), weights(model)
+    with told("second_step() found no gradient"):
+        for _ in range(2):
+            closure()
+            opt.first_step(zero_grad=True)
+            opt.second_step()
+    assert_same_bits(weights(model), before)
+
+
+@every_deciding
+def test_a_backward_that_is_not_wanted_is_said(method: Method) -> None:
+    """The loop that everybody copies has no ``if``: a plain step would count the gradient twice. Clipping between is
+    nothing to say a word about, and no hook of ours stays."""
+    model = make_net(f32)
+    never = {**(method.never or {"k": 10**9}), "skip_nonfinite": True}
+    opt = method.make(model.named_parameters(), "momentum", **never)
+    data = batches(4, f32)
+    with told():
+        train_by_hand(model, opt, data)
+        for batch in data:
+            opt.zero_grad()
+            make_closure(model, batch)()
+            if opt.first_step(zero_grad=True):
+                make_closure(model, batch)()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            opt.second_step()
+            make_closure(model, batch)()
+    with told("first_step() returned False"):
+        for batch in data:
+            opt.zero_grad()
+            make_closure(model, batch)()
+            opt.first_step(zero_grad=True)
+            make_closure(model, batch)()
+            opt.second_step(zero_grad=True)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @each_method
