@@ -116,12 +116,12 @@ class Adaptive(Policy):
     .. math::
         \mu \leftarrow \delta \mu + (1 - \delta)\, n, \qquad
         \sigma^2 \leftarrow \delta \sigma^2 + (1 - \delta)(n - \mu)^2, \qquad
-        n \ge \mu + c_t \sigma, \qquad c_t = \tfrac{t}{T} \lambda_1 + (1 - \tfrac{t}{T}) \lambda_2
+        n \ge \mu + c_t \sigma, \qquad c_t = \tfrac{t}{T} \lambda_\text{end} + (1 - \tfrac{t}{T}) \lambda_\text{start}
 
     Args:
         total_steps: T, the number of steps of the whole training.
-        lambda_start, lambda_end: :math:`\lambda_2` and :math:`\lambda_1`, in standard deviations. Infinite ones of one
-            sign mean never (plus) or always (minus).
+        lambda_start, lambda_end: :math:`\lambda_\text{start}` and :math:`\lambda_\text{end}`, in standard deviations.
+            Infinite ones of one sign mean never (plus) or always (minus).
         decay: :math:`\delta`.
 
     Raises:

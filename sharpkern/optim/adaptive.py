@@ -31,6 +31,9 @@ class AESAM(SharpnessAwareStep):
     A plain step takes one forward and backward pass and two launches; ``first_step`` returns False for it. The
     decision is the only number that the host reads of a step, so a step cannot be captured in a CUDA graph.
 
+    Clip by ``max_grad_norm=``. Gradients that are clipped before ``first_step``, or in a closure, all have one norm,
+    and nearly every step becomes a SAM step.
+
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
@@ -80,7 +83,8 @@ class AELookSAM(LookSAM):
         \text{else:}&\quad w \leftarrow \text{base}\Bigl(w,\ g + \alpha \frac{\|g\|_2}{\|g_v\|_2}\, g_v\Bigr)
 
     with :math:`\mu, \sigma, c_t` of :class:`sharpkern.AESAM`. Before the first :math:`g_v` a step that is not triggered
-    is a plain one. With the defaults about one step in five is a SAM step.
+    is a plain one. With the defaults about one step in five is a SAM step; with gradients that are clipped before the
+    trigger sees them nearly every one, which ``max_grad_norm=`` avoids.
 
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.

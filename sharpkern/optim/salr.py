@@ -27,7 +27,7 @@ class SALR(SharpnessAwareOptimizer):
         \theta^\pm_0 = w, \qquad
         \theta^\pm_{i+1} &= \theta^\pm_i \pm \gamma\, \frac{\nabla L_B(\theta^\pm_i)}{\|\nabla L_B(\theta^\pm_i)\|_2} \\
         S &= L_B(\theta^+_{n_\text{ascent}}) - L_B(\theta^-_{n_\text{descent}}) \\
-        \eta &= \eta_0\, \frac{S}{\text{median}(S_1, \ldots, S)}, \qquad
+        \eta &= \eta_0\, \frac{S}{\text{median}(S_1, \ldots, S_m)}, \qquad S = S_m, \qquad
         w \leftarrow \text{base}_\eta(w,\ \nabla L_B(w))
 
     Every so many steps S is measured on the step's own batch; weights, optimizer state and, with ``model=``, its
