@@ -116,8 +116,9 @@ class Scalars:
     # With the layouts.
 
     def lie_with(self, devices: Sequence[torch.device]) -> None:
-        """There are new layouts, on these devices; what outlives a step goes with the first one."""
+        """There are new layouts, on these devices; what is known goes with the first one. A step may be under way."""
         kept = {name: self[name] for name in self._kept}
+        sums = [(i, matrix[i].sum()) for matrix in list(self._matrices.values())[:1] for i in self._rows.values()]
         self._devices = list(devices)
         self._matrices = {
             device: torch.zeros(len(self._rows), len(devices), dtype=schema.scalar_dtype(device), device=device)
@@ -126,6 +127,9 @@ class Scalars:
         self.coefficients = {device: matrix.new_zeros(2) for device, matrix in self._matrices.items()}
         for name, value in {**self._values, **kept}.items():
             self[name] = value
+        for matrix in self._matrices.values():
+            for i, total in sums:
+                matrix[i, 0] = total
 
     def row(self, name: str, device: torch.device) -> Tensor:
         """[layouts]: the parts of a sum, as a device has them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,6 +148,32 @@ def test_moved_between_passes(method: Method, call: int, base: str, flatten: boo
             else:
                 each.step(closure)
     assert relative_error(model, still) < 1e-11
+
+
+@flattened
+def test_a_skip_is_not_forgotten_by_a_new_layout(flatten: bool) -> None:
+    """SALR hears of a gradient of NaN on a branch at the end of both; parameters have other strides meanwhile."""
+    p = nn.Parameter(torch.tensor([[1.0, -2.0, 3.0], [0.5, 2.0, -1.0]]))
+    opt = sk.SALR([p], SGD, lr=0.1, flatten=flatten)
+    before, calls = p.detach().clone(), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            p.grad = None
+            p.data = p.data.t().contiguous().t()
+        loss = p.pow(4).sum()
+        loss.backward()
+        if calls == 2:
+            p.grad[0, 0] = math.nan
+        return loss
+
+    opt.step(closure)
+    assert calls == 11
+    assert torch.equal(p, before)
+    assert int(opt.stats["skipped_steps"]) == 1
+    assert math.isnan(opt.stats["sharpness"])
 
 
 @each_method
