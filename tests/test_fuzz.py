@@ -423,11 +423,12 @@ class Ours(Run):
     def step(self, step: Step) -> None:
         self.measured = any(p.requires_grad for p in self.params)
         before, where = self.weights(), [p.data_ptr() for p in self.params]
-        skipped, way = int(self.opt.stats["skipped_steps"]), step.way
+        skipped = int(self.opt.stats["skipped_steps"])
+        way = "closure" if step.way == "hand" and self.straight else step.way
         give_back, evaluate = self.lr_0(step), self.closure(step)
         raised = False
         try:
-            if way == "closure" or (way == "hand" and self.straight):
+            if way == "closure":
                 self.opt.step(evaluate)
             else:
                 self.by_hand(way, evaluate)
