@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -270,7 +271,7 @@ def loss_of(weights: list[Tensor | None], uses: list[int], t: int) -> Tensor:
     return total + 0.05 * together / (1 + together * together)
 
 
-class Run:
+class Run(ABC):
     """What all three runs share: parameters, groups of them, closures."""
 
     def __init__(self, scenario: Scenario) -> None:
@@ -315,8 +316,8 @@ class Run:
 
         return evaluate
 
-    def before_pass(self, now: int, step: Step) -> None:
-        pass
+    def before_pass(self, now: int, step: Step) -> None:  # noqa: B027
+        """Whatever happens right before a pass: nothing, but to the package's own."""
 
     def after_backward(self, now: int, there: list[bool], step: Step) -> None:
         for i, (p, ok) in enumerate(zip(self.params, there, strict=True)):
@@ -354,8 +355,9 @@ class Run:
     def is_named(self) -> bool:
         return self.scenario.named
 
+    @abstractmethod
     def join(self, i: int) -> None:
-        raise NotImplementedError
+        """Parameter i becomes a group of its own."""
 
     def lr_0(self, step: Step) -> Callable[[], None]:
         """No learning rate for a step. Returns what gives it back."""

@@ -14,7 +14,7 @@ from . import transfer
 from .layout import Layout
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
-from .state import LayoutState, Names, check_shapes
+from .state import LayoutState, Names, check_shapes, of_parameters
 
 Group = dict[str, Any]
 
@@ -176,8 +176,10 @@ class Layouts:
     def _state_key(self) -> tuple[int, int, int]:
         """Changes when the user clears or replaces state, or a part of it."""
         state = self.state
-        # Several times a step: a list of all entries takes a fifth of the time that of_parameters does.
-        return id(state), len(state), sum([len(entry) for entry in state.values() if isinstance(entry, dict)])
+        try:  # several times a step: this takes a tenth of the time that of_parameters does
+            return id(state), len(state), sum(map(len, state.values()))
+        except TypeError:  # a value of the user's
+            return id(state), len(state), sum(len(entry) for _, entry in of_parameters(state))
 
     def state_written(self) -> None:
         """A step put state where it belongs."""

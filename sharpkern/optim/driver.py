@@ -74,7 +74,7 @@ class Driver(Checkpoints):
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None
                 if collect:
-                    self.zero_grad()
+                    step.reset_gradients()
                     result = self._evaluate(closure)
                     # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
                     loss = result if self.closure_only else None
@@ -181,7 +181,7 @@ class Driver(Checkpoints):
                     raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
         elif closure is not None:
             step.warn_of_discarded_gradients()
-            self.zero_grad()
+            step.reset_gradients()
             step.loss = loss = self._evaluate(closure)
             self._run(closure, begin=True)
         else:
@@ -236,10 +236,9 @@ class Driver(Checkpoints):
             set_to_none = not step.layouts.flatten
         if set_to_none or not step.layouts.flatten or not len(step.layouts):
             super().zero_grad(set_to_none)
+            step.note_gradient()
         else:
-            step.refresh()  # a moved parameter takes its gradient along
-            step.layouts.zero_grads()
-        step.note_gradient()
+            step.reset_gradients()
 
     def unflatten(self) -> None:
         """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""

@@ -160,8 +160,8 @@ class Gradients:
             warn(message)
 
 
-# Memory of a parameter, memory of its gradient, and the version of that. Not weak references to the tensors themselves:
-# torch swaps none that has one (torch.__future__.set_swap_module_params_on_conversion).
+# Memory of a parameter, memory of its gradient, and the version of that. Not addresses, which are used again; not weak
+# references to the tensors, of which torch swaps none (torch.__future__.set_swap_module_params_on_conversion).
 _Mark = tuple[StorageWeakRef, StorageWeakRef, int | None]
 
 
