@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -323,10 +324,7 @@ def _each_along_its_own(rho: float, base: Any, options: dict[str, Any]) -> nn.Mo
     return model
 
 
-def _process(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
+def _process(rank: int) -> None:
     def check(method: Method, base: str, loop: str, expected: nn.Module) -> None:
         model = _net()
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -361,10 +359,8 @@ def _process(rank: int, store: str) -> None:
             check(method, base, loop, expected)
     sam = METHODS["sam"]
     check(sam, "momentum", "no_sync", _each_along_its_own(sam.options["rho"], *RULES["momentum"]))
-    dist.barrier()  # neither leaves while the other one still reads
-    dist.destroy_process_group()
 
 
 def test_data_parallel(tmp_path: Path) -> None:
     """Two processes with half of each batch are as one with all of it."""
-    torch.multiprocessing.spawn(_process, (str(tmp_path / "store"),), nprocs=2)
+    processes.run(_process, tmp_path)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -163,8 +164,6 @@ def test_resume_in_other_groups(method: Method, base: str, form: str, saved: Any
 
 def of_two(rank: int, folder: str, name: str) -> None:
     """A process of two: the ten steps of ``assert_resumes``, each with its own data."""
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     method, base = METHODS[name], "momentum"
 
     def make(seed: int) -> tuple[nn.Module, Any]:
@@ -190,14 +189,12 @@ def of_two(rank: int, folder: str, name: str) -> None:
         train(*fresh, data[5:])
         assert_same_bits(weights(fresh[0]), weights(straight[0]))
         assert_same_bits(state_of(fresh[1]), state_of(straight[1]))
-    dist.barrier()  # neither leaves while the other one still reads
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["aelooksam", "salr"])
 def test_resume_in_two_processes(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(of_two, (str(tmp_path), name), nprocs=2)
+    processes.run(of_two, tmp_path, str(tmp_path), name)
 
 
 # What is lost is told.
