@@ -68,18 +68,18 @@ $(VENV)/demo: $(VENV)/build
 	touch $@
 
 $(VENV)/test: $(VENV)/build
-	$(PIP) --no-build-isolation --editable ".[demo,bench,test]"
+	$(PIP) --no-build-isolation --editable ".[analysis,demo,bench,test]"
 	touch $@
 
 $(VENV)/bench: $(VENV)/test
 	touch $@
 
 $(VENV)/docs: $(VENV)/build
-	$(PIP) --no-build-isolation --editable ".[docs]"
+	$(PIP) --no-build-isolation --editable ".[analysis,docs]"
 	touch $@
 
 $(VENV)/check: $(VENV)/test
-	$(PIP) --no-build-isolation --editable ".[demo,bench,test,integrations,docs,check]"
+	$(PIP) --no-build-isolation --editable ".[analysis,demo,bench,test,integrations,docs,check]"
 	touch $@
 
 clean:

@@ -94,6 +94,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"auto(?:class|function|module):: (?:sharpkern\.)?(\w+)", reference))
     assert set(sk.__all__) - documented == {"__version__"}
+    assert set(pytest.importorskip("sharpkern.analysis").__all__) - documented == set()
 
 
 def test_nothing_is_said_twice() -> None:

@@ -29,6 +29,7 @@ LAYERS = {
     "policy": 5,
     "direction": 5,
     "rules": 5,
+    "analysis": 5,
     "optim": 6,
     "__init__": 7,
     "__main__": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from .shapes import SUPPORTED_DTYPES, is_dense
 from .state import LayoutState, Names, check_shapes, of_parameters
 
 Group = dict[str, Any]
+_ALIVE: weakref.WeakSet[Layouts] = weakref.WeakSet()
 
 
 class Direction(Protocol):
@@ -63,6 +65,7 @@ class Layouts:
         self._members: list[list[Tensor]] = []
         self._scaled_for: Any = None
         self._seen_state: tuple[int, int, int] | None = None
+        _ALIVE.add(self)
 
     def __iter__(self) -> Iterator[Layout]:
         return iter(self._layouts)
@@ -244,6 +247,12 @@ class Layouts:
         for layout in self._layouts:
             layout.unflatten()
         self.flatten = False
+
+
+def is_away(params: Iterable[Tensor]) -> bool:
+    """Whether any optimizer has moved the weights of any of these away."""
+    asked = set(map(id, params))
+    return any(id(p) in asked for layouts in list(_ALIVE) if layouts.away for layout in layouts for p in layout.params)
 
 
 def entries(groups: list[Group]) -> Iterable[tuple[Tensor, int, str | None, str]]:
