@@ -31,7 +31,7 @@ def power_iteration(hessian: Hessian, k: int, tol: float, steps: int, seed: int 
             for e in vectors:
                 v = v - (v @ e) * e
             v = v / v.norm()
-            product = hessian @ v
+            product = hessian.on_host(v)
             now = (product @ v).item()
             v = product / product.norm()
             if value is not None and abs(value - now) < tol * (abs(value) + 1e-6):

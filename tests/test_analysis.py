@@ -92,6 +92,12 @@ def check_untouched(model: nn.Module, before: list[Any]) -> None:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    with torch.device("cpu"):
+        yield
+
+
 # The spectrum.
 
 
@@ -161,14 +167,14 @@ def test_trace_and_frobenius_norm_are_their_definitions(problem: Any) -> None:
     model, batches, h = problem
     n, options = len(h), dict(samples=50, l2=L2, seed=3)
     trace = analysis.trace(model, CE, batches, **options)
-    vectors = [v.double() for _, v in zip(range(50), hessian_of(model).random(3, normal=False), strict=False)]
+    vectors = [v for _, v in zip(range(50), hessian_of(model).random(3, normal=False), strict=False)]
     torch.testing.assert_close(trace.samples, torch.stack([v @ h @ v for v in vectors]), rtol=1e-9, atol=1e-9)
     assert all(set(v.tolist()) == {-1.0, 1.0} for v in vectors)
     assert trace.value == pytest.approx(trace.samples.mean().item())
     assert trace.standard_error == pytest.approx(trace.samples.std().item() / math.sqrt(50))
     assert abs(trace.value - h.trace()) < 4 * trace.standard_error
     norm = analysis.frobenius_norm(model, CE, batches, **options)
-    vectors = [v.double() for _, v in zip(range(50), hessian_of(model).random(3, normal=True), strict=False)]
+    vectors = [v for _, v in zip(range(50), hessian_of(model).random(3, normal=True), strict=False)]
     squares = torch.stack([(h @ v).square().sum() for v in vectors])
     torch.testing.assert_close(norm.samples, squares, rtol=1e-9, atol=1e-9)
     assert norm.value == pytest.approx(squares.mean().sqrt().item())
@@ -184,10 +190,10 @@ def hessian_of(model: nn.Module) -> Hessian:
 def test_spectral_density(problem: Any) -> None:
     """With as many steps as parameters the quadrature is exact for every power; smoothed it is a density."""
     model, batches, h = problem
-    found = analysis.spectral_density(model, CE, batches, samples=3, steps=1000, l2=L2, points=4000)
-    vectors = [v.double() for _, v in zip(range(3), hessian_of(model).random(0, normal=False), strict=False)]
+    found = analysis.spectral_density(model, CE, batches, samples=2, steps=1000, l2=L2, points=4000)
+    vectors = [v for _, v in zip(range(2), hessian_of(model).random(0, normal=False), strict=False)]
     for power in range(5):
-        expected = sum(v @ torch.linalg.matrix_power(h, power) @ v for v in vectors) / 3 / len(h)
+        expected = sum(v @ torch.linalg.matrix_power(h, power) @ v for v in vectors) / 2 / len(h)
         assert found.weights @ found.nodes**power == pytest.approx(expected.item(), rel=1e-8)
     values = torch.linalg.eigvalsh(h)
     assert found.nodes.max().item() == pytest.approx(values[-1].item(), rel=1e-8)
@@ -262,6 +268,25 @@ def test_attention_and_recurrence() -> None:
 
     product = (gradient(eps) - gradient(-eps)) / (2 * eps)
     torch.testing.assert_close(product, found.values[0] * found.vectors[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    """The same as on the CPU, from batches that lie there; the device's generator is what it was."""
+    model, batches = make()
+    expected = {name: CALLS[name](model, CE, batches, l2=L2) for name in CALLS}
+    model.cuda()
+    for name, call in CALLS.items():
+        before = torch.cuda.get_rng_state()
+        found, exact = call(model, CE, batches, l2=L2), expected[name]
+        assert torch.equal(before, torch.cuda.get_rng_state())
+        if name == "top_eigenvalues":
+            assert found.vectors.is_cuda
+            found, exact = found.values, exact.values
+        torch.testing.assert_close(found, exact, check_device=False, rtol=1e-6, atol=1e-8, equal_nan=True)
+    top = analysis.top_eigenvalues(Sequence().cuda(), CE, [(torch.randn(8, 5, 4), torch.randint(0, 3, (8,)))])
+    assert top.values.isfinite().all()
 
 
 # What a pass sees.
@@ -437,6 +462,14 @@ def test_sharpness_over_the_whole_set_and_over_m_samples() -> None:
     assert [len(b) for _, b in parts] == [6, 6, 4, 6, 6, 4, 6, 2]
     expected = sum(len(part[1]) * one_step([part], 0) for part in parts) / 40
     assert analysis.sharpness(model, CE, batches, 0.3, m=6) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sharpness_under_autocast_sees_the_weights_move() -> None:
+    """Autocast keeps copies of them from the pass before."""
+    model, batches = make(torch.float32)
+    exact = analysis.sharpness(model, CE, batches, 1.0, steps=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert analysis.sharpness(model, CE, batches, 1.0, steps=3) == pytest.approx(exact, rel=0.05)
 
 
 def test_sharpness_meets_large_powers() -> None:

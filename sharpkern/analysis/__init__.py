@@ -4,18 +4,10 @@ The optimizers do not need it, nor what it is built on: ``pip install "sharpkern
 """
 
 try:
-    from .hessian import (
-        Eigenpairs,
-        Estimate,
-        SpectralDensity,
-        frobenius_norm,
-        spectral_density,
-        top_eigenpairs,
-        top_eigenvalues,
-        trace,
-    )
+    from .hessian import Eigenpairs, top_eigenpairs, top_eigenvalues
     from .landscape import filter_normalized, loss_along, sgd_step_along
     from .sharpness import sharpness
+    from .spectrum import Estimate, SpectralDensity, frobenius_norm, spectral_density, trace
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
     raise ModuleNotFoundError(

@@ -150,7 +150,7 @@ def sgd_step_along(
     with loss.held(), progress_bar(loss.progress, "gradients") as advance:
         for _, grads, weight in gradients(loss, loss.params):
             g = flat(grads, loss.params, e) + loss.l2 * flat(trained, loss.params, e)
-            slope = (g.double() @ e.double()).item()
+            slope = (g.cpu().double() @ e.cpu().double()).item()
             total, length, count = total + weight * slope, length + weight * abs(slope), count + weight
             advance()
     return e * (-lr * length / count * (1 if total > 0 else -1 if total < 0 else 0))

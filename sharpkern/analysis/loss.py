@@ -243,7 +243,8 @@ class Loss:
     def _l2_term(self) -> float:
         if not self.l2:
             return 0.0
-        return self.l2 / 2 * sum(p.detach().double().square().sum().item() for p in self.params if p.requires_grad)
+        norms = (float(torch.linalg.vector_norm(p.detach())) for p in self.params if p.requires_grad)
+        return self.l2 / 2 * sum(norm * norm for norm in norms)
 
     @torch.no_grad()
     def value(self, finite: bool = True) -> float:
