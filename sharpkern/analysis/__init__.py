@@ -6,6 +6,7 @@ The optimizers do not need it, nor what it is built on: ``pip install "sharpkern
 try:
     from .hessian import Eigenpairs, top_eigenpairs, top_eigenvalues
     from .landscape import filter_normalized, loss_along, sgd_step_along
+    from .monitor import SharpnessMonitor
     from .sharpness import sharpness
     from .spectrum import Estimate, SpectralDensity, frobenius_norm, spectral_density, trace
 except ModuleNotFoundError as error:
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "SharpnessMonitor",
     "SpectralDensity",
     "filter_normalized",
     "frobenius_norm",
