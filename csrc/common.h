@@ -38,10 +38,14 @@ struct Row {
   int64_t slot;    // first element in every flat buffer
   int64_t numel;
   int64_t group;   // row of the group tables
-  int64_t scaled;  // 1: T_w = |w| + eta; 0: T_w = 1
+  int64_t scale;   // which T_w, see below
   int64_t ticket;  // scratch of device kernels
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
+
+// Values of Row::scale; schema.py names them, too.
+constexpr int64_t kMagnitude = 1;  // T_w = |w| + eta; else T_w = 1
+constexpr int64_t kLeftOut = 2;    // T_w = 0: neither read, nor moved, nor kept
 
 template <class T>
 struct Arithmetic {

@@ -2,14 +2,16 @@
 
 from . import policy
 from .batch_stats import frozen_batch_stats, frozen_buffers
+from .direction import norm_layers
 from .ops import available_backends, build_info, use_backend
-from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
+from .optim import AESAM, ASAM, ESAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AESAM",
     "ASAM",
+    "ESAM",
     "GSAM",
     "SALR",
     "SAM",
@@ -21,6 +23,7 @@ __all__ = [
     "build_info",
     "frozen_batch_stats",
     "frozen_buffers",
+    "norm_layers",
     "policy",
     "use_backend",
 ]

@@ -57,6 +57,7 @@ class Spec:
     grad: bool = True
     group: int = 0
     scaled: bool = True
+    left_out: bool = False
     backed: bool = True
 
 
@@ -68,12 +69,17 @@ TAILS = [*range(1, 10), 255, 256, 257, 511, 512, 513, *range(2046, 2051), 4095, 
 
 LAYOUTS: dict[str, list[Spec]] = {
     "chunk": [Spec((16384,))],  # exactly
-    "lengths": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(LENGTHS)],
+    "lengths": [
+        Spec((n,), group=i % 3, scaled=i % 2 == 0, left_out=i % 5 == 3, backed=i % 4 != 1)
+        for i, n in enumerate(LENGTHS)
+    ],
     "unaligned": [
         Spec((n,), offset=1 + 2 * (i % 3), backed=i % 3 != 0)
         for i, n in enumerate([1, 2, 15, 63, 64, 65, 127, 2049, 4100, 10001])
     ],
-    "tails": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(TAILS)],
+    "tails": [
+        Spec((n,), group=i % 3, scaled=i % 2 == 0, left_out=i % 5 == 3, backed=i % 4 != 1) for i, n in enumerate(TAILS)
+    ],
     "many": [
         Spec((1 + 7 * i % 50,), offset=i % 3, grad=i % 7 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 5 != 2)
         for i in range(60)
@@ -87,7 +93,9 @@ LAYOUTS: dict[str, list[Spec]] = {
         Spec((37, 91), "transposed", offset=1, group=1),
         Spec((2100,), grad=False, backed=False),
         Spec((3, 0, 2), backed=False),
+        Spec((2, 5, 3, 7), "channels_last", left_out=True),
         Spec((1, 16, 1, 1), "channels_last", backed=False),
+        Spec((2049,), left_out=True, backed=False),
         Spec((5,), offset=1),
         Spec((), group=2, backed=False),
         Spec((2100,), grad=False, group=1),
@@ -106,7 +114,7 @@ def big(dtype: torch.dtype) -> list[Spec]:
     rest = n - sum(parts)
     return [
         Spec((parts[0],), group=0),
-        Spec((parts[1],), offset=1, group=1),
+        Spec((parts[1],), offset=1, group=1, left_out=True),
         Spec((parts[2],), offset=3, group=2),  # unaligned weights
         Spec((parts[3],), backed=False),
         Spec((parts[4],), group=1, scaled=False, backed=False),
@@ -345,7 +353,7 @@ class Problem:
                 slot,
                 p.numel(),
                 spec.group,
-                int(spec.scaled),
+                schema.LEFT_OUT if spec.left_out else int(spec.scaled),
                 0,
             ]
             for p, g, slot, spec in zip(self.params, self.grads, self.slots, self.specs, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Gradients, Look, Naive, NaiveSALR, Trigger, asam, dot, draws, every, magnitude
+from naive import Gradients, Look, Naive, NaiveESAM, NaiveSALR, Trigger, asam, dot, draws, every, magnitude, part
 
 import sharpkern as sk
 
@@ -88,7 +88,7 @@ class Method:
             base, options = RULES[base]
             more = {**options, **more}
         given = self._arguments(steps, more)
-        own = inspect.signature(self.cls.__init__).parameters
+        own = inspect.signature(self.cls).parameters
         groups = {key: given[key] for key in ("rho", "eta", "adaptive") if key in given}
         rest = {key: value for key, value in given.items() if key not in own or key == "max_grad_norm"}
         return self.oracle_cls(params, base, groups, **self.naive(given), **rest)
@@ -113,6 +113,11 @@ def _gsam(alpha: float) -> Any:
         return {p: x - alpha * (g.get(p, 0 * x) - along * x) for p, x in g_s.items()}
 
     return mix
+
+
+def no_convolution(name: str | None, p: torch.Tensor) -> bool:
+    """The tensors that SAM on a part of them perturbs."""
+    return p.dim() < 4
 
 
 _ALWAYS = {"lambda_start": -9.0, "lambda_end": -9.0}
@@ -140,6 +145,13 @@ _LIST = [
         triggered=True, state=("g_v",),
     ),
     Method("gsam", sk.GSAM, dict(rho=0.05, alpha=0.4), lambda o: {"mix": _gsam(o["alpha"])}),
+    Method("sam-part", sk.SAM, dict(rho=0.05, perturb=no_convolution), lambda o: {"scale": part(o["perturb"])}),
+    # With draws of no tensor among them.
+    Method(
+        "esam", sk.ESAM, dict(rho=0.05, beta=0.2, gamma=1.0, seed=35),
+        lambda o: {"eps": o.get("perturb_eps", 1e-7)} | {key: o[key] for key in ("beta", "gamma", "seed")}, NaiveESAM,
+        every={"beta": 1.0, "perturb_eps": 1e-12}, never={"policy": sk.policy.Bernoulli(0.0)},
+    ),
     # w, two descents, their end, one ascent, its end.
     Method(
         "salr", sk.SALR, dict(n_ascent=2, n_descent=3, step_size=0.02, every=2),

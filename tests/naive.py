@@ -41,6 +41,11 @@ def magnitude(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     return w.abs() if group.get("adaptive") else 1.0
 
 
+def part(perturb: Callable[[str, Tensor], bool]) -> Scale:
+    """Of some tensors only, as SAM-ON (Mueller et al. 2023) is of norm layers: T_w = 0 on the others."""
+    return lambda name, w, group: float(group.get("perturb", True) and perturb(name, w))
+
+
 def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     """ASAM (Kwon et al. 2021), as its authors have it: T_w = |w| + eta on weights."""
     return w.abs() + group["eta"] if "weight" in name else 1.0
@@ -126,6 +131,8 @@ class Naive:
         kwargs: of the base optimizer.
     """
 
+    eps = 1e-12
+
     def __init__(
         self,
         params: Any,
@@ -152,6 +159,9 @@ class Naive:
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.base.add_param_group({**self.own, **group})
 
+    def params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def entries(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         """Every parameter that has a gradient, with its name and its group."""
         return [
@@ -177,7 +187,7 @@ class Naive:
         scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
         for p, _, group in self.entries() if math.isfinite(norm) else ():
             sign = -1.0 if group["maximize"] else 1.0
-            p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))
+            p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + self.eps))
         self.round()
 
     @torch.no_grad()
@@ -232,6 +242,47 @@ class Naive:
         mix, self.mix = self.mix, last
         self.descend(self.gradients())
         self.mix = mix
+
+
+class NaiveESAM(Naive):
+    """ESAM (Du et al. 2022): a random share beta of the tensors is perturbed, by rho / beta; the second gradient is of
+    the share gamma of the samples whose loss rose most. A closure returns their losses where gamma is below 1."""
+
+    def __init__(self, *args: Any, beta: float, seed: int, gamma: float, eps: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beta, self.seed, self.gamma, self.eps = beta, seed, gamma, eps
+        self.draw()
+
+    def draw(self) -> None:
+        """The tensors of step t: a number made of the seed, the step and the place among all is below beta."""
+        drawn = hashlib.shake_128(f"{self.seed}:{self.t}".encode()).digest(8 * len(self.params()))
+        numbers = [int.from_bytes(drawn[i : i + 8], "little") >> 11 for i in range(0, len(drawn), 8)]
+        kept = {id(p) for p, u in zip(self.params(), numbers, strict=True) if u / 2**53 < self.beta}
+        self.scale = lambda name, w, group: float(id(w) in kept)
+        self.fires = lambda t, n: any(id(p) in kept for p, _, _ in self.entries()) or not self.entries()
+
+    def picking(self, closure: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        before: list[float] = []
+
+        def one_pass() -> Tensor:
+            if before:
+                rises = [y - x for x, y in zip(before, closure().tolist(), strict=True)]
+                largest = sorted(range(len(rises)), key=lambda i: -rises[i])[: max(1, int(self.gamma * len(rises)))]
+                losses = closure(torch.tensor(largest))
+            else:
+                losses = closure()
+                before.extend(losses.tolist())
+            losses.mean().backward()
+            return losses.mean()
+
+        return one_pass
+
+    def step(self, closure: Callable[..., Tensor], cancel: bool = False) -> Tensor:
+        self.draw()
+        return super().step(self.picking(closure) if self.gamma < 1 else closure, cancel)
+
+    def move(self, length: Callable[[dict[str, Any]], float]) -> None:
+        super().move(lambda group: length(group) / self.beta)
 
 
 class NaiveSALR(Naive):

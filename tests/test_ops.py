@@ -103,10 +103,15 @@ def wide(t: Tensor) -> Tensor:
     return t.double()
 
 
+def moves(spec: Spec, scaled: bool) -> bool:
+    """Whether a row is a part of the direction."""
+    return Problem.has_grad(spec) and not (scaled and spec.left_out)
+
+
 def squared_norm(problem: Problem, scaled: bool) -> float:
     total = 0.0
     for spec, w, g in zip(problem.specs, problem.params, problem.grads, strict=True):
-        if problem.has_grad(spec):
+        if moves(spec, scaled):
             t = wide(w).abs() + RADIUS[spec.group][1] if scaled and spec.scaled else 1.0
             total += (t * wide(g)).square().sum().item()
     return total
@@ -179,18 +184,18 @@ def check_ema(arguments: dict[str, Any], before: Tensor) -> None:
 def expect_ascend(want: Want, arguments: dict[str, Any], scaled: bool) -> None:
     """w + rho T_w^2 g / (||T_w g|| + eps), and w in the backup."""
     norm = math.sqrt(arguments["sq"].sum(-1)[-1])
-    moves = finite(arguments["sq"]) or not arguments["skip_nonfinite"]
+    goes = finite(arguments["sq"]) or not arguments["skip_nonfinite"]
     keeps = not scaled and arguments["gradient"].numel() > 0
-    if keeps and not moves:
+    if keeps and not goes:
         want.free.add("gradient")
     for i, spec in enumerate(want.problem.specs):
-        if want.problem.has_grad(spec):
+        if moves(spec, scaled):
             w = want.before["params"][i]
             if arguments["backup"].numel():
                 want.exact["backup", i] = w
-            if keeps and moves:
+            if keeps and goes:
                 want.exact["gradient", i] = want.before["grads"][i]
-            if moves:
+            if goes:
                 rho, eta = arguments["radius"][spec.group].tolist()
                 t = wide(w).abs() + eta if scaled and spec.scaled else 1.0
                 g = wide(want.before["grads"][i])
@@ -278,7 +283,7 @@ def check_table(op: str, problem: Problem, arguments: dict[str, Any], before: Te
     if op in ASCENTS and arguments["backup"].numel():
         before = before.clone()
         for i, spec in enumerate(problem.specs):
-            if problem.has_grad(spec):
+            if moves(spec, op == "ascend_scaled"):
                 before[i, schema.BACKUP] = 1
             elif arguments["table"][i, schema.BACKUP] == 0:
                 before[i, schema.BACKUP] = 0

@@ -25,9 +25,9 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
       segments,
       [&](const Stretch& stretch) {
         Squaring<T> work = {};
-        if (stretch.row.grad != 0) {
+        if (stretch.row.grad != 0 && !(kScaled && stretch.row.scale == kLeftOut)) {
           work.g = stretch.at<const T>(stretch.row.grad);
-          if (kScaled && stretch.row.scaled != 0) {
+          if (kScaled && stretch.row.scale == kMagnitude) {
             work.w = stretch.at<const T>(stretch.row.param);
             work.eta = static_cast<A>(radius[2 * stretch.row.group + 1]);
             work.scaled = true;

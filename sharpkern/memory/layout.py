@@ -30,7 +30,7 @@ class Layout:
         params: leaf tensors of one device and dtype.
         names: what errors call them.
         groups: index of each one's parameter group.
-        scaled: whether the elementwise scale T_w = abs(w) + eta applies to each one.
+        scale: which T_w each one has, a value of ``schema.SCALE``.
         flatten: move weights and gradients into flat buffers too.
     """
 
@@ -39,14 +39,13 @@ class Layout:
         params: Sequence[Tensor],
         names: Sequence[str],
         groups: Sequence[int],
-        scaled: Sequence[bool],
+        scale: Sequence[int],
         flatten: bool = False,
     ) -> None:
         prepare(params[0].device)
         self.params, self.names, self.groups = list(params), list(names), list(groups)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.state_dtype = schema.state_dtype(self.dtype)
-        self.any_scaled = any(scaled)
         self.slots, self.size = slots_of(self.params)
         # A parameter with gaps between its elements is served by a dense copy of it.
         self.copies = {
@@ -58,7 +57,7 @@ class Layout:
         # As laid out: the user may change a parameter's strides later, not those of its slot.
         self._shapes = [(s.size(), s.stride()) for s in self.segments]
         self.flat = Flattened(self.params, self.slots, self.size) if flatten else None
-        self.table = Table(self.params, self.segments, self.slots, self.groups, scaled)
+        self.table = Table(self.params, self.segments, self.slots, self.groups, scale)
         blocks = blocks_of([p.numel() for p in self.params])
         self.blocks = blocks.to(self.device)
         partials = schema.partials_size(self.size, len(blocks))
@@ -140,6 +139,11 @@ class Layout:
         return self.table.missing < len(self.params)
 
     @property
+    def any_scaled(self) -> bool:
+        """Whether any parameter has another T_w than 1."""
+        return self.table.any_scaled
+
+    @property
     def walk(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What every op takes: ``params``, ``grads``, ``table``, ``blocks``. The lists are for a backend that walks
         them; the others read the table, and get empty ones."""
@@ -177,8 +181,9 @@ class Layout:
         torch.autograd.graph.increment_version(params)
 
     def finish(self) -> None:
-        """After the last pass of a step: no gradient is held, no backup is in use."""
+        """After the last pass of a step: no gradient is held, no backup is in use, nothing drawn for it is left out."""
         self.table.clear_marks()
+        self.table.take_back_in()
         self.grads = []
 
 

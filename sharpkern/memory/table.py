@@ -28,7 +28,7 @@ class Table:
         segments: the memory that kernels use for each one: the parameter itself, or a dense copy of it.
         slots: first element of each one's slot.
         groups: index of each one's parameter group.
-        scaled: whether the elementwise scale T_w applies to each one.
+        scale: which T_w each one has, a value of ``schema.SCALE``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Table:
         segments: Sequence[Tensor],
         slots: Sequence[int],
         groups: Sequence[int],
-        scaled: Sequence[bool],
+        scale: Sequence[int],
     ) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.segments = segments
@@ -46,7 +46,11 @@ class Table:
         self.host[:, schema.SLOT] = torch.tensor(slots, device="cpu")
         self.host[:, schema.NUMEL] = torch.tensor([p.numel() for p in params], device="cpu")
         self.host[:, schema.GROUP] = torch.tensor(groups, device="cpu")
-        self.host[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64, device="cpu")
+        self._scale_column = self.host[:, schema.SCALE]
+        self._scale = torch.tensor(list(scale), dtype=torch.int64, device="cpu")
+        self._scale_column.copy_(self._scale)
+        self._drawn = False  # whether rows are left out of this step
+        self.any_scaled = bool(self._scale.any())  # whether any row has another T_w than 1
         self.grad_column = self.host[:, schema.GRAD]
         self._backup_column = self.host[:, schema.BACKUP]
         self._grad_strides = strides_of(segments)
@@ -105,11 +109,11 @@ class Table:
         self._marked_there = True
 
     def after_ascent(self) -> None:
-        """A kernel marked the rows with a gradient: on the device, or in the host's table."""
+        """A kernel marked the rows that moved: on the device, or in the host's table."""
         if walks_lists(self.device.type):
             self._complete = False
         elif transfer.is_remote(self.device):
-            self._backup_column.copy_(self.grad_column != 0)
+            self._backup_column.copy_((self.grad_column != 0) & (self._scale_column != schema.LEFT_OUT))
 
     def clear_marks(self) -> None:
         """No backup is in use. The device hears of it with the next gradients."""
@@ -133,6 +137,23 @@ class Table:
         """Rows that have a gradient now, and whose weights no backup holds."""
         rows: list[int] = ((self.grad_column != 0) & (self._backup_column == 0)).nonzero().flatten().tolist()
         return rows
+
+    # Scales: which rows are a part of the direction.
+
+    def leave_out(self, rows: Tensor) -> None:
+        """Leave rows (a mask) out of the direction of this step, beside those that always are."""
+        self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
+        self.any_scaled, self._complete, self._drawn = True, False, True
+
+    def any_left_in(self) -> bool:
+        """Whether any row with a gradient is a part of the direction."""
+        return bool((self.grad_column != 0).logical_and_(self._scale_column != schema.LEFT_OUT).any())
+
+    def take_back_in(self) -> None:
+        """Every row has its own T_w again. The device hears of it with the next gradients."""
+        if self._drawn:
+            self._scale_column.copy_(self._scale)
+            self.any_scaled, self._complete, self._drawn = bool(self._scale.any()), False, False
 
     # The copy on a device.
 

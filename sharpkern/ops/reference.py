@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, NORM_MIN, NUMEL, SCALED, SGD, SLOT, library
+from .schema import ADAM, BACKUP, GRAD, GROUP, LEFT_OUT, MISMATCH, NORM_MIN, NUMEL, SCALE, SCALED, SGD, SLOT, library
 
 Row = list[int]
 
@@ -114,9 +114,9 @@ def norm_scaled(
 ) -> None:
     total = sq.new_zeros(())
     for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
-        if _has_grad(param, grad):
+        if _has_grad(param, grad) and row[SCALE] != LEFT_OUT:
             a = _wide(grad)
-            if row[SCALED]:
+            if row[SCALE] == SCALED:
                 a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
             total += a.square().sum(dtype=sq.dtype)
     sq[buffer] = total
@@ -203,7 +203,7 @@ def _ascend(
     go = squared.isfinite().all() if skip_nonfinite else torch.ones_like(squared[-1], dtype=torch.bool)
     scales = radius[:, 0] / (squared[-1].sqrt() + eps)
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
-        if not _has_grad(param, grad):
+        if not _has_grad(param, grad) or (scaled and row[SCALE] == LEFT_OUT):
             continue
         if backup.numel():
             _slot(backup, param, row).copy_(param)
@@ -212,7 +212,7 @@ def _ascend(
             _slot(gradient, param, row).copy_(grad)
         w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]].to(w.dtype) * g
-        if scaled and row[SCALED]:
+        if scaled and row[SCALE] == SCALED:
             t = w.abs() + radius[row[GROUP], 1].to(w.dtype)
             direction = t * (t * direction)
         param.copy_(torch.where(go, w + direction, w))

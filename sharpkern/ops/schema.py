@@ -49,11 +49,16 @@ BACKUP = 2  # nonzero: the weights are in the backup
 SLOT = 3  # first element in the flat buffers
 NUMEL = 4
 GROUP = 5  # row of the group tables
-SCALED = 6  # 1: T_w = |w| + eta; 0: T_w = 1
+SCALE = 6  # which T_w, see below: norm_scaled and ascend_scaled look at it
 TICKET = 7  # scratch of a device kernel, whose blocks count themselves here: zero between two calls
 COLUMNS = 8
 
 MISMATCH = -1
+
+# Values of SCALE; csrc/common.h has their twins. An op that looks at it neither reads nor moves what is left out.
+PLAIN = 0  # T_w = 1
+SCALED = 1  # T_w = |w| + eta
+LEFT_OUT = 2  # T_w = 0
 
 # Slot elements a partial sum covers; csrc/common.h has its twin.
 CHUNK = 16384

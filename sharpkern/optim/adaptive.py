@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..direction import Direction
+from ..direction import Part
 from ..policy import Adaptive, refuse
 from .looksam import LookSAM
 from .sam import SharpnessAwareStep
@@ -45,6 +45,7 @@ class AESAM(SharpnessAwareStep):
         decay: :math:`\delta` of the averages, in [0, 1).
         perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A gradient that is
             not finite leaves the statistics alone, and ``first_step`` returns False for it.
+        perturb: as in :class:`sharpkern.SAM`; n is then of the parameters that are perturbed.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -54,7 +55,7 @@ class AESAM(SharpnessAwareStep):
     <https://arxiv.org/abs/2304.14647>`_.
     """
 
-    direction = Direction()
+    direction = Part()
     refused = ("policy",)
 
     def __init__(

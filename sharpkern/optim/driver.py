@@ -180,6 +180,7 @@ class Driver(Checkpoints):
                     self.restore()
                     raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
         elif closure is not None:
+            closure = self.adapt(closure)
             step.warn_of_discarded_gradients()
             step.reset_gradients()
             step.loss = loss = self._evaluate(closure)
@@ -194,6 +195,10 @@ class Driver(Checkpoints):
                 finally:
                     step.finish()
         return loss
+
+    def adapt(self, closure: Callable[..., Any]) -> Callable[[], Any]:
+        """What a new step calls once a pass; an algorithm may ask another kind of closure of its user."""
+        return closure
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns; where it raises, the weights are given back."""

@@ -55,6 +55,10 @@ class SAM(SharpnessAwareStep):
         skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing and is
             counted in ``stats["skipped_steps"]``. Costs a read of the second gradient.
         flatten: move parameters and, in each pass, gradients into flat buffers; undone by ``unflatten()``.
+        perturb: which parameters move between the passes, a function of a parameter's name (None without names) and the
+            parameter itself, asked when the optimizer lays them out. The norm is over those; what the others' first
+            gradients are, finite or not, is not looked at. All are updated. A group option ``perturb=False`` leaves a
+            group out, too. SAM-ON: ``perturb=sharpkern.norm_layers(model)``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -97,7 +101,7 @@ class ASAM(SharpnessAwareStep):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
         rho: radius; a group may have its own.
         eta: added to the magnitude, so that a zero weight can move; a group may have its own.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -142,8 +146,8 @@ class SSSAM(SAM):
         p: the probability (0.5), or a function of the step's number (from 0), such as
             ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
         seed: of the draws (0).
-        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A
-            policy takes the place of ``p`` and ``seed``.
+        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in
+            :class:`sharpkern.SAM`. A policy takes the place of ``p`` and ``seed``.
         **base_kwargs: options of the base optimizer.
 
     Raises:

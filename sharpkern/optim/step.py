@@ -1,9 +1,9 @@
 """The verbs of a step: what an algorithm says between its passes.
 
-``norm`` and ``dots`` measure, ``ascend`` moves the weights away, ``rewind`` and ``back`` bring them home, ``project``
-makes LookSAM's direction, ``mix`` the coefficients of a mixed gradient, ``descend`` takes the base rule's step. A step
-is one object for the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that
-share its attributes and keep their own writes.
+``norm`` and ``dots`` measure, ``keep`` leaves tensors out of the direction, ``ascend`` moves the weights away,
+``rewind`` and ``back`` bring them home, ``project`` makes LookSAM's direction, ``mix`` the coefficients of a mixed
+gradient, ``descend`` takes the base rule's step. A step is one object for the whole life of an optimizer, mutated and
+never replaced: trainers wrap optimizers in proxies that share its attributes and keep their own writes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..batch_stats import Buffers
+from ..memory.transfer import is_capturing
 from ..rules import FusedRule, WrappedRule
 from .measure import Measurements, ops
 
@@ -85,6 +87,26 @@ class Step(Measurements):
             layout.written()
         # An autocast region around the passes keeps low-precision copies of the weights.
         torch.clear_autocast_cache()
+
+    def keep(self, kept: Tensor) -> bool:
+        """Leave tensors out of the direction of this step: the norm is taken, and the ascent made, of the others.
+
+        Args:
+            kept: bool, one a parameter, in the order of the groups.
+
+        Returns:
+            Whether any gradient is left in it; True where there is none at all.
+
+        Raises:
+            RuntimeError: in a capture, whose replays would keep the same ones for ever.
+        """
+        if any(map(is_capturing, self.layouts.devices)):
+            raise RuntimeError("a step that draws tensors cannot be captured in a CUDA graph")
+        if not kept.all():
+            for layout, places in zip(self.layouts, self.layouts.places, strict=True):
+                layout.table.leave_out(~kept[places])
+            self._measured = None
+        return not self.has_gradients or any(layout.table.any_left_in() for layout in self.layouts)
 
     def rewind(self) -> None:
         """The weights are at home, and kept on: the next ascent starts from there."""

@@ -13,7 +13,7 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, NAN, VARIANTS, Problem, Spec, bits, call, dtype_id, op_of, same_bits, table_of
-from test_ops import SMALL, SUMS, finite, run_and_check
+from test_ops import SMALL, SUMS, finite, moves, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
@@ -42,7 +42,7 @@ def emulated() -> Any:
 # Rows within one CTA and rows that several share, with and without a tail. A gradient is half as far off its
 # boundary as its weights: with 2, 4 and 8 only the gradient is unaligned, in float64, float32 and the half types.
 MIXED = [
-    Spec((n,), offset=offset, grad=i % 5 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1)
+    Spec((n,), offset=offset, grad=i % 5 != 3, group=i % 3, scaled=i % 2 == 0, left_out=i % 6 == 1, backed=i % 4 != 1)
     for i, (n, offset) in enumerate(
         [(5, 0), (2048, 0), (30000, 4), (4096, 0), (1, 1), (2049, 8), (16384, 0), (100, 2), (8191, 1), (40001, 0)]
     )
@@ -132,7 +132,7 @@ def test_ascend_marks_what_it_kept(op: str, skipped: bool) -> None:
     sq = torch.tensor([[NAN if skipped else 1.0]], dtype=torch.float64)
     assert finite(sq) != skipped
     call(op, CPP, problem.arguments(op, CPP, table=table, sq=sq, skip_nonfinite=True))
-    marks = [int(spec.grad) for spec in MIXED]
+    marks = [int(moves(spec, op == "ascend_scaled")) for spec in MIXED]
     assert table[: len(MIXED), schema.BACKUP].tolist() == marks
     before[: len(MIXED), schema.BACKUP] = torch.tensor(marks)
     assert torch.equal(table, before)

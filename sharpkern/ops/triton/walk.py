@@ -28,7 +28,9 @@ BACKUP = tl.constexpr(schema.BACKUP)
 SLOT = tl.constexpr(schema.SLOT)
 NUMEL = tl.constexpr(schema.NUMEL)
 GROUP = tl.constexpr(schema.GROUP)
+SCALE = tl.constexpr(schema.SCALE)
 SCALED = tl.constexpr(schema.SCALED)
+LEFT_OUT = tl.constexpr(schema.LEFT_OUT)
 TICKET = tl.constexpr(schema.TICKET)
 
 ELEMENT = {
@@ -67,7 +69,7 @@ class Stretch(NamedTuple):
     slot: tl.tensor
     numel: tl.tensor
     group: tl.tensor
-    scaled: tl.tensor
+    scale: tl.tensor
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def stretch(table, stride_row, stride_column, blocks, b, end):
         tl.load(cells + SLOT * stride_column),
         numel,
         tl.load(cells + GROUP * stride_column),
-        tl.load(cells + SCALED * stride_column) != 0,
+        tl.load(cells + SCALE * stride_column),
     )
 
 
