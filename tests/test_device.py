@@ -67,6 +67,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sam": (sk.SAM, {}),
     "adaptive": (sk.SAM, {"adaptive": True}),
     "asam": (sk.ASAM, {}),
+    "part": (sk.SAM, {"perturb": lambda name, p: p.numel() < 4}),
+    "esam": (sk.ESAM, {"beta": 1 - 1e-9}),
 }
 
 
@@ -226,6 +228,40 @@ def test_the_table_on_a_device(remote: None) -> None:
     assert flat.blocks.tolist() == [[0, 0], [2, 0], [2, 1]]
     with sk.use_backend("reference"):
         assert flat.walk[2] is flat.table.host
+
+
+def test_tensors_that_are_drawn_on_a_device(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole table goes there twice a step; marks, there and here, are of what moved. No capture repeats a draw."""
+    sent = Sent(monkeypatch)
+    opt = sk.ESAM(parameters(7, 2), SGD, lr=0.1, momentum=0.9, beta=0.3, seed=8)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    whole, kinds = (schema.COLUMNS, 7), set()
+    for t in range(6):
+        give_gradients(opt)
+        before = [p.detach().clone() for p in params]
+        sent.take()
+        kept = opt.draw(t).tolist()
+        assert opt.first_step() is any(kept)
+        kinds.add(any(kept))
+        assert sent.take().count(whole) == (2 if any(kept) else 1)
+        assert [not torch.equal(p, old) for p, old in zip(params, before, strict=True)] == kept
+        (layout,) = opt._step.layouts
+        assert [row[schema.BACKUP] for row in layout.table.host.tolist()] == list(map(int, kept))
+        if any(kept):
+            assert layout.table.marked() == kept
+        if t % 3:
+            opt.second_step()
+        else:
+            opt.restore()
+            assert all(map(torch.equal, params, before))
+        assert not layout.table.host[:, schema.SCALE].any()
+    assert kinds == {True, False}
+    graphs = Graphs(monkeypatch)
+    with pytest.raises(RuntimeError, match="draws tensors cannot be captured"):
+        graphs.capture(both(opt))
+    assert not opt.is_perturbed
+    opt.beta = 1.0
+    graphs.capture(both(opt))
 
 
 def test_blocks_cover_every_element_once() -> None:

@@ -54,9 +54,7 @@ SK_CLONES void move(
   }
 }
 
-bool moves(const Row& row, bool scaled) {
-  return row.grad != 0 && !(scaled && row.scale == kLeftOut);
-}
+bool moves(const Row& row, bool scaled) { return row.grad != 0 && !(scaled && row.scale == kLeftOut); }
 
 void run(
     const Rows& rows, const Tensor& backup, const Tensor* gradient, const Tensor& counters,

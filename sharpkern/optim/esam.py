@@ -104,7 +104,7 @@ class ESAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """ESAM: the step of SAM, of the tensors that are drawn."""
-        if self.policy.decide(step) and step.keep(self.draw(step.t)):
+        if self.policy.decide(step) and (self.beta == 1 or step.keep(self.draw(step.t))):
             step.norm()
             step.ascend()
             yield AGAIN

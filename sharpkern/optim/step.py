@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batch_stats import Buffers
-from ..memory.transfer import is_capturing
+from ..memory import transfer
 from ..rules import FusedRule, WrappedRule
 from .measure import Measurements, ops
 
@@ -100,12 +100,11 @@ class Step(Measurements):
         Raises:
             RuntimeError: in a capture, whose replays would keep the same ones for ever.
         """
-        if any(map(is_capturing, self.layouts.devices)):
+        if any(map(transfer.is_capturing, self.layouts.devices)):
             raise RuntimeError("a step that draws tensors cannot be captured in a CUDA graph")
-        if not kept.all():
-            for layout, places in zip(self.layouts, self.layouts.places, strict=True):
-                layout.table.leave_out(~kept[places])
-            self._measured = None
+        for layout, places in zip(self.layouts, self.layouts.places, strict=True):
+            layout.table.leave_out(~kept[places])
+        self._measured = None
         return not self.has_gradients or any(layout.table.any_left_in() for layout in self.layouts)
 
     def rewind(self) -> None:
