@@ -34,11 +34,11 @@ constexpr int64_t kChunk = 16384;
 struct Row {
   int64_t param;   // address of the weights
   int64_t grad;    // address of the gradient, 0 when there is none in this pass
+  int64_t scale;   // which T_w, see below
   int64_t backup;  // nonzero: the flat backup, not the parameter, holds the weights
   int64_t slot;    // first element in every flat buffer
   int64_t numel;
   int64_t group;   // row of the group tables
-  int64_t scale;   // which T_w, see below
   int64_t ticket;  // scratch of device kernels
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);

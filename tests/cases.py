@@ -349,11 +349,11 @@ class Problem:
             [
                 p.data_ptr(),
                 g.data_ptr() if g.numel() else 0,
+                schema.LEFT_OUT if spec.left_out else int(spec.scaled),
                 int(spec.backed) << 40,  # any number but 0
                 slot,
                 p.numel(),
                 spec.group,
-                schema.LEFT_OUT if spec.left_out else int(spec.scaled),
                 0,
             ]
             for p, g, slot, spec in zip(self.params, self.grads, self.slots, self.specs, strict=True)

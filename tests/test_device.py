@@ -200,17 +200,17 @@ def test_only_what_changed_is_sent(launched: list[str], monkeypatch: pytest.Monk
     assert sent.take() == [(1, len(schema.SGD))]
     for _ in range(3):
         opt.first_step()
-        assert sent.take() == [(3, 7)]  # addresses, and marks to clear
+        assert sent.take() == [(4, 7)]  # addresses, scales, and marks to clear
         opt.second_step()
         assert sent.take() == []
     opt.first_step()
     sent.take()
     grads(second)
     opt.second_step()
-    assert sent.take() == [(2, 7)]  # addresses: the marks there are the kernel's
+    assert sent.take() == [(3, 7)]  # addresses, scales: the marks there are the kernel's
     opt.param_groups[0]["lr"] = 0.2
     opt.step()
-    assert sent.take() == [(3, 7), (1, len(schema.SGD))]
+    assert sent.take() == [(4, 7), (1, len(schema.SGD))]
     opt.step()
     assert sent.take() == []
 
@@ -231,11 +231,11 @@ def test_the_table_on_a_device(remote: None) -> None:
 
 
 def test_tensors_that_are_drawn_on_a_device(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole table goes there twice a step; marks, there and here, are of what moved. No capture repeats a draw."""
+    """Scales go there as they are drawn; marks, there and here, are of what moved. No capture repeats a draw."""
     sent = Sent(monkeypatch)
     opt = sk.ESAM(parameters(7, 2), SGD, lr=0.1, momentum=0.9, beta=0.3, seed=8)
     params = [p for group in opt.param_groups for p in group["params"]]
-    whole, kinds = (schema.COLUMNS, 7), set()
+    kinds = set()
     for t in range(6):
         give_gradients(opt)
         before = [p.detach().clone() for p in params]
@@ -243,7 +243,9 @@ def test_tensors_that_are_drawn_on_a_device(remote: None, monkeypatch: pytest.Mo
         kept = opt.draw(t).tolist()
         assert opt.first_step() is any(kept)
         kinds.add(any(kept))
-        assert sent.take().count(whole) == (2 if any(kept) else 1)
+        assert (
+            sent.take()[t == 0 : 2] == [(4, 7), (3, 7)][t == 0 :]
+        )  # those of the last step cleared; those of this one
         assert [not torch.equal(p, old) for p, old in zip(params, before, strict=True)] == kept
         (layout,) = opt._step.layouts
         assert [row[schema.BACKUP] for row in layout.table.host.tolist()] == list(map(int, kept))
@@ -516,7 +518,7 @@ def test_eager_steps_around_replays(remote: None, monkeypatch: pytest.MonkeyPatc
     p.grad = graph
     opt.param_groups[0]["lr"] = 0.5
     replay = graphs.capture(step)
-    assert graphs.sent == [(3, 1), (1, 2), (2, 1), (1, len(schema.SGD))]
+    assert graphs.sent == [(4, 1), (1, 2), (3, 1), (1, len(schema.SGD))]
     opt.param_groups[0]["lr"] = 0.01
     p.grad = eager
     for _ in range(2):

@@ -1,7 +1,8 @@
 """The table of segments: a row a parameter, with the addresses of its weights and its gradient.
 
 It is the host's; kernels of a device read a copy there, column after column, so that the columns which change go
-there in one transfer: addresses when a parameter or a gradient moved, marks of backups after each step.
+there in one transfer: addresses when a parameter or a gradient moved, scales when rows were left out, marks of backups
+after each step.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Table:
         self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
         # The copy on a device.
         self._copy: Sender | None = None
-        self._sent: Tensor | None = None  # the columns PARAM and GRAD as they are there
+        self._sent: Tensor | None = None  # the columns before BACKUP as they are there
         self._complete = False  # whether the other columns are there
         self._marked_there = False  # whether a kernel may have marked backups there
         self.follow(self.locate(params))
@@ -143,7 +144,8 @@ class Table:
     def leave_out(self, rows: Tensor) -> None:
         """Leave rows (a mask) out of the direction of this step, beside those that always are."""
         self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
-        self.any_scaled, self._complete, self._drawn = True, False, True
+        self.any_scaled = self._drawn = True
+        self.send()
 
     def any_left_in(self) -> bool:
         """Whether any row with a gradient is a part of the direction."""
@@ -153,7 +155,7 @@ class Table:
         """Every row has its own T_w again. The device hears of it with the next gradients."""
         if self._drawn:
             self._scale_column.copy_(self._scale)
-            self.any_scaled, self._complete, self._drawn = bool(self._scale.any()), False, False
+            self.any_scaled, self._drawn = bool(self._scale.any()), False
 
     # The copy on a device.
 

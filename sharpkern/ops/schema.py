@@ -45,11 +45,11 @@ import torch
 # Columns of the table.
 PARAM = 0  # address of the weights
 GRAD = 1  # address of the gradient; 0: none in this pass; MISMATCH: gather could not use it as it is
-BACKUP = 2  # nonzero: the weights are in the backup
-SLOT = 3  # first element in the flat buffers
-NUMEL = 4
-GROUP = 5  # row of the group tables
-SCALE = 6  # which T_w, see below: norm_scaled and ascend_scaled look at it
+SCALE = 2  # which T_w, see below: norm_scaled and ascend_scaled look at it
+BACKUP = 3  # nonzero: the weights are in the backup
+SLOT = 4  # first element in the flat buffers
+NUMEL = 5
+GROUP = 6  # row of the group tables
 TICKET = 7  # scratch of a device kernel, whose blocks count themselves here: zero between two calls
 COLUMNS = 8
 
