@@ -57,7 +57,7 @@ class Direction:
         for entry in params if self.perturb else ():
             name, p = entry if isinstance(entry, tuple) else (None, entry)
             if isinstance(p, Tensor):
-                self.scale({"perturb": True, **dict.fromkeys(self.options)}, name, p)
+                self._perturbs(name, p)
 
     def scale(self, group: Group, name: str | None, param: Tensor) -> int:
         """Which T_w a parameter has, a value of ``schema.SCALE``."""
@@ -131,7 +131,7 @@ class Weights(Part):
 
 
 class Share(Part):
-    """Along a share of the tensors: as long in expectation as along all of them."""
+    """Along a random share of the tensors, by a radius that is divided by it."""
 
     def __init__(self, share: float) -> None:
         self.share = share

@@ -171,7 +171,10 @@ class ESAM(SharpnessAwareOptimizer):
         if not losses.is_floating_point():
             raise TypeError(f"{said}, but got a tensor of {losses.dtype}")
         if losses.dim() != 1 or not losses.numel():
-            raise ValueError(f"{said}, a tensor of shape [samples], but got one of shape {tuple(losses.size())}")
+            raise ValueError(
+                f"{said}, a tensor of shape [samples], but got one of shape {tuple(losses.size())}; "
+                "gamma=1 takes a closure that calls backward and returns one loss"
+            )
         if count is not None and losses.numel() != count:
             raise ValueError(f"{said}: {count} of them, but got {losses.numel()}")
         if trained and not losses.requires_grad:
