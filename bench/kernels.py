@@ -44,6 +44,9 @@ WIDE = 16  # bytes
 ARRAYS: dict[str, tuple[set[str], set[str]]] = {
     "norm": ({"grads"}, set()),
     "norm_scaled": ({"params", "grads"}, set()),
+    "norm_max": ({"grads"}, set()),
+    "norm_p": ({"grads"}, set()),
+    "ascend_p": ({"params", "grads"}, {"params", "backup"}),
     "dots": ({"gradient", "grads"}, set()),
     "project": ({"gradient", "grads"}, {"g_v"}),
     "ascend": ({"params", "grads"}, {"params", "backup", "gradient"}),
@@ -68,6 +71,7 @@ class Case(NamedTuple):
     without: tuple[str, ...] = ()
     narrow: bool = False  # the direction has the dtype of the parameters, not that of the state
     in_sam: bool = True
+    exponent: float = 0.5  # of ascend_p
 
     def accesses(self, *, beside_state: bool = False) -> tuple[int, int]:
         """How many wide loads, and stores, its kernel has at least: of state alone, where there is some and the
@@ -83,6 +87,11 @@ CASES = {
     "norm, statistics, two buffers": Case("norm", in_sam=False),
     "norm_scaled": Case("norm_scaled", ("ema",)),
     "norm_scaled, statistics": Case("norm_scaled"),
+    "norm_max": Case("norm_max", ("ema",)),
+    "norm_max, statistics": Case("norm_max"),
+    "norm_p": Case("norm_p"),
+    "ascend_p": Case("ascend_p"),
+    "ascend_p, the sign": Case("ascend_p", exponent=0.0),
     "dots": Case("dots"),
     "project": Case("project"),
     "ascend": Case("ascend", ("gradient",)),
@@ -111,6 +120,10 @@ for _op, _optional in (("sgd", "momentum_buffer"), ("adam", "max_exp_avg_sq")):
 CUDA = {
     "norm<false>": Case("norm"),
     "norm<true>": Case("norm_scaled"),
+    "norm_max": Case("norm_max"),
+    "norm_p": Case("norm_p"),
+    "ascend_p<false>": Case("ascend_p"),
+    "ascend_p<true>": Case("ascend_p", exponent=0.0),
     "dots": Case("dots"),
     "project": Case("project"),
     "ascend<false, true, false>": Case("ascend", ("gradient",)),
@@ -247,7 +260,8 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
 
     rows, state, doubles = 3, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
     squares = doubles((1 if case.op.startswith("ascend") else 2, 1) if case.in_sam else (1, 2))
-    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0]}
+    written = dict.fromkeys(("norm", "norm_scaled", "norm_max"), squares[-1])
+    written |= {"norm_p": squares[0, 0], "dots": doubles(2), "project": squares[0, 0]}
     table = torch.zeros(schema.COLUMNS, rows, dtype=torch.int64).t()  # as on a device: column after column
     known = {
         "table": table if case.in_sam else table.contiguous(),
@@ -261,7 +275,8 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
         **{name: doubles(*n) for name, n in {"radius": (1, 2), "products": (3, 1), "coefficients": (2,)}.items()},
         "ema": doubles(len(schema.EMA)),
         "sq": written.get(case.op, squares),
-        "numerator": squares[0],
+        **dict.fromkeys(("numerator", "largest", "powers"), squares[0]),
+        "exponent": case.exponent,
         "denominator": squares[-1],
         "dtype": dtype,
     }

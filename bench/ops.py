@@ -26,6 +26,8 @@ from .models import Shape, count
 
 # The radius of timed calls: with a real one, hundreds of ascents in a row would run away to infinity.
 STILL = 1e-9
+# q of the ball of p = 3.
+Q = 1.5
 # Written by ops as they like.
 SCRATCH = ("partials", "table", "counters")
 
@@ -46,8 +48,9 @@ class Layout:
         self.radius = scalars([[STILL, ETA]])
         # Squared: of the first gradient, of the last one, their product, of g_v; one buffer.
         self.norms = norms = torch.zeros(4, 1, dtype=torch.float64, device=device)
-        self.sq = {"norm": norms[0], "norm_scaled": norms[0], "dots": norms[1:3, 0], "project": norms[3, 0],
-                   "ascend": norms[:1], "ascend_scaled": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
+        self.sq = {"norm": norms[0], "norm_scaled": norms[0], "norm_max": norms[0], "norm_p": norms[3, 0],
+                   "dots": norms[1:3, 0], "project": norms[3, 0], "ascend": norms[:1], "ascend_scaled": norms[:1],
+                   "ascend_p": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
         self.values: dict[str, Tensor] = {}
         for op, (cls, options) in zip(("sgd", "adam"), BASES.values(), strict=True):
             rule = make_rule(cls, options, (), "")
@@ -56,6 +59,8 @@ class Layout:
             "partials": memory.partials, "step": torch.zeros(n, device=device), "max_exp_avg_sq": memory.empty,
             "counters": torch.zeros(3, dtype=torch.int64, device=device), "ema": scalars([0.0, 1e-10, 0.0, 0.0]),
             "radius": self.radius, "products": norms[:3], "coefficients": scalars([1.0, ALPHA]),
+            "largest": torch.stack([p.grad.abs().max() for p in self.params]).max().double()[None],
+            "powers": scalars([float(sum(p.numel() for p in self.params))]), "q": Q, "exponent": Q - 1,
             "eps": PERTURB_EPS, "skip_nonfinite": True, "max_norm": math.inf, "buffer": 0,
             "decay": DECAY, "coefficient": 1.0, "dtype": dtype,
         }  # fmt: skip
@@ -109,6 +114,9 @@ KERNELS: dict[str, Kernel] = {
     "adam": Kernel("adam", 3, 4, ("direction", "coefficients")),  # backup, g, m, v -> w, m, v
     "norm, statistics": Kernel("norm", 1),  # g
     "ascend, in place": Kernel("ascend", 3, without=("backup", "gradient")),  # w, g -> w
+    "norm_max": Kernel("norm_max", 1, without=("ema",)),  # g
+    "norm_p": Kernel("norm_p", 1),
+    "ascend_p": Kernel("ascend_p", 4),  # w, g -> w, backup
     "dots": Kernel("dots", 2),  # gradient, g
     "project": Kernel("project", 2, 1),  # gradient, g -> g_v
     "sgd, mixed": Kernel("sgd", 3, 3),  # backup, g, g_v, m -> w, m

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_number, check_real
+from .memory.scalars import Sum
 
 Group = Mapping[str, Any]
 
@@ -18,6 +19,8 @@ class Direction:
 
     options: tuple[str, ...] = ("rho",)  # of a parameter group
     by_name = False  # whether it depends on names what is scaled
+    exponent = 1.0  # q - 1 of the dual norm, see PNorm
+    scalars: Mapping[str, Any] = {}  # numbers that it needs, see memory/scalars.py
 
     def check(self, group: Group) -> None:
         """Raise for an option that is out of range."""
@@ -74,3 +77,31 @@ class Weights(Direction):
 
     def radius(self, group: Group) -> tuple[float, float]:
         return group["rho"], group["eta"]
+
+
+class PNorm(Direction):
+    r"""The steepest one in the ball of a p-norm: :math:`e = \rho\, \operatorname{sign}(g)\, |g|^{q - 1} /
+    (\|g\|_q + \epsilon)^{q - 1}` with :math:`q = p / (p - 1)`, the dual exponent.
+
+    Args:
+        p: above 1; ``math.inf``: :math:`e = \rho\, \operatorname{sign}(g)`.
+        options: of a parameter group; one that scales may not be on.
+
+    Raises:
+        ValueError, TypeError: for a p that is no number above 1.
+    """
+
+    # The largest magnitude m, in each layout's part; the sum of (abs(g) / m)^q, so that nothing overflows for any q.
+    scalars = {"largest": Sum(), "powers": Sum()}
+
+    def __init__(self, p: float, options: tuple[str, ...]) -> None:
+        check_real(p, "p")
+        if not float(p) > 1:
+            raise ValueError(f"Invalid p: {p}")
+        self.p, self.options = float(p), options
+        self.exponent = 1 / (self.p - 1)
+
+    def check(self, group: Group) -> None:
+        check_number(group["rho"], "rho")
+        if "adaptive" in self.options and group["adaptive"] is not False:
+            raise ValueError(f"adaptive={group['adaptive']!r} goes with p=2 only, but p is {self.p}")

@@ -178,6 +178,9 @@ STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp
 VARIANTS = [
     "norm-ema",
     "norm_scaled-ema",
+    "norm_max-ema",
+    # p = inf.
+    "ascend_p-sign",
     "ascend-keeping_g",
     "ascend-in_place",
     "ascend-in_place-keeping_g",
@@ -189,6 +192,10 @@ VARIANTS = [
     "adam-mixed-own_dtype",
     "adam-scaled",
 ]
+
+
+# Those that write the squared norm of one flat buffer, and keep statistics of it.
+NORM_OPS = ("norm", "norm_scaled", "norm_max")
 
 
 def op_of(variant: str) -> str:
@@ -372,6 +379,11 @@ class Problem:
             "partials": self._scratch(len(blocks)),
             "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
             "radius": torch.tensor(RADIUS, dtype=torch.float64),
+            # Of several flat buffers: the largest magnitude is 2.5, the sum of the powers 7.
+            "largest": self.memory.place("largest", torch.tensor([1.5, 2.5, 0.0], **double)),
+            "powers": self.memory.place("powers", torch.tensor([3.0, 0.0, 4.0], **double)),
+            "q": 1.5,
+            "exponent": 0.0 if variant == "sign" else 0.5,
             "eps": 1e-12,
             "max_norm": INF,
             "skip_nonfinite": False,
@@ -394,7 +406,7 @@ class Problem:
                 have["coefficients"] = torch.empty(0, **double)
             if "mixed" not in variant:
                 have["direction"] = torch.empty(0, dtype=self.state_dtype)
-        if op in ("norm", "norm_scaled"):
+        if op in NORM_OPS:
             # As in an optimizer, a row of a matrix.
             keeps = variant == "ema"
             row = [5.0, 1.0, 7.0] if keeps else [NAN] * 3
@@ -404,6 +416,10 @@ class Problem:
             buffer = given.get("buffer", have["buffer"])
             matrix, _ = self.memory.part("sq", torch.tensor([[NAN] * 3, row], **double), lambda m: m[1, buffer])
             have["sq"] = matrix[1]
+            if op == "norm_max":
+                have["largest"], _ = self.memory.part(
+                    "largest", torch.tensor([NAN, 3.0, NAN], **double), lambda m: m[buffer]
+                )
             ema = torch.tensor([3.0, 2.0, -1.0, 0.5] if keeps else [], **double)
             have["ema"] = self.memory.place("ema", ema)
         if op == "mix":
@@ -412,6 +428,8 @@ class Problem:
             have |= {"numerator": matrix[2], "denominator": matrix[0]}
             have |= {"constant": [1.0, -0.5], "slope": [0.5, 0.25], "root": True}
             have["coefficients"] = self.memory.place("coefficients", torch.tensor([NAN, NAN], **double))
+        if op == "norm_p":
+            _, have["sq"] = self.memory.part("sq", torch.full((3,), NAN, **double), lambda m: m[1])
         if op == "dots":
             _, have["sq"] = self.memory.part("sq", torch.full((3, 2), NAN, dtype=torch.float64), lambda m: m[1:, 1])
         if op == "project":

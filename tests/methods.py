@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Gradients, Look, Naive, NaiveSALR, Trigger, asam, dot, draws, every, magnitude
+from naive import Gradients, Look, Naive, NaiveSALR, Trigger, asam, dot, draws, dual, every, magnitude
 
 import sharpkern as sk
 
@@ -120,6 +120,7 @@ _NEVER = {"lambda_start": 9.0, "lambda_end": 9.0}
 _LIST = [
     Method("sam", sk.SAM, dict(rho=0.05), lambda o: {"scale": magnitude}),
     Method("sam-adaptive", sk.SAM, dict(rho=0.5, adaptive=True), lambda o: {"scale": magnitude}),
+    Method("sam-p", sk.SAM, dict(rho=0.03, p=3.0), lambda o: {"direction": dual(o["p"])}),
     Method("asam", sk.ASAM, dict(rho=0.5, eta=0.01), lambda o: {"scale": asam}),
     Method(
         "sssam", sk.SSSAM, dict(rho=0.05, p=0.4, seed=7),

@@ -1,9 +1,9 @@
 """The family written from the papers, one parameter at a time, over torch's optimizers.
 
 Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package. A method is a
-two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass;
-``mix``, what the rule gets of the two gradients. SALR is a step of its own. A step that meets a squared norm that is
-not finite changes nothing.
+two-pass step with hooks: ``scale``, how far a weight may move; ``direction``, where to in a ball of which norm;
+``fires``, whether a step takes its second pass; ``mix``, what the rule gets of the two gradients. SALR is a step of its
+own. A step that meets a squared norm that is not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 Gradients = dict[Tensor, Tensor]
 Scale = Callable[[str, Tensor, dict[str, Any]], Tensor | float]
+Direction = Callable[[Gradients, float], Gradients]
 Fires = Callable[[int, float], bool]
 Mix = Callable[[Gradients, Gradients | None], Gradients]
 
@@ -44,6 +45,25 @@ def magnitude(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
 def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     """ASAM (Kwon et al. 2021), as its authors have it: T_w = |w| + eta on weights."""
     return w.abs() + group["eta"] if "weight" in name else 1.0
+
+
+# Hooks: where to go from (T g, its norm), before T.
+
+
+def steepest(g: Gradients, norm: float) -> Gradients:
+    """In the ball of the 2-norm: along the gradient."""
+    return {p: x / (norm + 1e-12) for p, x in g.items()}
+
+
+def dual(p: float) -> Direction:
+    """In that of the p-norm (Foret et al. 2021, eq. 2)."""
+    q = 1.0 if math.isinf(p) else p / (p - 1)
+
+    def direction(g: Gradients, norm: float) -> Gradients:
+        dual_norm = sum(float(x.abs().pow(q).sum()) for x in g.values()) ** (1 / q)
+        return {p: x.sign() * (x.abs() / (dual_norm + 1e-12)) ** (q - 1) for p, x in g.items()}
+
+    return direction
 
 
 # Hooks: whether the second pass is taken, of (step, squared norm of T g; NaN without any gradient).
@@ -121,7 +141,7 @@ class Naive:
         params: as torch takes them, (name, tensor) pairs where ``scale`` asks for names.
         base: torch optimizer class.
         own: options of the method that a group may have of its own: ``rho``, ``eta``.
-        scale, fires, mix: the hooks.
+        scale, direction, fires, mix: the hooks.
         max_grad_norm: of the gradient of the last pass.
         kwargs: of the base optimizer.
     """
@@ -132,6 +152,7 @@ class Naive:
         base: type[torch.optim.Optimizer],
         own: dict[str, float],
         scale: Scale = plain,
+        direction: Direction = steepest,
         fires: Fires = always,
         mix: Mix = last,
         max_grad_norm: float = float("inf"),
@@ -143,7 +164,7 @@ class Naive:
         self.own = own
         self.base = base([{**own, **group} for group in groups], **kwargs)
         self.param_groups = self.base.param_groups
-        self.scale, self.fires, self.mix = scale, fires, mix
+        self.scale, self.direction, self.fires, self.mix = scale, direction, fires, mix
         self.max_grad_norm = max_grad_norm
         self.dtypes: dict[Tensor, torch.dtype] = {}  # of parameters whose weights are rounded whenever they change
         self.t = self.skipped = 0
@@ -172,12 +193,13 @@ class Naive:
 
     @torch.no_grad()
     def move(self, length: Callable[[dict[str, Any]], float]) -> None:
-        """Every weight by length T^2 g / norm(T g)."""
+        """Every weight by length T d(T g); the steepest direction d(x) is x / norm(x)."""
         norm = self.norm()
         scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
+        directions = self.direction({p: t * p.grad for p, t in scaled.items()}, norm)
         for p, _, group in self.entries() if math.isfinite(norm) else ():
             sign = -1.0 if group["maximize"] else 1.0
-            p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))
+            p.add_(sign * length(group) * scaled[p] * directions[p])
         self.round()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ of a device whose kernels cannot read the host's memory.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,6 +132,22 @@ def test_launches_of_every_kind_of_step(
             sam = ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
             assert launches_of(ae, by_hand) == (sam if fired else plain)
             assert launches_of(ae_look, by_hand) == (refresh if fired else [*plain[:-1], "mix_kernel", plain[-1]])
+
+
+@pytest.mark.parametrize(
+    ("p", "norm", "ascent"),
+    [(2.0, "norm_kernel", ["ascend_kernel"]), (3.0, "norm_max_kernel", ["norm_p_kernel", "ascend_p_kernel"]),
+     (math.inf, "norm_kernel", ["ascend_p_kernel"])],
+)  # fmt: skip
+def test_launches_in_a_ball(
+    p: float, norm: str, ascent: list[str], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = sk.AESAM(parameters(400, 24), SGD, total_steps=90, lr=0.1, p=p)
+    for fired in (1.0, 0.0, 1.0):
+        monkeypatch.setattr(Receiver, "read", lambda self, values, fired=fired: torch.tensor([fired]))
+        launched.clear()
+        opt.step(lambda: give_gradients(opt))
+        assert launched == ([norm, *ascent, "norm_kernel", "sgd_kernel"] if fired else [norm, "sgd_kernel"])
 
 
 def test_launches_of_salr(launched: list[str]) -> None:

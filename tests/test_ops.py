@@ -19,6 +19,7 @@ from cases import (
     INF,
     LAYOUTS,
     NAN,
+    NORM_OPS,
     RADIUS,
     SGD_OPTIONS,
     VALUES,
@@ -44,9 +45,9 @@ Snapshot = dict[str, list[Tensor]]
 
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
 OPS = list(schema.SCHEMAS)
-ASCENTS = ["ascend", "ascend_scaled"]
+ASCENTS = ["ascend", "ascend_scaled", "ascend_p"]
 RULES = ["sgd", "adam"]
-SUMS = ["norm", "norm_scaled", "dots"]
+SUMS = [*NORM_OPS, "norm_p", "dots"]
 # What goes over every element to change it.
 MOVES = [*ASCENTS, "restore", *RULES, "project"]
 MOVING_VARIANTS = [op for op in VARIANTS if op_of(op) in MOVES]
@@ -133,9 +134,14 @@ def along(arguments: dict[str, Any]) -> float | None:
 
 def sums(op: str, problem: Problem, arguments: dict[str, Any]) -> list[tuple[float, float]]:
     """What an op puts into sq, and of which magnitude were the terms: they may cancel out."""
-    if op in ("norm", "norm_scaled"):
+    if op in NORM_OPS:
         squared = squared_norm(problem, scaled=op == "norm_scaled")
         return [(squared, squared)]
+    if op == "norm_p":
+        m, q = arguments["largest"].max().item(), arguments["q"]
+        gradients = [wide(g) for g, spec in zip(problem.grads, problem.specs, strict=True) if problem.has_grad(spec)]
+        powers = sum(((g.abs() / m) ** q).sum().item() for g in gradients)
+        return [(powers, powers)]
     rows = [first_and_second(problem, i) for i in range(len(problem.specs))]
     if op == "dots":
         products = [(g * g_s).sum().item() for g, g_s in rows], [(g * g_s).abs().sum().item() for g, g_s in rows]
@@ -195,6 +201,21 @@ def expect_ascend(want: Want, arguments: dict[str, Any], scaled: bool) -> None:
                 t = wide(w).abs() + eta if scaled and spec.scaled else 1.0
                 g = wide(want.before["grads"][i])
                 want.close["params", i] = wide(w) + rho / (norm + arguments["eps"]) * t**2 * g
+    for k in (0, 1):
+        want.exact["counters", k] = want.before["counters"][k] + 1
+
+
+def expect_ascend_p(want: Want, arguments: dict[str, Any]) -> None:
+    """w + rho sign(g) (|g| / (||g||_q + eps))^(q - 1), and w in the backup."""
+    y, m = arguments["exponent"], arguments["largest"].max().item()
+    norm = m * arguments["powers"].sum().item() ** (1 / (y + 1)) + arguments["eps"]
+    for i, spec in enumerate(want.problem.specs):
+        if want.problem.has_grad(spec):
+            w = want.exact["backup", i] = want.before["params"][i]
+            if finite(arguments["sq"]) or not arguments["skip_nonfinite"]:
+                g = wide(want.before["grads"][i])
+                e = arguments["radius"][spec.group, 0] * g.sign() * ((g.abs() / norm) ** y if y else 1)
+                want.close["params", i] = wide(w) + e
     for k in (0, 1):
         want.exact["counters", k] = want.before["counters"][k] + 1
 
@@ -295,7 +316,9 @@ def run_and_check(
     op = op_of(op)
     want = Want(problem, problem.snapshot())
     before = {name: arguments[name].clone() for name in ("table", "sq", "ema") if name in arguments}
-    if op in ASCENTS:
+    if op == "ascend_p":
+        expect_ascend_p(want, arguments)
+    elif op in ASCENTS:
         expect_ascend(want, arguments, scaled=op == "ascend_scaled")
     elif op == "restore":
         expect_restore(want)
@@ -314,6 +337,9 @@ def run_and_check(
             assert value == pytest.approx(expected, rel=0, abs=norm_tolerance(problem.dtype) * magnitude, nan_ok=True)
     elif "sq" in arguments:
         assert same_bits(arguments["sq"], before["sq"])
+    if op == "norm_max":
+        magnitudes = [g.abs().max().item() for g in problem.grads if g.numel()]
+        assert arguments["largest"][arguments["buffer"]].item() == max(magnitudes, default=0.0)
     if "ema" in arguments and arguments["ema"].numel():
         check_ema(arguments, before["ema"])
     return arguments
@@ -362,7 +388,7 @@ def test_moves(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name, **given)
 
 
-@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(SUMS, ["norm-ema", "norm_scaled-ema"]))
+@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(SUMS, [f"{op}-ema" for op in NORM_OPS]))
 def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name)
 
@@ -466,7 +492,7 @@ def test_empty_counters_do_not_count(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", ASCENTS)
+@pytest.mark.parametrize("op", ASCENTS[:2])
 def test_eps_bounds_a_vanishing_norm(op: str, name: str) -> None:
     sq = torch.zeros(1, 1, dtype=torch.float64)
     run_and_check(op, Problem(SMALL, torch.float32), name, sq=sq, eps=0.5)
@@ -585,7 +611,10 @@ EMA_CASES: dict[str, tuple[tuple[float, ...], list[float], float, float]] = {
 @every_backend
 @pytest.mark.parametrize(
     ("op", "case"),
-    [*(("norm-ema", case) for case in EMA_CASES), ("norm_scaled-ema", "later"), ("norm_scaled-ema", "nan")],
+    [
+        *(("norm-ema", case) for case in EMA_CASES),
+        *((f"{op}-ema", case) for op in NORM_OPS[1:] for case in ("later", "nan")),
+    ],
 )
 def test_ema(op: str, case: str, name: str) -> None:
     """Several steps with the norm of each buffer in turn; the norm is written even if the statistics are not."""
@@ -636,6 +665,91 @@ def test_ema_in_float64_may_overflow_in_the_variance_alone(name: str) -> None:
     arguments = run_and_check("norm-ema", problem, name, coefficient=-INF)
     assert arguments["sq"][1].item() == pytest.approx(1e180)
     assert arguments["ema"].tolist() == [3.0, 2.0, -1.0, 0.0]
+
+
+# The ball of a p-norm.
+
+P = [1.01, 1.1, 1.5, 2.0, 3.0, 4.0, 101.0, 1e300, INF]
+# Powers of ten: of the elements of a gradient.
+SPANS = {"wide": (-30, 30), "small": (-30, -27), "large": (27, 30), "usual": (-4, 0), "equal": (-2, -2)}
+
+
+def along_p(g: Tensor, p: float, eps: float = 0.0) -> tuple[float, float, Tensor]:
+    """(max |g|, ||g||_q, the direction): Foret et al. 2021, eq. 2."""
+    y, g = 1 / (p - 1), g.double()
+    m = g.abs().max().item()
+    norm = m * ((g.abs() / m) ** (y + 1)).sum().item() ** (1 / (y + 1))
+    return m, norm, g.sign() * (g.abs() / (norm + eps)) ** y
+
+
+def ascend_p(g: Tensor, p: float, name: str, eps: float = 1e-300) -> tuple[float, float, Tensor]:
+    """The same by the ops."""
+    problem = Problem([Spec(tuple(g.size()))], g.dtype)
+    problem.params[0].zero_()
+    problem.grads[0].copy_(g)
+    y = 1 / (p - 1)
+    row = torch.full((1,), NAN, dtype=torch.float64)
+    largest, powers = row.clone(), row.clone()
+    call("norm_max", name, problem.arguments("norm_max", name, sq=row, largest=largest, buffer=0))
+    call("norm_p", name, problem.arguments("norm_p", name, sq=powers, largest=largest, q=y + 1))
+    given = {"sq": torch.ones(1, 1, dtype=torch.float64), "radius": torch.ones(1, 2, dtype=torch.float64)}
+    given |= {"largest": largest, "powers": powers, "exponent": y, "eps": eps}
+    call("ascend_p", name, problem.arguments("ascend_p", name, **given))
+    problem.memory.check()
+    return largest.item(), largest.item() * powers.item() ** (1 / (y + 1)), wide(problem.params[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "name"),
+    [
+        *itertools.product([torch.float32, torch.float64, torch.bfloat16], P, FAST_BACKENDS),
+        *((torch.float32, p, name) for p in (1.01, 3.0, INF) for name in set(BACKENDS) - set(FAST_BACKENDS)),
+    ],
+    ids=dtype_id,
+)
+def test_the_direction_of_a_p_norm(dtype: torch.dtype, p: float, name: str) -> None:
+    """Whatever the size of the gradient and whatever lies in it. An error of the quotient counts q - 1 times, one of
+    its logarithm, up to 200, for what is small beside the largest element of the direction."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    for low, high in list(SPANS.values())[: None if name in FAST_BACKENDS else 2]:
+        powers = torch.empty(700, device="cpu").uniform_(low, high, generator=generator)
+        signs = torch.randint(0, 2, (700,), generator=generator, device="cpu") * 2 - 1
+        g = (10.0 ** powers.double() * signs).to(cases.DEVICE, dtype)
+        largest, norm, direction = along_p(g, p)
+        got = ascend_p(g, p, name)
+        half = dtype == torch.bfloat16
+        eps = torch.finfo(torch.float32 if half else dtype).eps
+        y = 1 / (p - 1)
+        assert got[0] == largest
+        assert got[1] == pytest.approx(norm, rel=(4 + y) * eps)
+        rtol = torch.finfo(dtype).eps if half else 200 * eps
+        atol = (4 + y) * eps * direction.abs().max().item()
+        torch.testing.assert_close(got[2], direction, rtol=rtol, atol=atol)
+        if p < 1e9:
+            assert along_p(direction, y + 1)[1] == pytest.approx(1, rel=1e-9)  # its p-norm
+
+
+@every_backend
+@pytest.mark.parametrize("p", [1.01, 3.0, INF])
+def test_the_direction_of_little_or_nothing(p: float, name: str) -> None:
+    """Zeros do not move, whatever the others do; a gradient of zeros moves nothing; eps bounds one that vanishes."""
+    g = torch.tensor([0.0, 1e-20, -3e-20, -0.0] * 20)
+    want = along_p(g[1:3].repeat(20), p, eps=1e-12)[2]
+    got = ascend_p(g, p, name, eps=1e-12)[2]
+    assert (got[g == 0] == 0).all()
+    torch.testing.assert_close(got[g != 0], want, rtol=1e-5, atol=1e-37)
+    largest, norm, direction = ascend_p(torch.zeros(70), p, name, eps=1e-12)
+    assert largest == norm == 0
+    assert (direction == 0).all()
+
+
+@every_backend
+def test_the_largest_of_many_buffers(name: str) -> None:
+    problem = Problem([Spec((65,)), Spec((2100,))], torch.float32)
+    for m in ([4.0], [0.0, 4.0, 1.0], [2.5, 0.0, 0.0, 4.0]):
+        largest = torch.tensor(m, dtype=torch.float64)
+        run_and_check("norm_p", problem, name, largest=largest, q=3.0)
+        run_and_check("ascend_p", problem, name, largest=largest, exponent=2.0)
 
 
 # LookSAM's products and its direction.
@@ -724,7 +838,7 @@ def test_project_changes_nothing_without_products(name: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("bad", [INF, NAN], ids=str)
-@pytest.mark.parametrize("op", ["norm", "norm_scaled", "dots"])
+@pytest.mark.parametrize("op", SUMS)
 def test_norm_meets_what_is_not_finite(op: str, bad: float, name: str) -> None:
     """At the first and last element, in the tail of a block, around the border of a chunk, in either tensor."""
     numel = 20000 if name in FAST_BACKENDS else 4200
@@ -740,7 +854,7 @@ def test_norm_meets_what_is_not_finite(op: str, bad: float, name: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e25), (torch.bfloat16, 1e25), (torch.float64, 1e200)])
-@pytest.mark.parametrize("op", ["norm", "norm_scaled", "dots"])
+@pytest.mark.parametrize("op", [*NORM_OPS, "dots"])
 def test_norm_overflows_to_infinity(op: str, dtype: torch.dtype, huge: float, name: str) -> None:
     problem = Problem([Spec((70,))], dtype)
     problem.grads[0][69] = huge
@@ -837,7 +951,7 @@ def test_same_bits_on_any_number_of_threads(op: str, name: str) -> None:
         call(op, name, arguments)
         torch.set_num_threads(1)
         rows = [bits(t) for rows in problem.snapshot().values() for t in rows]
-        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema") if key in arguments])
+        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema", "largest") if key in arguments])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -1001,6 +1115,9 @@ BYTES = {
     "norm": (4, 0),
     "norm_scaled": (8, 0),
     "norm-ema": (4, 0),
+    "norm_max": (4, 0),
+    "norm_max-ema": (4, 0),
+    "norm_p": (4, 0),
     "norm_scaled-ema": (8, 0),
     "dots": (8, 0),
     "project": (8, 4),
@@ -1009,6 +1126,8 @@ BYTES = {
     "ascend-in_place": (8, 4),
     "ascend-in_place-keeping_g": (8, 8),
     "ascend_scaled": (8, 8),
+    "ascend_p": (8, 8),
+    "ascend_p-sign": (8, 8),
     "restore": (4, 4),
     "sgd": (12, 8),
     "sgd-mixed": (16, 8),
@@ -1186,6 +1305,24 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "ema_short": ("norm_scaled-ema", lambda a: {"ema": a["ema"][:3]}, "ema should be"),
     "ema_contiguous": ("norm-ema", lambda a: {"ema": torch.zeros(8, dtype=torch.float64)[::2]}, "ema should be"),
     "ema_partials": ("norm-ema", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "largest_dtype": ("norm_max", lambda a: {"largest": torch.zeros(3)}, "largest should be"),
+    "largest_short": (
+        "norm_max-ema",
+        lambda a: {"largest": a["largest"][:2].clone()},
+        "largest should have an element",
+    ),
+    "norm_max_buffer": ("norm_max-ema", lambda a: {"buffer": 3}, "buffer should be"),
+    "norm_max_partials": ("norm_max-ema", lambda a: {"partials": a["partials"][:2]}, "partials (is empty|should be)"),
+    "norm_p_sq_dtype": ("norm_p", lambda a: {"sq": torch.zeros(())}, "sq should be"),
+    "norm_p_sq_numel": ("norm_p", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be"),
+    "norm_p_largest": ("norm_p", lambda a: {"largest": a["largest"][None]}, "largest should be"),
+    "norm_p_partials": ("norm_p", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "ascend_p_largest": ("ascend_p-sign", lambda a: {"largest": a["largest"].float()}, "largest should be"),
+    "ascend_p_powers": ("ascend_p", lambda a: {"powers": a["powers"].repeat(2)[::2]}, "powers should be"),
+    "ascend_p_exponent": ("ascend_p", lambda a: {"exponent": -0.5}, "exponent should be"),
+    "ascend_p_nan_exponent": ("ascend_p-sign", lambda a: {"exponent": NAN}, "exponent should be"),
+    "ascend_p_backup_empty": ("ascend_p", lambda a: {"backup": a["backup"][:0]}, "backup (is empty|should be)"),
+    "ascend_p_counters": ("ascend_p", lambda a: {"counters": a["counters"][:2]}, "counters should be"),
     "dots_sq_dtype": ("dots", lambda a: {"sq": torch.zeros(2)}, "sq should be"),
     "dots_sq_numel": ("dots", lambda a: {"sq": torch.zeros(3, dtype=torch.float64)}, "sq should be"),
     "dots_sq_matrix": ("dots", lambda a: {"sq": torch.zeros(1, 2, dtype=torch.float64)}, "sq should be"),
@@ -1242,7 +1379,7 @@ NOT_ON_A_DEVICE = {
 SAID_BY_TRITON = [
     case
     for case, (op, *_) in WRONG.items()
-    if (op in VARIANTS or op in ("dots", "project", "mix"))
+    if (op in VARIANTS or op in ("norm_p", "ascend_p", "dots", "project", "mix"))
     and case not in {*NOT_ON_A_DEVICE, "mix_constant", "mix_slope"}
 ]
 
@@ -1283,6 +1420,9 @@ def test_wrong_arguments_change_nothing(name: str, case: str) -> None:
         (op, argument)
         for op, arguments in {
             "norm-ema": ["sq", "partials", "ema"],
+            "norm_max": ["sq", "largest", "partials"],
+            "norm_p": ["sq", "largest", "partials"],
+            "ascend_p": ["largest", "powers", "backup"],
             "dots": ["sq", "partials", "gradient"],
             "project": ["g_v", "sq", "partials", "gradient", "products"],
             "ascend-keeping_g": ["gradient"],

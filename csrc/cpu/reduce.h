@@ -30,8 +30,8 @@ SK_INLINE void for_sums(int64_t begin, int64_t n, F&& f) {
   }
 }
 
-// The totals of kSums sums at a time, over all of slot space.
-template <int kSums>
+// The totals of kSums sums at a time, over all of slot space; the last one may be a maximum of what is >= 0.
+template <int kSums, bool kLastIsMax = false>
 class Reduction {
  public:
   Reduction(const Rows& rows, const Tensor& partials)
@@ -53,7 +53,7 @@ class Reduction {
         for (int k = 0; k < kSums; ++k) {
           double sum = 0;
           for (const auto x : sums[k]) {
-            sum += static_cast<double>(x);
+            sum = merged(k, sum, static_cast<double>(x));
           }
           partial_[chunk * kSums + k] = sum;
         }
@@ -62,13 +62,17 @@ class Reduction {
     std::array<double, kSums> totals = {};
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       for (int k = 0; k < kSums; ++k) {
-        totals[k] += partial_[chunk * kSums + k];
+        totals[k] = merged(k, totals[k], partial_[chunk * kSums + k]);
       }
     }
     return totals;
   }
 
  private:
+  static double merged(int k, double a, double b) {
+    return kLastIsMax && k == kSums - 1 ? std::max(a, b) : a + b;
+  }
+
   const Rows& rows_;
   int64_t chunks_;
   double* partial_;

@@ -22,12 +22,19 @@ __device__ __forceinline__ void add_squares(double& sum, const T* g, int64_t n, 
   });
 }
 
-// The sum over the CTA, in a fixed order; right in thread 0.
+// a + b, or the larger one.
+template <bool kMax>
+__device__ __forceinline__ double merged(double a, double b) {
+  return kMax ? fmax(a, b) : a + b;
+}
+
+// The sum over the CTA, in a fixed order, or the maximum of what is >= 0; right in thread 0.
+template <bool kMax = false>
 __device__ __forceinline__ double sum_of_cta(double x) {
   __shared__ double warps[kThreads / kWarp];
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_down_sync(0xffffffffu, x, distance);
+    x = merged<kMax>(x, __shfl_down_sync(0xffffffffu, x, distance));
   }
   if (threadIdx.x % kWarp == 0) {
     warps[threadIdx.x / kWarp] = x;
@@ -37,21 +44,30 @@ __device__ __forceinline__ double sum_of_cta(double x) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (const double warp : warps) {
-      sum += warp;
+      sum = merged<kMax>(sum, warp);
     }
   }
   __syncthreads();  // the next sum may be written
   return sum;
 }
 
-// finish(totals) of N sums over all threads of the grid, by one thread. partials: [0] counts the CTAs that
-// are through, as an integer; from [1 + N i] on are the sums of CTA i.
-template <int N, class Finish>
-__device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Finish&& finish) {
+// N sums over the CTA; the last one may be a maximum.
+template <bool kLastIsMax, int N>
+__device__ __forceinline__ void sums_of_cta(double (&sums)[N]) {
 #pragma unroll
-  for (double& sum : sums) {
-    sum = sum_of_cta(sum);
+  for (int k = 0; k < N - kLastIsMax; ++k) {
+    sums[k] = sum_of_cta(sums[k]);
   }
+  if constexpr (kLastIsMax) {
+    sums[N - 1] = sum_of_cta<true>(sums[N - 1]);
+  }
+}
+
+// finish(totals) of N sums over all threads of the grid, by one thread; the last one may be a maximum.
+// partials: [0] counts the CTAs that are through, as an integer; from [1 + N i] on are the sums of CTA i.
+template <bool kLastIsMax = false, int N, class Finish>
+__device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Finish&& finish) {
+  sums_of_cta<kLastIsMax>(sums);
   __shared__ bool is_last;
   auto* ticket = reinterpret_cast<unsigned long long*>(partials);
   if (threadIdx.x == 0) {
@@ -71,14 +87,12 @@ __device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Fini
   for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      totals[k] +=
-          __ldcg(partials + 1 + N * i + k);  // other CTAs wrote it: not from this multiprocessor's cache
+      // Other CTAs wrote it: not from this multiprocessor's cache.
+      const double other = __ldcg(partials + 1 + N * i + k);
+      totals[k] = kLastIsMax && k == N - 1 ? merged<true>(totals[k], other) : totals[k] + other;
     }
   }
-#pragma unroll
-  for (double& total : totals) {
-    total = sum_of_cta(total);
-  }
+  sums_of_cta<kLastIsMax>(totals);
   if (threadIdx.x == 0) {
     finish(totals);
     *ticket = 0;

@@ -137,6 +137,52 @@ def _update_ema(ema: Tensor, sq: Tensor, decay: float, coefficient: float) -> No
     ema[3] = (seen & (n >= threshold)).to(ema.dtype)
 
 
+def norm_max(
+    sq: Tensor,
+    largest: Tensor,
+    partials: Tensor,
+    ema: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    *,
+    buffer: int,
+    decay: float,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> None:
+    norm(
+        sq, partials, ema, grads, table, blocks,
+        buffer=buffer, decay=decay, coefficient=coefficient, dtype=dtype,
+    )  # fmt: skip
+    magnitudes = [grad.abs().max().to(sq.dtype) for grad in grads if grad.numel()]
+    largest[buffer] = torch.stack(magnitudes).max() if magnitudes else 0.0
+
+
+def _power(grad: Tensor, largest: Tensor, y: float) -> Tensor:
+    """(|g| / m)^y; 0 for a zero, NaN for what is not finite. In float64, which has every quotient of float32."""
+    a = grad.abs().to(largest.dtype)
+    return torch.where(a > 0, (a / largest.max()).pow(y), a) + (a - a)
+
+
+def norm_p(
+    sq: Tensor,
+    partials: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    largest: Tensor,
+    *,
+    q: float,
+    dtype: torch.dtype,
+) -> None:
+    total = torch.zeros_like(sq)
+    for grad in grads:
+        if grad.numel():
+            total += _power(grad, largest, q).sum()
+    sq.copy_(total)
+
+
 def dots(
     sq: Tensor,
     partials: Tensor,
@@ -260,6 +306,42 @@ def ascend_scaled(
         params, backup, none, counters, grads, table, radius, sq,
         eps=eps, skip_nonfinite=skip_nonfinite, scaled=True,
     )  # fmt: skip
+
+
+def ascend_p(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    radius: Tensor,
+    sq: Tensor,
+    largest: Tensor,
+    powers: Tensor,
+    *,
+    exponent: float,
+    eps: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(sq, skip_nonfinite, sq)
+    scales = radius[:, 0]
+    if exponent:
+        # (m / (||g||_q + eps))^(q - 1), with q = exponent + 1
+        scales = scales * (powers.sum().pow(1 / (exponent + 1)) + eps / largest.max()).pow(-exponent)
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        _slot(backup, param, row).copy_(param)
+        table[i, BACKUP] = 1
+        w, g = _wide(param), _wide(grad)
+        direction = scales[row[GROUP]] * g.sign().to(scales.dtype)
+        if exponent:
+            direction = direction * _power(grad, largest, exponent)
+        param.copy_(torch.where(go, w + direction.to(w.dtype), w))
+    if counters.numel():
+        counters[:2] += 1
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
@@ -426,10 +508,13 @@ IMPLEMENTATIONS = {
     "gather": gather,
     "norm": norm,
     "norm_scaled": norm_scaled,
+    "norm_max": norm_max,
+    "norm_p": norm_p,
     "dots": dots,
     "project": project,
     "ascend": ascend,
     "ascend_scaled": ascend_scaled,
+    "ascend_p": ascend_p,
     "restore": restore,
     "mix": mix,
     "sgd": sgd,

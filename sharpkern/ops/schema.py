@@ -33,6 +33,8 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
                     ``[buffers]``, the rules and ascents read ``[passes, buffers]``, summed over buffers
 ``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
 ``numerator``, ``denominator``  float64 ``[buffers]``, contiguous: summed over buffers
+``largest``         float64 ``[buffers]``: the largest magnitudes of a gradient; its own is the largest of them
+``powers``          float64 ``[buffers]``: sums of powers of a gradient over that, summed over buffers
 ==================  ===================================================================================
 
 On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
@@ -112,6 +114,18 @@ SCHEMAS: dict[str, str] = {
     "ascend": (f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(e!) gradient, Tensor(c!) counters, {_ASCENT}) -> ()"),
     # backup = w;  w += rho T_w^2 g / (norm + eps)
     "ascend_scaled": f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, {_ASCENT}) -> ()",
+    # The ball of a p-norm, with q = p / (p - 1), its dual exponent. norm_max is norm, and largest[buffer] = max |g|
+    "norm_max": (f"(Tensor(a!) sq, Tensor(d!) largest, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, {_NORM}) -> ()"),
+    # sq = sum (|g| / m)^q, one element; m is the largest magnitude. So ||g||_q = m sq^(1/q), and nothing overflows.
+    # 0 where g is zero
+    "norm_p": (f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, Tensor largest, *, float q, ScalarType dtype) -> ()"),
+    # backup = w;  w += rho sign(g) (|g| / (||g||_q + eps))^(q - 1).  `exponent` is q - 1, which is more than q has
+    # digits for. 0 is p = inf, w += rho sign(g), and reads neither `largest` nor `powers`
+    "ascend_p": (
+        "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, Tensor[] grads, Tensor(d!) table, "
+        "Tensor blocks, Tensor radius, Tensor sq, Tensor largest, Tensor powers, *, "
+        "float exponent, float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
+    ),
     # w = backup
     "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, Tensor blocks, *, ScalarType dtype) -> ()",
     # coefficients = constant + slope q, with q = x / y of the sums x, y of numerator and denominator, or

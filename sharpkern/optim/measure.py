@@ -43,7 +43,7 @@ class Measurements(Gradients):
     def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
         self.settings, self._direction, self.state_names = settings, opt.direction, opt.state_names
         self.declared = merged(opt.scalars, *map(of_state, opt.state_names))
-        scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars))
+        scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars, opt.direction.scalars))
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
         layouts = Layouts(scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
@@ -73,15 +73,16 @@ class Measurements(Gradients):
     # Measuring.
 
     def norm(self, into: str = "first", *, ema: tuple[float, float] | None = None) -> None:
-        r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales.
-        Measured once: a policy may have asked before.
+        r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales; that
+        in the ball of a p-norm too, beside the sum ``largest`` that the ascent needs there. Measured once: a policy may
+        have asked before.
 
         Args:
             into: the sum.
             ema: (decay, coefficient): update AE-SAM's statistics in the same launch.
         """
         if self._measured != into or ema:
-            self._norm(into, self.layouts.scaled, ema)
+            self._norm(into, True, ema)
 
     def plain_norm(self) -> str:
         r"""The sum that holds :math:`\|g\|_2^2` of the gradients that are there; measured now where none does."""
@@ -90,7 +91,9 @@ class Measurements(Gradients):
             return "last"
         return self._measured
 
-    def _norm(self, into: str, scaled: bool = False, ema: tuple[float, float] | None = None) -> None:
+    def _norm(self, into: str, directed: bool = False, ema: tuple[float, float] | None = None) -> None:
+        scaled = directed and self.layouts.scaled
+        peaked = directed and self._direction.exponent not in (0.0, 1.0)
         # The statistics need the norms of all layouts: they lie with the first one, whose launch is the last.
         for i in reversed(range(len(self.layouts))):
             layout = self.layouts[i]
@@ -98,16 +101,30 @@ class Measurements(Gradients):
             if ema and i == 0:
                 self.scalars.share(into)
                 statistics, (decay, coefficient) = self.scalars["ema"], ema
-            head = (self.scalars.row(into, layout.device), layout.partials, statistics)
+            sq, scratch = self.scalars.row(into, layout.device), (layout.partials, statistics)
             params, *walk = layout.walk
             numbers = {"buffer": i, "decay": decay, "coefficient": coefficient, "dtype": layout.dtype}
             if scaled and layout.any_scaled:
                 radius = self._radius(None, layout.device)
-                ops.norm_scaled.default(*head, params, *walk, radius, **numbers)
+                ops.norm_scaled.default(sq, *scratch, params, *walk, radius, **numbers)
+            elif peaked:
+                ops.norm_max.default(sq, self.scalars.row("largest", layout.device), *scratch, *walk, **numbers)
             else:
-                ops.norm.default(*head, *walk, **numbers)
+                ops.norm.default(sq, *scratch, *walk, **numbers)
         self.scalars.share(into)
+        if peaked:
+            self.scalars.share("largest")
         self._measured, self._plain = into, not scaled
+
+    def powers(self) -> None:
+        r"""The sum ``powers`` :math:`= \sum_i (|g_i| / m)^q` of the gradient whose largest magnitude m ``norm`` found:
+        :math:`\|g\|_q = m\, \text{powers}^{1/q}`."""
+        for i, layout in enumerate(self.layouts):
+            powers, largest = (self.scalars.row(name, layout.device) for name in ("powers", "largest"))
+            _, *walk = layout.walk
+            q = self._direction.exponent + 1
+            ops.norm_p.default(powers[i], layout.partials, *walk, largest, q=q, dtype=layout.dtype)
+        self.scalars.share("powers")
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""

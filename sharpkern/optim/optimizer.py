@@ -56,6 +56,8 @@ class SharpnessAwareOptimizer(Driver):
             check_number(max_grad_norm, "max_grad_norm", positive=True)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model should be a torch.nn.Module, but got {type_name(model)}")
+        if "p" in base_kwargs:
+            raise TypeError(f"{type(self).__name__} takes no p=: SAM and AESAM move in the ball of a p-norm")
         self.policy = choose(policy, Always)
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)

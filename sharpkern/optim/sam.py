@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..direction import Direction, Magnitude, Weights
+from ..direction import Direction, Magnitude, PNorm, Weights
 from ..policy import Bernoulli, Policy, choose
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
@@ -15,6 +15,11 @@ from .step import AGAIN, AS_IS, Passes, Step
 
 class SharpnessAwareStep(SharpnessAwareOptimizer):
     """The step of SAM, whatever its direction and its policy."""
+
+    def move_in_ball(self, p: float) -> None:
+        """Perturbations have a p-norm of rho. Before the optimizer is made; of the 2-norm nothing changes."""
+        if p != 2:
+            self.direction = PNorm(p, self.direction.options)
 
     def passes(self, step: Step) -> Passes:
         """SAM: step with the gradient at the perturbed weights, from the weights."""
@@ -41,12 +46,25 @@ class SAM(SharpnessAwareStep):
     ``adaptive=True`` scales every tensor by its own magnitude, :math:`e = \rho\, w^2 g / \| |w| g \|` (no
     eta; rho is about 2 then). The authors' ASAM is :class:`sharpkern.ASAM`.
 
+    ``p`` is another norm of the ball, :math:`\|e\|_p = \rho`; with :math:`q = p / (p - 1)`
+
+    .. math::
+        e = \rho \, \operatorname{sign}(g) \left( \frac{|g|}{\|g\|_q + \epsilon} \right)^{q - 1}, \qquad
+        p = \infty: \quad e = \rho \, \operatorname{sign}(g), \qquad \operatorname{sign}(0) = 0
+
+    A ball of :math:`p = \infty` of the same :math:`\rho` is larger by the square root of the number of parameters: take
+    a smaller :math:`\rho` there. Elements are compared with the largest one, so nothing overflows for any p; powers
+    are float32 (float64 for float64 parameters), to about :math:`q\, 10^{-7}`. ``stats["grad_norm"]`` and what a policy
+    measures is :math:`\|g\|_2` whatever p is. Another p than 2 and infinity takes one launch and one read of the
+    gradient more.
+
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer: optimizer class. Exactly ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are fused; any
             other class is wrapped and its own ``step`` called after a fused restore.
         rho: radius of the ball, in units of the weights; a group may have its own.
-        adaptive: elementwise scaling, see above; a group may have its own.
+        adaptive: elementwise scaling, see above; a group may have its own. Not with another p than 2.
+        p: of the ball's norm, above 1, up to ``math.inf``; one for all groups.
         policy: which steps take the second pass, a :mod:`sharpkern.policy`; every one without.
         perturb_eps: :math:`\epsilon`, against division by zero.
         model: when given, its buffers (norm statistics, spectral norm's vectors, observers, codebooks) are after a
@@ -77,8 +95,11 @@ class SAM(SharpnessAwareStep):
         base_optimizer: Any = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
+        *,
+        p: float = 2.0,
         **kwargs: Any,
     ) -> None:
+        self.move_in_ball(p)
         super().__init__(params, base_optimizer, {"rho": rho, "adaptive": adaptive}, **kwargs)
 
 
@@ -131,7 +152,8 @@ class SSSAM(SAM):
 
     :math:`u_t`, uniform in [0, 1), depends on the seed and on the number of the step alone: every process draws
     the same, and a resumed run goes on where it was. With p = 1 this is :class:`sharpkern.SAM`, with p = 0 the
-    base optimizer.
+    base optimizer. The norm of the ball is the 2-norm; for another one give :class:`sharpkern.SAM` its ``p`` and
+    ``policy=Bernoulli(...)``.
 
     A plain step takes one forward and backward pass and two launches. ``first_step`` returns False for it.
 

@@ -58,6 +58,9 @@ class Step(Measurements):
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
         """
         self.norm(along)
+        exponent = self._direction.exponent if length is None else 1.0
+        if exponent not in (0.0, 1.0):
+            self.powers()
         keep, counts = not self.layouts.away, length is None and not self._counted
         if counts:
             self._count(plain=False)
@@ -78,6 +81,9 @@ class Step(Measurements):
             rest = (self._counters_for(layout, counts), *walk, radius, sq)
             if layout.any_scaled and length is None:
                 ops.ascend_scaled.default(params, backup, *rest, **numbers, dtype=layout.dtype)
+            elif exponent != 1:
+                sums = (self.scalars.row(name, layout.device) for name in ("largest", "powers"))
+                ops.ascend_p.default(params, backup, *rest, *sums, exponent=exponent, **numbers, dtype=layout.dtype)
             else:
                 ops.ascend.default(params, backup, kept, *rest, **numbers, dtype=layout.dtype)
             if keep:

@@ -246,6 +246,12 @@ def test_any_state_dict_of_the_family_or_of_torch_loads(method: Method, source: 
         other = METHODS[source].make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
         train(model, other, batches(3, f32))
     opt = method.make(model.named_parameters(), SGD, lr=0.05, momentum=0.9)
+    if (method.name, source) == ("sam-p", "sam-adaptive"):
+        with pytest.raises(ValueError, match="adaptive=True goes with p=2 only, but p is 3.0"):
+            opt.load_state_dict(other.state_dict())
+        assert not opt.state
+        assert opt.param_groups[0]["adaptive"] is False
+        return
     opt.load_state_dict(other.state_dict())
     for p in model.parameters():
         assert torch.equal(opt.state[p]["momentum_buffer"], other.state[p]["momentum_buffer"])

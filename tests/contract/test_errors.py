@@ -236,6 +236,24 @@ def test_a_zero_gradient(method: Method, base: str) -> None:
         assert float(opt.stats["lr_scale"]) == 1.0
 
 
+@pytest.mark.parametrize("p", [1.01, 3.0, math.inf])
+def test_gradients_of_zero_and_of_nan_in_another_ball(p: float) -> None:
+    """Neither moves a weight."""
+    model = make_net(f32)
+    before = weights(model)
+    opt = sk.SAM(model.parameters(), SGD, rho=0.1, p=p, lr=0.1)
+    for skipped, bad in enumerate((0.0, math.nan, math.inf, -math.inf)):
+        for q in model.parameters():
+            q.grad = torch.zeros_like(q)
+        model.out.weight.grad[0, 0] = bad
+        assert opt.first_step()
+        assert_same_bits(weights(model), before)
+        model.out.weight.grad[0, 0] = 0.0
+        opt.second_step()
+        assert_same_bits(weights(model), before)
+        assert int(opt.stats["skipped_steps"]) == skipped
+
+
 # Sparse gradients.
 
 

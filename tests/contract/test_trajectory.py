@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,9 +21,9 @@ from sharpkern.ops import current_backend
 DEVICE = torch.get_default_device()
 slow = pytest.mark.slow
 
-# The op sets of the kernels: sgd, adam, scaled, mixed into one and the other, with the trigger.
+# The op sets of the kernels: sgd, adam, scaled, mixed into one and the other, with the trigger, of a p-norm.
 OP_SETS = [("sam", "nesterov"), ("sssam", "adamw-amsgrad"), ("asam", "adamw"), ("looksam", "momentum"),
-           ("aelooksam", "adamw")]  # fmt: skip
+           ("aelooksam", "adamw"), ("sam-p", "momentum")]  # fmt: skip
 # With what the plain PyTorch of the reference has to be right: each class, each kind of rule.
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -91,6 +93,12 @@ def test_trajectory(backend_name: str, method: str, rule: str, dtype: torch.dtyp
 def test_two_hundred_steps(method: Method, base: str) -> None:
     """With every decision the same."""
     compare(method, base, torch.float64, True, 200, 1e-9)
+
+
+@pytest.mark.parametrize(("p", "base"), [(1.5, "adamw"), (3.0, "wrapped"), (math.inf, "momentum")])
+def test_two_hundred_steps_in_another_ball(p: float, base: str) -> None:
+    method = dataclasses.replace(METHODS["sam-p"], options={"rho": 0.005, "p": p})
+    compare(method, base, torch.float64, True, 200, 1e-10)
 
 
 @every_base

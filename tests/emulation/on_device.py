@@ -62,7 +62,7 @@ def result(op: str, problem: Problem, **given: Any) -> list[Tensor]:
 
 def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
     """What an op that adds up writes beside the rows."""
-    return [arguments[name] for name in ("ema", "sq") if op_of(op) in REDUCTIONS and name in arguments]
+    return [arguments[name] for name in ("ema", "sq", "largest") if op_of(op) in REDUCTIONS and name in arguments]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -91,7 +91,7 @@ def test_devices_of_any_size(op: str, multiprocessors: int, emulated: Callable[.
 def test_reductions_make_do_with_few_partials(op: str, emulated: Callable[..., None]) -> None:
     emulated(1, 100)
     problem = Problem(MIXED, torch.float32, op)
-    sums = 2 if op == "dots" else 1
+    sums = 2 if op in ("dots", "norm_max") else 1
     for size in (1 + sums, 2 + sums, 1 + 2 * sums):
         memory = torch.full((size + 8,), NAN, dtype=torch.float64)
         memory[0] = 0
@@ -123,7 +123,7 @@ def test_tables_in_any_memory_order(op: str, emulated: Callable[..., None]) -> N
 
 
 @pytest.mark.parametrize("skipped", [False, True])
-@pytest.mark.parametrize("op", ["ascend", "ascend-keeping_g", "ascend_scaled"])
+@pytest.mark.parametrize("op", ["ascend", "ascend-keeping_g", "ascend_scaled", "ascend_p"])
 def test_ascend_marks_what_it_kept(op: str, skipped: bool) -> None:
     """1 for a row with a gradient, 0 for one without, whatever an earlier step left there; nothing else."""
     problem = Problem([*MIXED, Spec((0,)), Spec((0,), backed=False)], torch.float32, op)

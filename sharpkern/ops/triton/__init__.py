@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import adam, ascend, mix, norm, project, restore, sgd
+from . import adam, ascend, mix, norm, pnorm, project, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "norm": norm.norm,
     "norm_scaled": norm.norm_scaled,
+    "norm_max": pnorm.norm_max,
+    "norm_p": pnorm.norm_p,
+    "ascend_p": pnorm.ascend_p,
     "dots": project.dots,
     "project": project.project,
     "ascend": ascend.ascend,
