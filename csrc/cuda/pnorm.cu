@@ -93,8 +93,12 @@ struct Ascent {
   bool aligned;
 };
 
+// A power of float64 takes more registers than four CTAs would leave.
+template <class T>
+constexpr int kAscentResident = sizeof(T) == 8 ? 2 : kResident;
+
 template <class T, bool kSign>
-SK_KERNEL(kResident)
+SK_KERNEL(kAscentResident<T>)
 ascend_p_kernel(
     Segments segments, T* backup, int64_t* counters, const double* radius, Squares squares, DualNorm norm,
     bool skip_nonfinite) {
@@ -139,9 +143,7 @@ ascend_p_kernel(
           copy<T>(work.kept, work.w, n, work.aligned);
           return;
         }
-        // A power of float64 takes so many registers that there is room for one load alone.
-        constexpr int kUnroll = sizeof(A) == 8 && !kSign ? 1 : 2;
-        elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
           auto w = tile.load(work.w, i);
           const auto g = tile.load(work.g, i);
           tile.store(work.kept, i, w);
@@ -203,7 +205,7 @@ void ascend_p(
     using T = typename decltype(tag)::type;
     T* kept = buffer<T>(backup, dtype, 0, "backup");
     STD_TORCH_CHECK(kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
-    call.launch(
+    call.launch<kAscentResident<T>>(
         "ascend_p", exponent == 0 ? ascend_p_kernel<T, true> : ascend_p_kernel<T, false>, kAnyGrid,
         call.segments(), kept, count, groups, squares, norm, skip_nonfinite);
   });
