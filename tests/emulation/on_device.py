@@ -191,7 +191,7 @@ def test_no_blocks() -> None:
     assert len(blocks_of([0, 0])) == 0
     for op in OPS:
         run_and_check(op, problem, CPP)
-    assert problem.counters.tolist() == [12, 22, 30]
+    assert problem.counters.tolist() == [13, 23, 30]
 
 
 # Alignment.
