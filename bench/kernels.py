@@ -46,6 +46,7 @@ ARRAYS: dict[str, tuple[set[str], set[str]]] = {
     "norm_scaled": ({"params", "grads"}, set()),
     "dots": ({"gradient", "grads"}, set()),
     "project": ({"gradient", "grads"}, {"g_v"}),
+    "combine": ({"grads", "x", "v"}, {"out"}),
     "ascend": ({"params", "grads"}, {"params", "backup", "gradient"}),
     "ascend_scaled": ({"params", "grads"}, {"params", "backup"}),
     "restore": ({"backup"}, {"params"}),
@@ -85,6 +86,8 @@ CASES = {
     "norm_scaled, statistics": Case("norm_scaled"),
     "dots": Case("dots"),
     "project": Case("project"),
+    "combine": Case("combine", ("x",)),
+    "combine, flat": Case("combine", ("grads",)),
     "ascend": Case("ascend", ("gradient",)),
     "ascend, gradient kept": Case("ascend"),
     "ascend, in place": Case("ascend", ("backup", "gradient")),
@@ -113,6 +116,7 @@ CUDA = {
     "norm<true>": Case("norm_scaled"),
     "dots": Case("dots"),
     "project": Case("project"),
+    "combine": Case("combine", ("x",)),
     "ascend<false, true, false>": Case("ascend", ("gradient",)),
     "ascend<false, true, true>": Case("ascend"),
     "ascend<false, false, false>": Case("ascend", ("backup", "gradient")),
@@ -247,7 +251,8 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
 
     rows, state, doubles = 3, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
     squares = doubles((1 if case.op.startswith("ascend") else 2, 1) if case.in_sam else (1, 2))
-    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0]}
+    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0],
+               "combine": squares[0, 0]}  # fmt: skip
     table = torch.zeros(schema.COLUMNS, rows, dtype=torch.int64).t()  # as on a device: column after column
     known = {
         "table": table if case.in_sam else table.contiguous(),
@@ -261,6 +266,7 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
         **{name: doubles(*n) for name, n in {"radius": (1, 2), "products": (3, 1), "coefficients": (2,)}.items()},
         "ema": doubles(len(schema.EMA)),
         "sq": written.get(case.op, squares),
+        "checks": squares,
         "numerator": squares[0],
         "denominator": squares[-1],
         "dtype": dtype,

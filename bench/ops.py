@@ -47,7 +47,8 @@ class Layout:
         # Squared: of the first gradient, of the last one, their product, of g_v; one buffer.
         self.norms = norms = torch.zeros(4, 1, dtype=torch.float64, device=device)
         self.sq = {"norm": norms[0], "norm_scaled": norms[0], "dots": norms[1:3, 0], "project": norms[3, 0],
-                   "ascend": norms[:1], "ascend_scaled": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
+                   "combine": norms[3, 0], "ascend": norms[:1], "ascend_scaled": norms[:1],
+                   "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
         self.values: dict[str, Tensor] = {}
         for op, (cls, options) in zip(("sgd", "adam"), BASES.values(), strict=True):
             rule = make_rule(cls, options, (), "")
@@ -64,7 +65,8 @@ class Layout:
         for name in ("momentum_buffer", "exp_avg_sq"):
             self.named[name] = memory.buffer(name).uniform_(1e-5, 1e-4, generator=generator)
         self.named["exp_avg"] = self.named["momentum_buffer"]  # no op has both
-        self.named["direction"] = self.named["g_v"]  # nor these
+        self.named["direction"] = self.named["v"] = self.named["g_v"]  # nor these
+        self.named |= {"out": memory.buffer("direction").zero_(), "x": memory.empty, "checks": norms[:2]}
         for row in norms:
             self.sq["norm"] = row
             self.bind("norm", without=("ema",))[0]()
@@ -115,6 +117,7 @@ KERNELS: dict[str, Kernel] = {
     "adam, mixed": Kernel("adam", 3, 5),
     # w, g -> w, backup, gradient. The last one: dots and project want another gradient than this pass's.
     "ascend, gradient kept": Kernel("ascend", 5),
+    "combine": Kernel("combine", 1, 2, without=("x",)),  # g, v -> out
 }
 
 

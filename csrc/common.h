@@ -253,17 +253,22 @@ struct Mixture {
   }
 };
 
+// [a, b] of a x + b v.
+inline const double* two_coefficients(const Tensor& coefficients) {
+  STD_TORCH_CHECK(
+      coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous() &&
+          coefficients.numel() == 2,
+      "sharpkern: coefficients should be two contiguous float64 elements");
+  return static_cast<const double*>(coefficients.const_data_ptr());
+}
+
 // The coefficients of a rule's gradient on their way to it: [a, b], or null for 1 and 0.
 inline const double* direction_coefficients(const Tensor& coefficients, const Tensor& direction) {
   if (coefficients.numel() == 0) {
     STD_TORCH_CHECK(direction.numel() == 0, "sharpkern: coefficients should be there for a direction");
     return nullptr;
   }
-  STD_TORCH_CHECK(
-      coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous() &&
-          coefficients.numel() == 2,
-      "sharpkern: coefficients should be two contiguous float64 elements");
-  return static_cast<const double*>(coefficients.const_data_ptr());
+  return two_coefficients(coefficients);
 }
 
 // The squared norms of the passes of a step: one row a pass, one column a flat buffer.
@@ -272,7 +277,8 @@ struct Norms {
   double last = 0;     // the norm of the last pass
 
   // In braces arguments are evaluated in order: the check comes first.
-  explicit Norms(const Tensor& sq) : Norms{checked(sq), sq.size(0), sq.size(1)} {}
+  explicit Norms(const Tensor& sq, const char* name = "sq")
+      : Norms{checked(sq, name), sq.size(0), sq.size(1)} {}
 
   SK_INLINE Norms(const double* sq, int64_t passes, int64_t buffers) {
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -282,7 +288,7 @@ struct Norms {
     }
   }
 
-  static const double* checked(const Tensor& sq) { return matrix(sq, 0, "sq"); }
+  static const double* checked(const Tensor& sq, const char* name = "sq") { return matrix(sq, 0, name); }
 };
 
 // LookSAM's projection, from the products g.g, g_s.g_s and g.g_s: a row each, one column a flat buffer.

@@ -60,8 +60,8 @@ SK_INLINE double on_line(double constant, double slope, double q) {
   return slope == 0 ? constant : constant + slope * q;
 }
 
-// The direction of a base rule before clipping: a g + b v. Written so that with a = 1 a fused multiply-add
-// takes b v, and a g is exact.
+// The direction of a base rule before clipping, or a running average: a g + b v. Written so that with a = 1 a
+// fused multiply-add takes b v, and a g is exact.
 template <class A>
 SK_INLINE A combined(A g, A v, A a, A b) {
   return b * v + a * g;

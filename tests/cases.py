@@ -188,6 +188,9 @@ VARIANTS = [
     "adam-mixed",
     "adam-mixed-own_dtype",
     "adam-scaled",
+    # x a flat buffer; out the buffer v itself.
+    "combine-flat",
+    "combine-in_place",
 ]
 
 
@@ -294,6 +297,12 @@ class Problem:
             self._buffer("gradient", self._where_backed())
         if op in (None, "project"):
             self._buffer("g_v", [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
+        if op in (None, "combine"):
+            for name in ("out", "x", "v"):
+                self._buffer(name, [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
+            for row, spec in zip(self.slots_of["x"], specs, strict=True):
+                if not spec.backed:
+                    row.fill_(NAN)
         if op in (None, *STATE):
             v = dtype if own_dtype else self.state_dtype
             self._buffer("direction", [self._fresh(spec, v, 0.1, 1.0) for spec in specs])
@@ -419,12 +428,20 @@ class Problem:
             products = torch.tensor([[3.0, 5.0], [4.0, 8.0], [1.0, 3.0], [NAN, NAN]], dtype=torch.float64)
             whole, have["sq"] = self.memory.part("sq", products, lambda m: m[3, 1])
             have["products"] = whole[:3]
+        if op == "combine":
+            have["coefficients"] = torch.tensor([0.8, -0.4], **double)
+            have["checks"] = torch.empty(0, **double)
+            have["sq"] = self.memory.place("sq", torch.tensor(NAN, **double))
+            if not variant:
+                have["x"] = torch.empty(0, dtype=self.state_dtype)
         if op == "gather":
             have["table"][:, schema.GRAD] = -7
             host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
             have["like"] = torch.empty(0, dtype=self.dtype)
             have |= host
         have |= given
+        if op == "combine" and variant == "in_place":
+            have["out"] = have["v"]
         return {
             argument.name: have[argument.name]
             for argument in getattr(torch.ops.sharpkern, op).default._schema.arguments

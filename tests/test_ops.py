@@ -50,6 +50,8 @@ SUMS = ["norm", "norm_scaled", "dots"]
 # What goes over every element to change it.
 MOVES = [*ASCENTS, "restore", *RULES, "project"]
 MOVING_VARIANTS = [op for op in VARIANTS if op_of(op) in MOVES]
+# Of gradients or of a flat buffer, and on top of one of them.
+COMBINES = ["combine", *(op for op in VARIANTS if op_of(op) == "combine")]
 # Those that skip a step, which need not be done.
 SKIPPING = [*ASCENTS, *RULES, *MOVING_VARIANTS]
 COMPILED = [name for name in BACKENDS if name != "reference"]
@@ -273,6 +275,26 @@ def expect_project(want: Want, arguments: dict[str, Any]) -> None:
             want.exact["g_v", i] = torch.zeros_like(want.before["g_v"][i])
 
 
+def expect_combine(want: Want, arguments: dict[str, Any]) -> tuple[float, float] | None:
+    """a x + b v of the rows that x has. Returns its squared norm, with that of the other rows of a v which out takes
+    the place of, and of which magnitude were its terms; None where it changes nothing."""
+    if arguments["checks"].numel() and not finite(arguments["checks"]):
+        return None
+    a, b = arguments["coefficients"].tolist()
+    flat, in_place = arguments["x"].numel() > 0, arguments["out"] is arguments["v"]
+    total = magnitude = 0.0
+    for i, spec in enumerate(want.problem.specs):
+        v = wide(want.before["v"][i])
+        if spec.backed if flat else want.problem.has_grad(spec):
+            x = wide(want.before["x" if flat else "grads"][i])
+            want.close["v" if in_place else "out", i] = a * x + b * v
+            total += (a * x + b * v).square().sum().item()
+            magnitude += ((a * x).abs() + (b * v).abs()).square().sum().item()
+        elif in_place:
+            total, magnitude = (t + v.square().sum().item() for t in (total, magnitude))
+    return total, magnitude
+
+
 def check_table(op: str, problem: Problem, arguments: dict[str, Any], before: Tensor) -> None:
     """Only an ascend with a backup marks rows: 1 where it kept weights. Where it did not, a device's kernels put 0."""
     if op in ASCENTS and arguments["backup"].numel():
@@ -303,12 +325,17 @@ def run_and_check(
         expect_rule(want, op, arguments, options or VALUES[op])
     elif op == "project":
         expect_project(want, arguments)
+    combined = expect_combine(want, arguments) if op == "combine" else None
     call(op, name, arguments)
     want.check()
     check_table(op, problem, arguments, before["table"])
     if "partials" in arguments:
         assert bits(arguments["partials"])[0] == 0  # the ticket is ready again
-    if op in SUMS or (op == "project" and along(arguments) is not None):
+    if combined:
+        assert arguments["sq"].item() == pytest.approx(
+            combined[0], rel=0, abs=norm_tolerance(problem.dtype) * combined[1]
+        )
+    elif op in SUMS or (op == "project" and along(arguments) is not None):
         got = arguments["sq"][arguments["buffer"]] if "buffer" in arguments else arguments["sq"]
         for value, (expected, magnitude) in zip(got.reshape(-1).tolist(), sums(op, problem, arguments), strict=True):
             assert value == pytest.approx(expected, rel=0, abs=norm_tolerance(problem.dtype) * magnitude, nan_ok=True)
@@ -355,7 +382,9 @@ def layouts_of(ops: list[str], variants: list[str]) -> list[Any]:
 # Values.
 
 
-@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(MOVES, MOVING_VARIANTS))
+@pytest.mark.parametrize(
+    ("op", "layout", "dtype", "name"), layouts_of([*MOVES, "combine"], [*MOVING_VARIANTS, *COMBINES[1:]])
+)
 def test_moves(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     # Clipped by half: the norm of the last pass is 2.
     given = {"max_norm": 1.0} if op_of(op) in RULES else {}
@@ -371,7 +400,7 @@ def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize(
     ("op", "dtype"),
     [
-        *((op, torch.float32) for op in [*MOVES, "sgd-mixed", *MOVING_VARIANTS[:3]]),
+        *((op, torch.float32) for op in [*MOVES, "sgd-mixed", *MOVING_VARIANTS[:3], *COMBINES]),
         *((op, torch.bfloat16) for op in ("ascend", "restore", "sgd", "project")),
     ],
     ids=dtype_id,
@@ -401,7 +430,7 @@ def test_norms_of_big_buffers(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", [*SUMS, "project"])
+@pytest.mark.parametrize("op", [*SUMS, "project", "combine"])
 def test_norm_of_nothing_is_zero(op: str, name: str) -> None:
     for specs in ([Spec((5,), grad=False, backed=False), Spec((0,))], [Spec((0,))]):
         arguments = run_and_check(op, Problem(specs, torch.float32), name)
@@ -719,6 +748,37 @@ def test_project_changes_nothing_without_products(name: str) -> None:
         assert sq.item() == -1
 
 
+@every_backend
+@pytest.mark.parametrize("op", COMBINES)
+def test_combine_changes_nothing_where_a_check_fails(op: str, name: str) -> None:
+    """Nor where a gradient is NaN; the checks are read, and no more."""
+    problem = Problem([*SMALL, Spec((5000,)), Spec((2048,), grad=False)], torch.float32, op)
+    for checks in NORMS.values():
+        given = torch.tensor(checks, dtype=torch.float64)
+        if not finite(given):
+            for x in (*problem.grads, *problem.slots_of["x"]):
+                x.fill_(NAN)
+            sq = problem.memory.place("sq", torch.tensor([-1.0], dtype=torch.float64))
+            run_and_check(op, problem, name, checks=given, sq=sq)
+            assert sq.item() == -1
+        else:
+            run_and_check(op, problem, name, checks=given)
+        assert same_bits(given, torch.tensor(checks, dtype=torch.float64))
+
+
+@every_backend
+@pytest.mark.parametrize("op", COMBINES)
+def test_combine_shows_what_is_not_finite(op: str, name: str) -> None:
+    """Of what it takes, and of nothing else."""
+    problem = Problem(SMALL, torch.float32, op)
+    x = problem.grads if op == "combine" else problem.slots_of["x"]
+    for row, bad in ((0, INF), (2, NAN)):
+        arguments = problem.arguments(op, name)
+        x[row][1] = bad
+        call(op, name, arguments)
+        assert not arguments["sq"].isfinite()
+
+
 # Gradients that are not finite.
 
 
@@ -1004,6 +1064,9 @@ BYTES = {
     "norm_scaled-ema": (8, 0),
     "dots": (8, 0),
     "project": (8, 4),
+    "combine": (8, 4),
+    "combine-flat": (8, 4),
+    "combine-in_place": (8, 4),
     "ascend": (8, 8),
     "ascend-keeping_g": (8, 12),
     "ascend-in_place": (8, 4),
@@ -1206,6 +1269,18 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "products_rows": ("project", lambda a: {"products": a["products"][:2]}, "products should be"),
     "products_dim": ("project", lambda a: {"products": a["products"][:, 0].clone()}, "products should be"),
     "products_contiguous": ("project", lambda a: {"products": a["products"].t().contiguous().t()}, "products should"),
+    "combine_out_dtype": ("combine", lambda a: {"out": a["out"].double()}, "out should be"),
+    "combine_out_short": ("combine", lambda a: {"out": a["out"][:64]}, "out should be"),
+    "combine_out_empty": ("combine", lambda a: {"out": a["out"][:0]}, "out (is empty|should be)"),
+    "combine_v_dtype": ("combine", lambda a: {"v": a["v"].half()}, "v should be"),
+    "combine_v_short": ("combine-flat", lambda a: {"v": a["v"][:64]}, "v should be"),
+    "combine_v_empty": ("combine", lambda a: {"v": a["v"][:0]}, "v (is empty|should be)"),
+    "combine_x_dtype": ("combine-flat", lambda a: {"x": a["x"].double()}, "x should be"),
+    "combine_x_short": ("combine-in_place", lambda a: {"x": a["x"][:64]}, "x should be"),
+    "combine_sq_numel": ("combine", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be"),
+    "combine_partials": ("combine", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "combine_coefficients": ("combine", lambda a: {"coefficients": a["coefficients"][:1]}, "coefficients should be"),
+    "combine_checks": ("combine", lambda a: {"checks": torch.zeros(2, dtype=torch.float64)}, "checks should be"),
     "mix_coefficients_dtype": ("mix", lambda a: {"coefficients": torch.zeros(2)}, "coefficients should be"),
     "mix_coefficients_short": ("mix", lambda a: {"coefficients": a["coefficients"][:1]}, "coefficients should be"),
     "mix_numerator_dtype": ("mix", lambda a: {"numerator": a["numerator"].float()}, "numerator should be"),
@@ -1235,14 +1310,14 @@ NOT_ON_A_DEVICE = {
     "table_contiguous", "backup_short", "restore_backup_short", "descend_backup_empty", "descend_backup_short",
     "momentum_short", "momentum_empty", "exp_avg_short", "max_short", "max_empty", "kept_gradient_short",
     "dots_gradient_short", "project_g_v_short", "project_gradient_short", "sgd_direction_short",
-    "adam_direction_short",
+    "adam_direction_short", "combine_out_short", "combine_v_short", "combine_x_short",
 }  # fmt: skip
 
 # Triton's own words differ for the rest.
 SAID_BY_TRITON = [
     case
     for case, (op, *_) in WRONG.items()
-    if (op in VARIANTS or op in ("dots", "project", "mix"))
+    if (op in VARIANTS or op in ("dots", "project", "combine", "mix"))
     and case not in {*NOT_ON_A_DEVICE, "mix_constant", "mix_slope"}
 ]
 
@@ -1288,6 +1363,7 @@ def test_wrong_arguments_change_nothing(name: str, case: str) -> None:
             "ascend-keeping_g": ["gradient"],
             "sgd-mixed": ["direction", "coefficients"],
             "adam-mixed": ["direction", "coefficients"],
+            "combine-flat": ["out", "sq", "partials", "x", "v", "coefficients"],
             "mix": ["numerator", "denominator"],
         }.items()
         for argument in arguments

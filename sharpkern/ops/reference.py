@@ -185,6 +185,37 @@ def project(
     _keep(sq, total, go)
 
 
+def combine(
+    out: Tensor,
+    sq: Tensor,
+    partials: Tensor,
+    x: Tensor,
+    v: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    coefficients: Tensor,
+    checks: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(checks, bool(checks.numel()), sq)
+    a, b = coefficients.to(out.dtype)
+    in_place = out.data_ptr() == v.data_ptr()
+    total = torch.zeros_like(sq)
+    for grad, row in zip(grads, _rows(table, grads), strict=True):
+        # A row without a gradient is looked at in memory order.
+        like = grad if grad.numel() else v[row[SLOT] : row[SLOT] + row[NUMEL]]
+        kept, combined = _slot(out, like, row), _slot(v, like, row)
+        if row[BACKUP] if x.numel() else grad.numel():
+            combined = b * combined + a * (_slot(x, like, row) if x.numel() else _wide(grad))
+            _keep(kept, combined, go)
+        elif not in_place:
+            continue
+        total += combined.square().sum(dtype=sq.dtype)
+    _keep(sq, total, go)
+
+
 def _ascend(
     params: Sequence[Tensor],
     backup: Tensor,
@@ -428,6 +459,7 @@ IMPLEMENTATIONS = {
     "norm_scaled": norm_scaled,
     "dots": dots,
     "project": project,
+    "combine": combine,
     "ascend": ascend,
     "ascend_scaled": ascend_scaled,
     "restore": restore,

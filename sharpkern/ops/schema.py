@@ -19,8 +19,12 @@ argument            holds
 ``gradient``        flat, dtype of the parameters: the gradient of the first pass, where ``table[:, BACKUP]`` says
                     that there was one
 ``g_v``             flat, dtype of the state: LookSAM's direction
+``out``             flat, dtype of the state; may be ``v``
+``x``               flat, dtype of the state, where ``table[:, BACKUP]`` says that there is one; empty: the gradients
+``v``               flat, dtype of the state
 ``direction``       flat, dtype of the parameters or of the state: v, which a rule adds to the gradient; empty: none
-``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0
+``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0. Of
+                    combine's a x + b v, which wants them
 ``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision; empty: none are kept
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
@@ -31,6 +35,7 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
 ``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
 ``sq``              float64: squared norms, one element a flat buffer: norm and norm_scaled write one of a contiguous
                     ``[buffers]``, the rules and ascents read ``[passes, buffers]``, summed over buffers
+``checks``          as ``sq`` of a rule; empty: nothing is checked
 ``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
 ``numerator``, ``denominator``  float64 ``[buffers]``, contiguous: summed over buffers
 ==================  ===================================================================================
@@ -105,6 +110,12 @@ SCHEMAS: dict[str, str] = {
     "project": (
         f"(Tensor(a!) g_v, Tensor(b!) sq, Tensor(c!) partials, Tensor gradient, {_PASS}, Tensor products, *, "
         "ScalarType dtype) -> ()"
+    ),
+    # out = a x + b v;  sq = ||out||^2. A row that x has not stays as it is, and counts where out is v. Changes nothing
+    # where one of `checks` is not finite
+    "combine": (
+        f"(Tensor(a!) out, Tensor(b!) sq, Tensor(c!) partials, Tensor x, Tensor v, {_PASS}, Tensor coefficients, "
+        "Tensor checks, *, ScalarType dtype) -> ()"
     ),
     # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call (on a device:
     # by the same launch), so that no interrupt can come in between. `gradient` keeps g, unless it is empty. With an

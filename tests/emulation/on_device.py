@@ -25,7 +25,7 @@ one_thread = cases.one_thread
 
 OPS = [op for op in schema.SCHEMAS if op not in ("gather", "mix")]
 CALLS = [*OPS, *VARIANTS]
-REDUCTIONS = [*SUMS, "project"]
+REDUCTIONS = [*SUMS, "project", "combine"]
 # The emulation takes the place of the CPU's kernels.
 CPP = "cpp"
 
@@ -213,7 +213,7 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
             given[name] = moved[int(name == shifted) :][: problem.size].copy_(problem.buffers[name])
             assert (given[name].data_ptr() % 16 == 0) == (name != shifted)
         got = result(op, problem, **given)
-        if op in REDUCTIONS:
+        if op_of(op) in REDUCTIONS:
             # Threads then add up other elements.
             sq = got.pop()
             total = sq if total is None else total
@@ -229,8 +229,9 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
 
 def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     """Those that the call uses."""
-    names = ("backup", "gradient", "g_v", "direction", *cases.STATE.get(op_of(op), ()))
-    return [name for name in names if name in arguments and arguments[name].numel()]
+    names = ("backup", "gradient", "g_v", "direction", "out", "x", "v", *cases.STATE.get(op_of(op), ()))
+    names = tuple(name for name in names if name in arguments and arguments[name].numel())
+    return [name for name in names if name != "out" or arguments["out"] is not arguments["v"]]
 
 
 # More elements than 32 bits count.

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import adam, ascend, mix, norm, project, restore, sgd
+from . import adam, ascend, combine, mix, norm, project, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "norm": norm.norm,
     "norm_scaled": norm.norm_scaled,
     "dots": project.dots,
     "project": project.project,
+    "combine": combine.combine,
     "ascend": ascend.ascend,
     "ascend_scaled": ascend.ascend_scaled,
     "restore": restore.restore,

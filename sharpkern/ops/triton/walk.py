@@ -312,15 +312,15 @@ def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 
         )
 
 
-def check_norms(sq: Tensor, table: Tensor) -> None:
+def check_norms(sq: Tensor, table: Tensor, name: str = "sq") -> None:
     """The squared norms of the passes of a step.
 
     Raises:
         RuntimeError: when they are none.
     """
     if sq.dim() != 2 or not 1 <= sq.size(0) <= 2 or sq.size(1) == 0:
-        raise RuntimeError("sharpkern: sq should be a contiguous float64 matrix")
-    check(sq, table, torch.float64, "sq", sq.numel())
+        raise RuntimeError(f"sharpkern: {name} should be a contiguous float64 matrix")
+    check(sq, table, torch.float64, name, sq.numel())
 
 
 def check_vector(t: Tensor, table: Tensor, name: str) -> None:
