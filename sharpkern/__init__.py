@@ -3,7 +3,21 @@
 from . import policy
 from .batch_stats import frozen_batch_stats, frozen_buffers
 from .ops import available_backends, build_info, use_backend
-from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
+from .optim import (
+    AESAM,
+    ASAM,
+    GSAM,
+    SALR,
+    SAM,
+    SSSAM,
+    WSAM,
+    AELookSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    StableSAM,
+    VaSSO,
+)
 
 __version__ = "0.1.0"
 
@@ -14,8 +28,13 @@ __all__ = [
     "SALR",
     "SAM",
     "SSSAM",
+    "WSAM",
     "AELookSAM",
+    "FriendlySAM",
     "LookSAM",
+    "MomentumSAM",
+    "StableSAM",
+    "VaSSO",
     "__version__",
     "available_backends",
     "build_info",

@@ -92,6 +92,11 @@ def last(g: Gradients, g_s: Gradients | None) -> Gradients:
     return g if g_s is None else g_s
 
 
+def first(g: Gradients, g_s: Gradients | None) -> Gradients:
+    """Of what the second pass has, too."""
+    return g if g_s is None else {p: g.get(p, 0 * x) for p, x in g_s.items()}
+
+
 class Look:
     """LookSAM (Liu et al. 2022): what the second gradient has beside the first one is used again."""
 
@@ -232,6 +237,78 @@ class Naive:
         mix, self.mix = self.mix, last
         self.descend(self.gradients())
         self.mix = mix
+
+
+class NaiveWSAM(Naive):
+    """WSAM (Yue et al. 2023), decoupled: the base optimizer's step with g, then w -= lr a (g_s - g)."""
+
+    def __init__(self, *args: Any, gamma: float, **kwargs: Any) -> None:
+        super().__init__(*args, mix=first, **kwargs)
+        self.a = gamma / (1 - gamma)
+
+    @torch.no_grad()
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        skipped = self.skipped
+        super().descend(g, g_s)
+        if g_s is None or self.skipped > skipped:
+            return
+        clip = min(1.0, self.max_grad_norm / (dot(g_s, g_s) ** 0.5 + 1e-6))
+        for group in self.param_groups:
+            sign = -1.0 if group.get("maximize") else 1.0
+            for p in group["params"]:
+                if p in g_s:
+                    p.sub_(sign * group["lr"] * self.a * clip * (g_s[p] - g.get(p, 0)))
+        self.round()
+
+
+class NaiveAverage(Naive):
+    """Along a direction d of the gradient and of a running average m; both are the gradient in the first step.
+
+    Args:
+        direct: d of (g, m).
+        keep: the next m of (g, m, d).
+    """
+
+    def __init__(self, *args: Any, direct: Callable[..., Any], keep: Callable[..., Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.direct, self.keep = direct, keep
+        self.m: Gradients = {}
+
+    def move(self, length: Callable[[dict[str, Any]], float]) -> None:
+        known = dot(self.m, self.m) > 1e-24
+        self.next = dict(self.m)
+        for p, g in self.gradients().items():
+            m = self.m.get(p, torch.zeros_like(g))
+            p.grad = self.direct(g, m) if known else g
+            self.next[p] = self.keep(g, m, p.grad) if known else g
+        super().move(length)
+
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        skipped = self.skipped
+        super().descend(g, g_s)
+        if g_s is not None and self.skipped == skipped:
+            self.m = self.next
+
+
+class NaiveMomentum(Naive):
+    """Momentum-SAM (Becker et al. 2024): one gradient, at w - rho v / norm(v), v the base optimizer's momentum."""
+
+    def step(self, closure: Callable[[], Tensor], cancel: bool = False) -> Tensor:
+        old, self.t = self.weights(), self.t + 1
+        self.decisions.append(False)
+        for p in old:
+            entry = self.base.state.get(p, {})
+            p.grad = entry.get("momentum_buffer", entry.get("exp_avg")) if p.requires_grad else None
+        # What v is to be followed with, maximized or not, is in it already.
+        self.move(lambda group: group["rho"] if group["maximize"] else -group["rho"])
+        self.base.zero_grad()
+        try:
+            loss = closure()
+        finally:
+            self.put_back(old)
+        if not cancel:
+            self.descend(self.gradients())
+        return loss
 
 
 class NaiveSALR(Naive):

@@ -133,6 +133,27 @@ def test_launches_of_every_kind_of_step(
             assert launches_of(ae_look, by_hand) == (refresh if fired else [*plain[:-1], "mix_kernel", plain[-1]])
 
 
+def test_launches_of_the_family(launched: list[str]) -> None:
+    """Of a step of float32 parameters, whatever their number."""
+    averaging = ["mix_kernel", "combine_kernel", "ascend_kernel", "norm_kernel", "mix_kernel", "combine_kernel"]
+    weighing = ["norm_kernel", "ascend_kernel", "mix_kernel", "norm_kernel", "sgd_kernel"]
+    expected = {
+        sk.StableSAM: ["norm_kernel", "ascend_kernel", "norm_kernel", "mix_kernel", "sgd_kernel"],
+        sk.WSAM: [*weighing, "mix_kernel", "sgd_kernel"],
+        sk.FriendlySAM: [*averaging, "sgd_kernel"],
+        sk.VaSSO: [*averaging, "sgd_kernel"],
+        sk.MomentumSAM: ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"],
+    }
+    for cls, names in expected.items():
+        for own in ({}, {"decouple": False}) if cls is sk.WSAM else ({},):
+            opt = cls(parameters(40, 3), SGD, lr=0.1, momentum=0.9, **own)
+            for t in range(3):
+                launched.clear()
+                opt.step(lambda opt=opt: give_gradients(opt))
+                wanted = weighing if own else names
+                assert launched == (wanted[2:] if cls is sk.MomentumSAM and t == 0 else wanted)
+
+
 def test_launches_of_salr(launched: list[str]) -> None:
     opt = sk.SALR(parameters(5, 2), SGD, lr=0.1, n_ascent=2, n_descent=3)
 

@@ -19,8 +19,9 @@ from ..ops.backend import prepare, walks_lists
 from .shapes import blocks_of, is_dense, slots_of
 from .table import Table
 
-# Buffers that mean something between two passes only, in the parameters' dtype: the weights and their first gradient.
-SCRATCH = ("backup", "gradient")
+# Buffers that mean something between two passes only: the weights and their first gradient, in the parameters' dtype,
+# and what the first ascent goes along, in the state's.
+SCRATCH = ("backup", "gradient", "direction")
 
 
 class Layout:
@@ -64,6 +65,7 @@ class Layout:
         partials = schema.partials_size(self.size, len(blocks))
         self.partials = torch.zeros(partials, dtype=schema.scalar_dtype(self.device), device=self.device)
         self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
+        self.no_sums = self.partials[:0]
         self.buffers: dict[str, Tensor] = {}
         self.grads: list[Tensor] = []
         self._meta = list(map(_meta, self.params))
@@ -74,7 +76,7 @@ class Layout:
         """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised."""
         if name not in self.buffers:
             make = torch.empty if name == "backup" else torch.zeros
-            dtype = self.dtype if name in SCRATCH else self.state_dtype
+            dtype = self.dtype if name in ("backup", "gradient") else self.state_dtype
             self.buffers[name] = make(self.size, dtype=dtype, device=self.device)
         return self.buffers[name]
 
@@ -133,6 +135,16 @@ class Layout:
             segment.copy_(self.params[i])
         self.grads = grads
         self.table.send(fresh)
+
+    def follow(self, name: str, rows: Sequence[bool]) -> None:
+        """Take the slots of a flat buffer for the gradients of these rows until the next pass; the others have none."""
+        if self.buffer(name).dtype != self.dtype:
+            self.buffer("gradient").copy_(self.buffer(name))  # a kernel reads gradients of the parameters' dtype
+            name = "gradient"
+        self.table.follow_buffer(self.buffer(name), rows)
+        self.grads = []
+        if walks_lists(self.device.type):
+            self.grads = [self.view(name, i) if taken else self.table.none for i, taken in enumerate(rows)]
 
     @property
     def has_gradients(self) -> bool:

@@ -93,6 +93,14 @@ class Table:
         rows: list[int] = (self.grad_column == schema.MISMATCH).nonzero().flatten().tolist()
         return rows
 
+    def follow_buffer(self, buffer: Tensor, taken: Sequence[bool]) -> None:
+        """Take slots of a flat buffer for the gradients of these rows; the others have none."""
+        rows = torch.tensor(taken, dtype=torch.bool, device="cpu") & (self.host[:, schema.NUMEL] > 0)
+        addresses = buffer.data_ptr() + self.host[:, schema.SLOT] * buffer.element_size()
+        self.grad_column.copy_(addresses * rows)
+        self.missing = len(taken) - int(rows.sum())
+        self.send()
+
     # Marks: which backups hold weights.
 
     def mark(self, i: int) -> None:

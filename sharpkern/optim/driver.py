@@ -28,6 +28,9 @@ class Driver(Checkpoints):
 
     # Whether the algorithm takes more passes than stepping by hand has.
     closure_only = False
+    # Whether it takes one gradient, and moves the weights before there is any. ``first_step`` then comes before the
+    # backward, and a closure is called once.
+    one_gradient = False
     # Composer's question whether ``step`` takes a closure that unscales under AMP: it hands none to other optimizers.
     _step_supports_amp_closure = True
 
@@ -51,8 +54,9 @@ class Driver(Checkpoints):
                     if collect:
                         step.refresh()
                         step.collect()
+                        if begin != self.one_gradient:
+                            step.warn_without_gradients(NO_GRADIENT[closure is not None])
                     if begin:
-                        step.warn_without_gradients(NO_GRADIENT[closure is not None])
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -62,9 +66,9 @@ class Driver(Checkpoints):
                         return None
                     if not isinstance(wish, Wish):
                         raise RuntimeError(f"{type(self).__name__}.passes yielded {wish!r}: expected AGAIN or AS_IS")
-                    if wish is AGAIN:
+                    if wish is AGAIN and not self.one_gradient:
                         step.freeze()
-                    else:
+                    elif wish is AS_IS:
                         step.count_plain()
                     if wish is AGAIN or closure is None:
                         step.release()
@@ -96,7 +100,8 @@ class Driver(Checkpoints):
 
     @uncompiled
     def first_step(self, zero_grad: bool = False) -> bool:
-        """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
+        """After the first backward: measure the gradient and perturb the weights, where the policy wants it. An
+        algorithm of one gradient perturbs before it.
 
         When it returns False the gradients may still be changed (clipped, averaged) before ``second_step``, which
         measures them once more.
@@ -182,8 +187,13 @@ class Driver(Checkpoints):
         elif closure is not None:
             step.warn_of_discarded_gradients()
             step.reset_gradients()
-            step.loss = loss = self._evaluate(closure)
-            self._run(closure, begin=True)
+            if self.one_gradient:
+                losses: list[Any] = []
+                self._run(lambda: losses.append(closure()), begin=True)
+                (loss,) = losses
+            else:
+                step.loss = loss = self._evaluate(closure)
+                self._run(closure, begin=True)
         else:
             with torch.no_grad():
                 try:

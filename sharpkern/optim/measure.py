@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.layout import Layout
+from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
 from ..memory.transfer import GroupTable, Receiver
@@ -152,17 +152,65 @@ class Measurements(Gradients):
         self.scalars.share(into)
         self.layouts.count_own()
 
+    def combine(self, into: str, v: str, a: float, b: float, *, x: str | None = None) -> None:
+        r"""The flat buffer ``into`` :math:`= a\, x + b\, v`; x alone as long as there is no v. And as a sum its squared
+        norm: the state's own, or ``first`` for the scratch ``direction``.
+
+        Args:
+            into: a name of the algorithm's state, or ``direction``. State is written only where the norms of the
+                gradients of all passes so far are finite; so write it when the last one is there.
+            v: a name of the algorithm's state; may be ``into``. A parameter that has none yet has zeros. There is no v
+                where its norm over all parameters is up to ``schema.NORM_MIN``.
+            x: a flat buffer, of the parameters that had a gradient in the pass that perturbed: before ``descend``.
+                None: the gradients that are there. Other parameters' state stays as it is.
+        """
+        keeps = into in self.state_names
+        checked = self._checked_sums() if keeps and self.settings.skip_nonfinite else None
+        self.mix(v, v, constant=(1, 0), slope=(a - 1, b))
+        self._mixed = False  # not for the descent
+        total = into if keeps else "first"
+        names = ((into,),) * len(self.layouts.param_groups)
+        for i, layout in enumerate(self.layouts):
+            first = layout.buffer(x) if x else layout.empty
+            checks = self.scalars.rows(*checked, layout.device) if checked else layout.no_sums
+            head = (layout.buffer(into), self.scalars.row(total, layout.device)[i], layout.partials)
+            rest = (self.scalars.coefficients[layout.device], checks)
+            _, *walk = layout.walk
+            ops.combine.default(*head, first, layout.buffer(v), *walk, *rest, dtype=layout.dtype)
+            if keeps:
+                self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
+        self.scalars.share(total)
+        if keeps:
+            self.layouts.count_own()
+
+    def follow(self, name: str) -> None:
+        """Take a flat buffer for the gradients that are there, until the next pass: ``norm`` measures it, ``ascend``
+        goes along it. ``p.grad`` stays what it is.
+
+        Args:
+            name: ``direction``, of the parameters that have a gradient; its norm is known. Or state, of those that are
+                trained and have such state.
+        """
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            layout.follow(name, layout.table.has_gradient() if name in SCRATCH else state.trained(name))
+        self._measured, self._plain = ("first", True) if name in SCRATCH else (None, False)
+
+    def _checked_sums(self) -> tuple[str, str]:
+        """The first and the last of the sums that say whether the gradients of all passes so far are finite."""
+        last = self.plain_norm()
+        return "first" if self.layouts.away else last, last
+
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""
         return any(name in layout.buffers for layout in self.layouts)
 
     def mix(
         self,
-        numerator: str,
-        denominator: str,
+        numerator: str = "first",
+        denominator: str = "first",
         *,
         constant: tuple[float, float],
-        slope: tuple[float, float],
+        slope: tuple[float, float] = (0, 0),
         root: bool = False,
     ) -> None:
         """Let ``descend`` step along a g + b v with [a, b] = constant + slope q, q = numerator / denominator.

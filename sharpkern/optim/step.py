@@ -1,9 +1,10 @@
 """The verbs of a step: what an algorithm says between its passes.
 
 ``norm`` and ``dots`` measure, ``ascend`` moves the weights away, ``rewind`` and ``back`` bring them home, ``project``
-makes LookSAM's direction, ``mix`` the coefficients of a mixed gradient, ``descend`` takes the base rule's step. A step
-is one object for the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that
-share its attributes and keep their own writes.
+makes LookSAM's direction, ``combine`` a running average or a direction that an ascent can ``follow``, ``mix`` the
+coefficients of a mixed gradient, ``descend`` takes the base rule's step, ``shift`` one past it. A step is one object
+for the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that share its
+attributes and keep their own writes.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 
 from ..batch_stats import Buffers
 from ..rules import FusedRule, WrappedRule
+from ..rules.fused import SGDRule
 from .measure import Measurements, ops
 
 
@@ -35,6 +38,12 @@ DONE = object()  # what the driver gets at an algorithm's end
 Passes = Generator[Wish, Any, None]
 
 
+@cache
+def _plain_sgd() -> SGDRule:
+    """What moves weights past the base rule. Made late: a torch optimizer imports torch._dynamo."""
+    return SGDRule(torch.optim.SGD, {})
+
+
 class Step(Measurements):
     """The step that is under way, with the arguments of :class:`Measurements`."""
 
@@ -44,6 +53,7 @@ class Step(Measurements):
         self.passes: Passes | None = None
         self.loss: Any = None  # what the closure returned in the first pass
         self.loading: dict[str, Any] | None = None  # the state dict that is being loaded
+        self._sums = "last", "last"  # of the last descent: the first and the last norm of its gradients
         self._counted = False  # whether this step counts in the statistics already
         self._buffers: Buffers | None = None  # of the model, as the first pass left them
 
@@ -53,12 +63,13 @@ class Step(Measurements):
         """Move the weights along the gradient: by the direction's radius, or by a length. A first ascent keeps them.
 
         Args:
-            length: in units of the weights; below 0 it descends. None: the groups' radius, and a second pass counts.
+            length: in units of the weights; below 0 it descends. None: the groups' radius, and along the first
+                gradient a second pass counts.
             along: the sum that holds the squared norm of the gradient, measured now where it was not.
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
         """
         self.norm(along)
-        keep, counts = not self.layouts.away, length is None and not self._counted
+        keep, counts = not self.layouts.away, length is None and along == "first" and not self._counted
         if counts:
             self._count(plain=False)
             if not len(self.layouts):  # nor a kernel that counts
@@ -112,9 +123,11 @@ class Step(Measurements):
         if direction and len(self.layouts) and not (self._mixed and self.has(direction)):
             raise RuntimeError(f"descend({direction!r}) needs such a buffer, and mix() to say how much of it")
         self.count_plain()
-        skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
-        last = self.plain_norm() if skip or not math.isinf(max_norm) else "last"
-        first = "first" if self.layouts.away and skip else last
+        if self.settings.skip_nonfinite:
+            first, last = self._checked_sums()
+        else:
+            first = last = "last" if math.isinf(self.settings.max_norm) else self.plain_norm()
+        self._sums = first, last
         if direction == "gradient":
             for layout in self.layouts:
                 layout.complete_kept_gradient()
@@ -123,6 +136,33 @@ class Step(Measurements):
         else:
             self._step_fused(self.rule, first, last, direction)
         self.layouts.state_written()
+
+    def shift(self, direction: str) -> None:
+        r"""After ``descend`` :math:`w \leftarrow w - \eta\, (a\, g + b\, v)`, past the base rule: with the group's
+        learning rate, without momentum and decay. Where the descent was skipped nothing moves, and what it clipped is
+        clipped by the same factor.
+
+        Args:
+            direction: v, as there; ``mix`` says how much of it.
+        """
+        plain = _plain_sgd()
+        lent = [{"lr": group["lr"], "maximize": bool(group.get("maximize"))} for group in self.layouts.param_groups]
+        rows = [plain.values({**plain.defaults, **options}) for options in lent]
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            layout.finish()  # in place: no backup is in use
+            layout.collect(self._bad_gradient)
+            plain.step(
+                state,
+                self._counters_for(layout, counted=False),
+                layout.empty,
+                layout.buffer(direction),
+                self._group_table("shift", rows, layout.device),
+                self.scalars.rows(*self._sums, layout.device),
+                self.scalars.coefficients[layout.device],
+                self.settings.max_norm,
+                self.settings.skip_nonfinite,
+            )
+            layout.written()
 
     def _lr_scale(self) -> float:
         return float(self.scalars["lr_scale"]) if "lr_scale" in self.scalars else 1.0

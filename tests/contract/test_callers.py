@@ -318,7 +318,7 @@ def test_a_closure_without_a_gradient_is_said(method: Method, base: str) -> None
     with told("the closure left no gradient"):
         for _ in range(2):
             opt.step(lambda: nn.functional.cross_entropy(model(x), y))
-    if method.by_hand:
+    if method.two_passes:
         other = method.make(model.named_parameters(), base)
         with told("first_step() found no gradient", "second_step() found no gradient"):
             for _ in range(2):

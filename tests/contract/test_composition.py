@@ -105,12 +105,15 @@ def test_bad_policies(make: Any, error: type[Exception], message: str) -> None:
 
 
 def test_the_signature_shows_the_shared_arguments() -> None:
-    for cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM, sk.AELookSAM, sk.LookSAM, sk.GSAM):
+    for cls in (
+        sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM, sk.AELookSAM, sk.LookSAM, sk.GSAM, sk.WSAM, sk.StableSAM, sk.FriendlySAM,
+        sk.VaSSO, sk.MomentumSAM,
+    ):  # fmt: skip
         names = list(inspect.signature(cls).parameters)
         assert names[:3] == ["params", "base_optimizer", "rho"]
         shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "base_kwargs"]
         assert names[-6:] == shared
-        assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM))
+        assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM, sk.MomentumSAM))
 
 
 # A user's own.

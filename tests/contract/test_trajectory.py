@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from methods import BASES, METHODS, RULES, SGD, AdamW, Method, each_method, every_base, every_deciding, every_method
+from methods import (
+    BASES,
+    METHODS,
+    RULES,
+    SGD,
+    AdamW,
+    Method,
+    each_method,
+    every_base,
+    every_deciding,
+    every_method,
+    is_slow,
+)
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, train, weights
 from torch import Tensor, nn
 
@@ -37,19 +49,20 @@ def cases() -> Iterator[Any]:
     for backend in sk.available_backends(DEVICE):
         for method in METHODS:
             for rule in RULES:
+                due = not is_slow(METHODS[method], rule)
                 if backend == "triton" and DEVICE.type == "cpu":  # its interpreter takes a second a step
                     if rule in BASES or (method, rule) in OP_SETS:
                         fast = (method, rule) in OP_SETS
                         yield case(backend, method, rule, torch.float64, not fast, 4, fast=fast)
                 elif backend == "reference":
                     if rule in BASES:
-                        yield case(backend, method, rule, torch.float64, True, 12, fast=True)
+                        yield case(backend, method, rule, torch.float64, True, 12, fast=due)
                 else:
                     fast = rule in BASES or method == "sam"
                     yield case(backend, method, rule, torch.float64, False, 50, fast=fast)
-                    yield case(backend, method, rule, torch.float32, False, 50, fast=rule in BASES)
+                    yield case(backend, method, rule, torch.float32, False, 50, fast=rule in BASES and due)
                     if rule in BASES:
-                        yield case(backend, method, rule, torch.float64, True, 20, fast=True)
+                        yield case(backend, method, rule, torch.float64, True, 20, fast=due)
 
 
 def compare(method: Method, rule: str, dtype: torch.dtype, groups: bool, steps: int, rtol: float, **more: Any) -> Any:
@@ -142,8 +155,12 @@ def test_lr_zero_gives_the_same_bits_back(method: Method, base: str, dtype: torc
 
         opt.step(closure)
         assert len(seen) == method.calls
-        assert_same_bits(seen[0], before)
-        assert not torch.equal(seen[1]["hidden.weight"], before["hidden.weight"])
+        if method.one_gradient:
+            away = opt.stats["steps"] > 1  # along what the first step left
+        else:
+            assert_same_bits(seen[0], before)
+            away = True
+        assert torch.equal(seen[min(1, len(seen) - 1)]["hidden.weight"], before["hidden.weight"]) != away
         assert_same_bits(weights(model), before)
 
 
