@@ -55,6 +55,8 @@ ARRAYS: dict[str, tuple[set[str], set[str]]] = {
         {"params", "grads", "direction", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
         {"params", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     ),
+    "nudge_dots": ({"params", "grads", "momentum_buffer", "eigenvectors"}, set()),
+    "nudge_sgd": ({"params", "grads", "momentum_buffer", "eigenvectors"}, {"params", "momentum_buffer"}),
 }
 # Those in the dtype of the parameters; the others are state.
 OF_PARAMETERS = {"params", "grads", "backup", "gradient"}
@@ -94,6 +96,11 @@ CASES = {
     "restore": Case("restore"),
     "mix": Case("mix"),
     "mix, two buffers": Case("mix", in_sam=False),
+    "nudge_dots": Case("nudge_dots"),
+    "nudge_dots, no momentum_buffer": Case("nudge_dots", ("momentum_buffer",)),
+    "nudge_sgd": Case("nudge_sgd"),
+    "nudge_sgd, no momentum_buffer": Case("nudge_sgd", ("momentum_buffer",)),
+    "nudge_sgd, two buffers": Case("nudge_sgd", in_sam=False),
 }
 # Of the rules: with which direction v, without which state, where. In place nothing is copied from a backup: no wide
 # copy can hide a narrow update.
@@ -124,6 +131,8 @@ CUDA = {
     "sgd": Case("sgd"),
     "adam<void>": Case("adam", ("direction",)),
     "adam": Case("adam"),
+    "nudge_dots": Case("nudge_dots"),
+    "nudge_sgd": Case("nudge_sgd"),
 }
 
 
@@ -245,9 +254,10 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
 
     from sharpkern.ops import schema
 
-    rows, state, doubles = 3, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
+    rows, directions, state, doubles = 3, 5, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
     squares = doubles((1 if case.op.startswith("ascend") else 2, 1) if case.in_sam else (1, 2))
-    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0]}
+    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0],
+               "nudge_dots": squares[0, 0]}  # fmt: skip
     table = torch.zeros(schema.COLUMNS, rows, dtype=torch.int64).t()  # as on a device: column after column
     known = {
         "table": table if case.in_sam else table.contiguous(),
@@ -256,8 +266,10 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
         "direction": torch.zeros(schema.BLOCK, dtype=dtype if case.narrow else state),
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
-        "partials": doubles(schema.partials_size(schema.BLOCK, rows)),
-        "values": doubles(1, len(getattr(schema, case.op.upper(), ()))),
+        "partials": doubles(schema.partials_size(schema.BLOCK, rows, directions)),
+        "values": doubles(1, len(getattr(schema, case.op.upper(), schema.NUDGED))),
+        "eigenvectors": torch.zeros(directions, schema.BLOCK, dtype=state),
+        "along": doubles(2 * directions, *([] if case.op == "nudge_dots" else [squares.size(1)])),
         **{name: doubles(*n) for name, n in {"radius": (1, 2), "products": (3, 1), "coefficients": (2,)}.items()},
         "ema": doubles(len(schema.EMA)),
         "sq": written.get(case.op, squares),

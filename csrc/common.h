@@ -302,6 +302,39 @@ struct Projection {
   }
 };
 
+// A matrix of directions on its way to a kernel: a row each, as long as a flat buffer.
+template <class A>
+struct Directions {
+  const A* data;
+  int64_t count;
+  int64_t size;  // elements from one to the next
+
+  Directions(const Tensor& t, ScalarType dtype, int64_t extent)
+      : data(buffer<A>(t, dtype, 0, "eigenvectors")), count(0), size(0) {
+    STD_TORCH_CHECK(
+        t.dim() == 2 && 1 <= t.size(0) && t.size(0) <= kMostDirections && t.size(1) >= extent,
+        "sharpkern: eigenvectors should be 1 to ", int64_t{kMostDirections}, " rows of at least ", extent,
+        " elements");
+    count = t.size(0);
+    size = t.size(1);
+  }
+
+  SK_INLINE const A* row(int64_t k) const { return data + k * size; }
+};
+
+// Where the sums of nudge_dots go: two a direction, of any stride.
+inline void check_along(const Tensor& along, int64_t directions) {
+  STD_TORCH_CHECK(
+      along.scalar_type() == ScalarType::Double && along.dim() == 1 && along.numel() == 2 * directions,
+      "sharpkern: along should be ", 2 * directions, " float64 elements");
+}
+
+// <buf, e_k> of the next momentum buffer, from the sums of nudge_dots: [2 k, buffers].
+SK_INLINE double product_along(const double* along, int64_t buffers, int64_t k, double clip) {
+  const double* kept = along + 2 * k * buffers;
+  return sum_of_buffers(kept, buffers) + clip * sum_of_buffers(kept + buffers, buffers);
+}
+
 // torch.nn.utils.clip_grad_norm_'s factor.
 SK_INLINE double clip_factor(double norm, double max_norm) {
   const double factor = max_norm / (norm + 1e-6);

@@ -172,7 +172,14 @@ VALUES = {
     "sgd": [SGD_OPTIONS[name] for name in ("everything", "weight_decay", "dampened_weight_decay")],
     "adam": [ADAM_OPTIONS[name] for name in ("everything", "everything_decoupled", "betas")],
 }
+VALUES["nudge_sgd"] = VALUES["nudge_dots"] = [
+    SGD_OPTIONS[name] | {"nudge": nudge}
+    for name, nudge in (("dampened_weight_decay", 0.1), ("maximize_weight_decay", 3.0), ("momentum", 1.0))
+]
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+STATE["nudge_sgd"] = STATE["nudge_dots"] = STATE["sgd"]
+NUDGES = ("nudge_dots", "nudge_sgd")
+DIRECTIONS = 3  # eigenvectors of a problem
 
 # An op called with other ones of its optional arguments than by default: none beside the backup and the state.
 VARIANTS = [
@@ -197,7 +204,7 @@ def op_of(variant: str) -> str:
 
 def table_of(op: str, options: list[dict[str, float]]) -> Tensor:
     """The argument ``values`` of a rule."""
-    columns = {"sgd": schema.SGD, "adam": schema.ADAM}[op]
+    columns = {"sgd": schema.SGD, "adam": schema.ADAM}.get(op, schema.NUDGED)
     return torch.tensor([[group[column] for column in columns] for group in options], dtype=torch.float64)
 
 
@@ -294,9 +301,12 @@ class Problem:
             self._buffer("gradient", self._where_backed())
         if op in (None, "project"):
             self._buffer("g_v", [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
-        if op in (None, *STATE):
+        if op in (None, "sgd", "adam"):
             v = dtype if own_dtype else self.state_dtype
             self._buffer("direction", [self._fresh(spec, v, 0.1, 1.0) for spec in specs])
+        if op in (None, *NUDGES):
+            count = range(DIRECTIONS)
+            self._buffer("eigenvectors", [self._fresh(s, self.state_dtype, 0.1, 1.0) for _ in count for s in specs])
         # Rows that never stepped and rows that did.
         self.step = self.memory.place("step", torch.arange(len(specs), dtype=torch.float32).remainder(4))
         self.counters = self.memory.place("counters", torch.tensor([10, 20, 30]))
@@ -316,11 +326,14 @@ class Problem:
         return [row if spec.backed else row.fill_(NAN) for row, spec in zip(rows, self.specs, strict=True)]
 
     def _buffer(self, name: str, rows: list[Tensor]) -> None:
-        flat = self.memory.flat(name, self.size, rows, self.slots)
-        self.buffers[name] = flat
+        """Of a row a parameter; of more a matrix."""
+        count = len(rows) // len(self.slots)
+        slots = [i * self.size + slot for i in range(count) for slot in self.slots]
+        flat = self.memory.flat(name, count * self.size, rows, slots)
+        self.buffers[name] = flat if count == 1 else flat.view(count, self.size)
         self.slots_of[name] = [
             flat.as_strided(row.size(), row.stride(), flat.storage_offset() + slot)
-            for row, slot in zip(rows, self.slots, strict=True)
+            for row, slot in zip(rows, slots, strict=True)
         ]
 
     def new_gradients(self) -> None:
@@ -414,6 +427,14 @@ class Problem:
             have["coefficients"] = self.memory.place("coefficients", torch.tensor([NAN, NAN], **double))
         if op == "dots":
             _, have["sq"] = self.memory.part("sq", torch.full((3, 2), NAN, dtype=torch.float64), lambda m: m[1:, 1])
+        if op in NUDGES:
+            rows = 2 * len(given.get("eigenvectors", self.buffers["eigenvectors"]))
+            if op == "nudge_dots":
+                _, have["along"] = self.memory.part("along", torch.full((rows, 3), NAN, **double), lambda m: m[:, 1])
+                _, have["sq"] = self.memory.part("sq", torch.full((2, 3), NAN, **double), lambda m: m[1, 2])
+            else:
+                sums = torch.linspace(-0.5, 0.7, 2 * rows, dtype=torch.float64, device="cpu").view(rows, 2)
+                have["along"], _ = self.memory.part("along", sums.to(DEVICE), lambda m: m[:0])
         if op == "project":
             # g.g is 8, g.g_s is 4: half of g goes.
             products = torch.tensor([[3.0, 5.0], [4.0, 8.0], [1.0, 3.0], [NAN, NAN]], dtype=torch.float64)
@@ -431,7 +452,7 @@ class Problem:
         }
 
     def _scratch(self, blocks: int) -> Tensor:
-        partials = torch.full((schema.partials_size(self.size, blocks),), NAN, dtype=torch.float64)
+        partials = torch.full((schema.partials_size(self.size, blocks, DIRECTIONS),), NAN, dtype=torch.float64)
         partials[0] = 0  # the ticket
         return self.memory.place("partials", partials)
 

@@ -14,11 +14,13 @@ import torch
 from cases import (
     ADAM_OPTIONS,
     BACKENDS,
+    DIRECTIONS,
     DTYPES,
     FAST_BACKENDS,
     INF,
     LAYOUTS,
     NAN,
+    NUDGES,
     RADIUS,
     SGD_OPTIONS,
     VALUES,
@@ -45,8 +47,9 @@ Snapshot = dict[str, list[Tensor]]
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
 OPS = list(schema.SCHEMAS)
 ASCENTS = ["ascend", "ascend_scaled"]
-RULES = ["sgd", "adam"]
-SUMS = ["norm", "norm_scaled", "dots"]
+MIXING = ["sgd", "adam"]  # along a g + b v
+RULES = [*MIXING, "nudge_sgd"]
+SUMS = ["norm", "norm_scaled", "dots", "nudge_dots"]
 # What goes over every element to change it.
 MOVES = [*ASCENTS, "restore", *RULES, "project"]
 MOVING_VARIANTS = [op for op in VARIANTS if op_of(op) in MOVES]
@@ -136,6 +139,9 @@ def sums(op: str, problem: Problem, arguments: dict[str, Any]) -> list[tuple[flo
     if op in ("norm", "norm_scaled"):
         squared = squared_norm(problem, scaled=op == "norm_scaled")
         return [(squared, squared)]
+    if op == "nudge_dots":
+        squared = squared_norm(problem, scaled=False)
+        return [(squared, squared), *products_along(problem, arguments)]
     rows = [first_and_second(problem, i) for i in range(len(problem.specs))]
     if op == "dots":
         products = [(g * g_s).sum().item() for g, g_s in rows], [(g * g_s).abs().sum().item() for g, g_s in rows]
@@ -146,6 +152,39 @@ def sums(op: str, problem: Problem, arguments: dict[str, Any]) -> list[tuple[flo
     assert a is not None
     total = sum((g_s - a * g).square().sum().item() for g, g_s in rows)
     return [(total, sum((g_s.abs() + (a * g).abs()).square().sum().item() for g, g_s in rows))]
+
+
+def products_along(problem: Problem, arguments: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of SGD's next momentum buffer, less the gradient's part, and of that part, with every eigenvector; and sums of
+    the terms' magnitudes."""
+    parts: list[tuple[int, Tensor, Tensor]] = []
+    groups = [dict(zip(schema.NUDGED, group, strict=True)) for group in arguments["values"].tolist()]
+    for i, spec in enumerate(problem.specs):
+        if problem.has_grad(spec):
+            v, buffer = (
+                groups[min(spec.group, len(groups) - 1)],
+                {"momentum_buffer": wide(problem.slots_of["momentum_buffer"][i])},
+            )
+            w, g, t = wide(problem.params[i]), wide(problem.grads[i]), int(problem.step[i]) + 1
+            without, following = (sgd_buffer(v, w, x, dict(buffer), t) for x in (torch.zeros_like(g), g))
+            parts.append((i, without, following - without))
+    found = []
+    for k in range(len(arguments["along"]) // 2):
+        e = problem.slots_of["eigenvectors"][k * len(problem.specs) :]
+        for j in (1, 2):
+            terms = [part[j] * wide(e[part[0]]) for part in parts]
+            found.append((sum(x.sum().item() for x in terms), sum(x.abs().sum().item() for x in terms)))
+    return found
+
+
+def sgd_buffer(v: dict[str, float], w: Tensor, g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    """torch.optim.SGD's momentum buffer after a step; without momentum the gradient with its weight decay."""
+    d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+    if v["momentum"] and t > 1:
+        d = v["momentum"] * state["momentum_buffer"] + (1 - v["dampening"]) * d
+    if v["momentum"]:
+        state["momentum_buffer"] = d
+    return d
 
 
 def ema_formula(mean: float, var: float, n: float, decay: float, coefficient: float) -> tuple[float, float, float]:
@@ -235,26 +274,35 @@ FORMULAS = {"sgd": sgd_formula, "adam": adam_formula}
 
 
 def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[dict[str, float]]) -> None:
-    expect_restore(want)
+    nudged = op == "nudge_sgd"
+    if not nudged:
+        expect_restore(want)
     squared = arguments["sq"].sum(-1)[-1].item()
     clip = min(1.0, arguments["max_norm"] / (math.sqrt(squared) + 1e-6)) if arguments["max_norm"] < INF else 1.0
     if arguments["skip_nonfinite"] and not finite(arguments["sq"]):
         want.exact["counters", 2] = want.before["counters"][2] + 1
         return
-    a, b = arguments["coefficients"].tolist() or (1.0, 0.0)
+    a, b = (1.0, 0.0) if nudged else arguments["coefficients"].tolist() or (1.0, 0.0)
     for i, spec in enumerate(want.problem.specs):
         if not want.problem.has_grad(spec):
             continue
         v = options[spec.group]
         g = a * wide(want.before["grads"][i])
-        if arguments["direction"].numel():
+        if not nudged and arguments["direction"].numel():
             g = g + b * wide(want.before["direction"][i])
-        w = wide(want.before["backup" if spec.backed else "params"][i])
+        w = wide(want.before["backup" if spec.backed and not nudged else "params"][i])
         state = {name: wide(want.before[name][i]) for name in cases.STATE[op]}
         old = dict(state)
         t = int(want.before["step"][i]) + 1
         want.exact.pop(("params", i), None)
-        want.close["params", i] = FORMULAS[op](v, w, clip * g, state, t)
+        if nudged:
+            kept, pulled = arguments["along"].sum(-1).view(-1, 2).unbind(-1)
+            vectors = want.before["eigenvectors"][i :: len(want.problem.specs)]
+            terms = [x * wide(e) for x, e in zip(kept + clip * pulled, vectors, strict=False)]
+            new = w - v["lr"] * (sgd_buffer(v, w, clip * g, state, t) + (v["nudge"] - 1) * sum(terms))
+        else:
+            new = FORMULAS[op](v, w, clip * g, state, t)
+        want.close["params", i] = new
         for name, value in state.items():
             if value is not old[name]:
                 want.close[name, i] = value
@@ -294,7 +342,7 @@ def run_and_check(
     arguments = problem.arguments(op, name, **given)
     op = op_of(op)
     want = Want(problem, problem.snapshot())
-    before = {name: arguments[name].clone() for name in ("table", "sq", "ema") if name in arguments}
+    before = {name: arguments[name].clone() for name in ("table", "sq", "ema", "along") if name in arguments}
     if op in ASCENTS:
         expect_ascend(want, arguments, scaled=op == "ascend_scaled")
     elif op == "restore":
@@ -310,10 +358,12 @@ def run_and_check(
         assert bits(arguments["partials"])[0] == 0  # the ticket is ready again
     if op in SUMS or (op == "project" and along(arguments) is not None):
         got = arguments["sq"][arguments["buffer"]] if "buffer" in arguments else arguments["sq"]
+        if op == "nudge_dots":
+            got = torch.cat([got.reshape(1), arguments["along"]])
         for value, (expected, magnitude) in zip(got.reshape(-1).tolist(), sums(op, problem, arguments), strict=True):
             assert value == pytest.approx(expected, rel=0, abs=norm_tolerance(problem.dtype) * magnitude, nan_ok=True)
     elif "sq" in arguments:
-        assert same_bits(arguments["sq"], before["sq"])
+        assert all(same_bits(arguments[name], before[name]) for name in ("sq", "along") if name in arguments)
     if "ema" in arguments and arguments["ema"].numel():
         check_ema(arguments, before["ema"])
     return arguments
@@ -425,6 +475,7 @@ SMALL = [
     [
         *(("sgd", option, torch.float32) for option in SGD_OPTIONS),
         *(("adam", option, torch.float32) for option in ADAM_OPTIONS),
+        *(("nudge_sgd", option, torch.float32) for option in ("plain", "momentum", "dampened_weight_decay")),
         *((op, "everything", dtype) for op in RULES for dtype in (torch.float64, torch.bfloat16)),
         *((op, "everything", torch.float32) for op in VARIANTS if op_of(op) in RULES and "own_dtype" not in op),
         *((op, "everything", torch.bfloat16) for op in VARIANTS if op_of(op) in RULES and "own_dtype" in op),
@@ -433,7 +484,7 @@ SMALL = [
 )
 def test_options(op: str, option: str, dtype: torch.dtype, name: str) -> None:
     """Several steps from the first one on, each from the state that the one before left; unclipped, clipped, almost."""
-    options = [{"sgd": SGD_OPTIONS, "adam": ADAM_OPTIONS}[op_of(op)][option]]
+    options = [{"adam": ADAM_OPTIONS}.get(op_of(op), SGD_OPTIONS)[option] | {"nudge": 0.2}]
     problem = Problem(SMALL, dtype, op)
     problem.step.zero_()
     # What the buffers hold before a first step counts for Adam (zeros, here) and not for SGD.
@@ -484,7 +535,7 @@ def test_coefficients(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", RULES)
+@pytest.mark.parametrize("op", MIXING)
 def test_a_direction_needs_its_coefficients(op: str, name: str) -> None:
     problem = Problem(SMALL, torch.float32, op)
     arguments = problem.arguments(f"{op}-mixed", name, coefficients=torch.empty(0, dtype=torch.float64))
@@ -779,7 +830,7 @@ def test_skip(op: str, norms: str, dtype: torch.dtype, name: str) -> None:
     before = problem.snapshot()
     run_and_check(op, problem, name, sq=torch.tensor(sq, dtype=torch.float64), skip_nonfinite=True)
     moved = not all(
-        same_bits(p, old["backup" if op_of(op) in RULES and spec.backed else "params"])
+        same_bits(p, old["backup" if op_of(op) in MIXING and spec.backed else "params"])
         for p, spec, old in zip(
             problem.params,
             problem.specs,
@@ -837,7 +888,7 @@ def test_same_bits_on_any_number_of_threads(op: str, name: str) -> None:
         call(op, name, arguments)
         torch.set_num_threads(1)
         rows = [bits(t) for rows in problem.snapshot().values() for t in rows]
-        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema") if key in arguments])
+        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema", "along") if key in arguments])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -1018,6 +1069,8 @@ BYTES = {
     "adam-mixed": (20, 12),
     "adam-mixed-own_dtype": (20, 12),
     "adam-scaled": (16, 12),
+    "nudge_dots": (12 + 4 * DIRECTIONS, 0),
+    "nudge_sgd": (12 + 4 * DIRECTIONS, 8),
 }
 
 
@@ -1041,11 +1094,11 @@ def test_bytes_that_triton_kernels_move(op: str, monkeypatch: pytest.MonkeyPatch
 
     for kind in moved:
         monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", counted(kind))
-    numel = 5 * schema.BLOCK + 2000
+    numel = 8 * schema.BLOCK + 2000
     problem = Problem([Spec((numel,))], torch.float32, op)
     given: dict[str, Any] = {}
-    if op_of(op) in RULES:
-        options = SGD_OPTIONS["momentum"] if op_of(op) == "sgd" else ADAM_OPTIONS["adam"]
+    if op_of(op) in [*RULES, *NUDGES]:
+        options = ADAM_OPTIONS["adam"] if op_of(op) == "adam" else SGD_OPTIONS["momentum"] | {"nudge": 0.5}
         given["values"] = table_of(op_of(op), [options])
     call(op, "triton", problem.arguments(op, "triton", **given))
     loaded, stored = BYTES[op]

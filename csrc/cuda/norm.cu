@@ -56,14 +56,14 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
           add_squares(sum, work.g, n, work.aligned);
         }
       });
-  reduce(sums, partials, [&](const double (&totals)[1]) { output.write(totals[0]); });
+  reduce(sums, partials, [&](int, double total) { output.write(total); });
 }
 
 void run(
     const char* name, const Call& call, const NormOutput& output, const Tensor& partials,
     const double* radius, ScalarType dtype) {
   call.same_device({{&partials, "partials"}});
-  const Partials<1> partial(partials);
+  const Partials partial(partials, 1);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     call.launch(

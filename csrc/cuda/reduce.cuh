@@ -44,21 +44,20 @@ __device__ __forceinline__ double sum_of_cta(double x) {
   return sum;
 }
 
-// finish(totals) of N sums over all threads of the grid, by one thread. partials: [0] counts the CTAs that
-// are through, as an integer; from [1 + N i] on are the sums of CTA i.
-template <int N, class Finish>
-__device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Finish&& finish) {
+// finish(k, total) of n sums over all threads of the grid, by one thread; sum(k) is what a thread has of one.
+// partials: [0] counts the CTAs that are through, as an integer; from [1 + n i] on are the sums of CTA i.
+template <class Sum, class Finish>
+__device__ __forceinline__ void reduce(int n, double* partials, Sum&& sum, Finish&& finish) {
 #pragma unroll
-  for (double& sum : sums) {
-    sum = sum_of_cta(sum);
+  for (int k = 0; k < n; ++k) {
+    const double of_cta = sum_of_cta(sum(k));
+    if (threadIdx.x == 0) {
+      partials[1 + n * blockIdx.x + k] = of_cta;
+    }
   }
   __shared__ bool is_last;
   auto* ticket = reinterpret_cast<unsigned long long*>(partials);
   if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      partials[1 + N * blockIdx.x + k] = sums[k];
-    }
     __threadfence();  // whoever sees the count sees the sums
     is_last = atomicAdd(ticket, 1ull) == gridDim.x - 1;
   }
@@ -67,32 +66,35 @@ __device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Fini
     return;
   }
   __threadfence();
-  double totals[N] = {};
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      totals[k] +=
-          __ldcg(partials + 1 + N * i + k);  // other CTAs wrote it: not from this multiprocessor's cache
+  for (int k = 0; k < n; ++k) {
+    double total = 0;
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
+      total += __ldcg(partials + 1 + n * i + k);  // other CTAs wrote it: not from this multiprocessor's cache
+    }
+    total = sum_of_cta(total);
+    if (threadIdx.x == 0) {
+      finish(k, total);
     }
   }
-#pragma unroll
-  for (double& total : totals) {
-    total = sum_of_cta(total);
-  }
   if (threadIdx.x == 0) {
-    finish(totals);
     *ticket = 0;
   }
 }
 
-// Where N sums a CTA go, and for how many CTAs there is room.
-template <int N>
+// The same of sums in registers.
+template <int N, class Finish>
+__device__ __forceinline__ void reduce(const double (&sums)[N], double* partials, Finish&& finish) {
+  reduce(N, partials, [&](int k) { return sums[k]; }, finish);
+}
+
+// Where so many sums a CTA go, and for how many CTAs there is room.
 struct Partials {
   double* data;
   int64_t ctas;
 
-  explicit Partials(const Tensor& t)
-      : data(buffer<double>(t, ScalarType::Double, 1 + N, "partials")), ctas((t.numel() - 1) / N) {
+  Partials(const Tensor& t, int64_t sums)
+      : data(buffer<double>(t, ScalarType::Double, 1 + sums, "partials")), ctas((t.numel() - 1) / sums) {
     STD_TORCH_CHECK(data != nullptr, "sharpkern: partials is empty");
   }
 };

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, NORM_MIN, NUMEL, SCALED, SGD, SLOT, library
+from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, NORM_MIN, NUDGED, NUMEL, SCALED, SGD, SLOT, library
 
 Row = list[int]
 
@@ -422,6 +422,82 @@ def adam(
         step[i] += go.to(step.dtype)
 
 
+def nudge_dots(
+    sq: Tensor,
+    along: Tensor,
+    partials: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffer: Tensor,
+    step: Tensor,
+    eigenvectors: Tensor,
+    table: Tensor,
+    blocks: Tensor,
+    values: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    groups = values.tolist()
+    squared, products = torch.zeros_like(sq), torch.zeros_like(along)
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
+        g = _wide(grad)
+        kept, pulled = v["weight_decay"] * _wide(param), -g if v["maximize"] else g
+        if v["momentum"]:
+            first, intake = step[i] == 0, 1 - v["dampening"]
+            buffer = _slot(momentum_buffer, param, row)
+            kept = torch.where(first, kept, v["momentum"] * buffer + intake * kept)
+            pulled = torch.where(first, pulled, intake * pulled)
+        squared += g.square().sum(dtype=sq.dtype)
+        for k, flat in enumerate(eigenvectors):
+            e = _slot(flat, param, row)
+            products[2 * k] += (kept * e).sum(dtype=sq.dtype)
+            products[2 * k + 1] += (pulled * e).sum(dtype=sq.dtype)
+    sq.copy_(squared)
+    along.copy_(products)
+
+
+def nudge_sgd(
+    params: Sequence[Tensor],
+    momentum_buffer: Tensor,
+    step: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    eigenvectors: Tensor,
+    table: Tensor,
+    blocks: Tensor,
+    values: Tensor,
+    sq: Tensor,
+    along: Tensor,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go, clip = _go(sq, skip_nonfinite, step), _clip(sq, max_norm)
+    groups = values.tolist()
+    kept, pulled = along.sum(-1).view(-1, 2).unbind(-1)
+    products = kept + clip * pulled
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
+        w, g = _wide(param), _wide(grad) * clip
+        d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+        if v["momentum"]:
+            buffer = _slot(momentum_buffer, param, row)
+            d = torch.where(step[i] == 0, d, v["momentum"] * buffer + (1 - v["dampening"]) * d)
+            _keep(buffer, d, go)
+            step[i] += go.to(step.dtype)
+        factors = ((v["nudge"] - 1) * products).to(w.dtype)
+        d = d + sum(factor * _slot(e, param, row) for factor, e in zip(factors, eigenvectors, strict=True))
+        _keep(param, w - v["lr"] * d, go)
+    if counters.numel():
+        counters[2] += (~go).to(counters.dtype)
+
+
 IMPLEMENTATIONS = {
     "gather": gather,
     "norm": norm,
@@ -434,6 +510,8 @@ IMPLEMENTATIONS = {
     "mix": mix,
     "sgd": sgd,
     "adam": adam,
+    "nudge_dots": nudge_dots,
+    "nudge_sgd": nudge_sgd,
 }
 
 for _name, _implementation in IMPLEMENTATIONS.items():

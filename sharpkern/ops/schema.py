@@ -22,16 +22,19 @@ argument            holds
 ``direction``       flat, dtype of the parameters or of the state: v, which a rule adds to the gradient; empty: none
 ``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0
 ``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision; empty: none are kept
+``eigenvectors``    contiguous ``[k, size]``, dtype of the state: a flat buffer a row; 1 to ``DIRECTIONS`` rows
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
 ``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
 ``partials``        float64, ``partials_size()`` elements: scratch. The first is a device kernel's ticket: zero
                     before the first call, zero again after each
 ``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
-``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
+``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD``, ``ADAM`` and ``NUDGED`` below
 ``sq``              float64: squared norms, one element a flat buffer: norm and norm_scaled write one of a contiguous
                     ``[buffers]``, the rules and ascents read ``[passes, buffers]``, summed over buffers
 ``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
+``along``           float64: two sums a direction. nudge_dots writes ``[2 k]`` of any stride, nudge_sgd reads a
+                    contiguous ``[2 k, buffers]``, summed over buffers
 ``numerator``, ``denominator``  float64 ``[buffers]``, contiguous: summed over buffers
 ==================  ===================================================================================
 
@@ -68,9 +71,13 @@ EMA = ("mean", "var", "threshold", "fired")
 # A direction with a norm up to this is none; csrc/math.h has its twin.
 NORM_MIN = 1e-12
 
+# Rows of ``eigenvectors`` at most; csrc/math.h has its twin.
+DIRECTIONS = 8
+
 # Columns of the group values.
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+NUDGED = (*SGD, "nudge")  # nesterov is not looked at
 
 _PASS = "Tensor[] grads, Tensor table, Tensor blocks"
 _NORM = "*, int buffer, float decay, float coefficient, ScalarType dtype"
@@ -127,6 +134,21 @@ SCHEMAS: dict[str, str] = {
         "(Tensor(a!)[] params, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) max_exp_avg_sq, "
         f"Tensor(e!) step, Tensor(f!) counters, {_RULE}) -> ()"
     ),
+    # sq = ||g||^2, and of SGD's next momentum buffer, momentum buf + (1 - dampening) (clip g + weight_decay w), the
+    # products with every eigenvector: along[2 i] = <the terms without g, e_i>, along[2 i + 1] = <that of g
+    # unclipped, e_i>. Over the parameters with a gradient; sq is one element
+    "nudge_dots": (
+        "(Tensor(a!) sq, Tensor(b!) along, Tensor(c!) partials, Tensor[] params, Tensor[] grads, "
+        "Tensor momentum_buffer, Tensor step, Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, *, "
+        "ScalarType dtype) -> ()"
+    ),
+    # sgd's step in place along clip g, but w -= lr (buf + (nudge - 1) sum_i <buf, e_i> e_i), with
+    # <buf, e_i> = along[2 i] + clip along[2 i + 1]
+    "nudge_sgd": (
+        "(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, Tensor[] grads, "
+        "Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, Tensor sq, Tensor along, *, "
+        "float max_norm, bool skip_nonfinite, ScalarType dtype) -> ()"
+    ),
 }
 
 
@@ -140,9 +162,10 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def partials_size(size: int, blocks: int) -> int:
-    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks: for any backend, two sums."""
-    return 1 + 2 * max(1, -(-size // CHUNK), blocks)
+def partials_size(size: int, blocks: int, directions: int = 0) -> int:
+    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks: for any backend, two sums, and
+    two more for each direction."""
+    return 1 + (2 + 2 * directions) * max(1, -(-size // CHUNK), blocks)
 
 
 library = torch.library.Library("sharpkern", "DEF")

@@ -62,7 +62,7 @@ def result(op: str, problem: Problem, **given: Any) -> list[Tensor]:
 
 def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
     """What an op that adds up writes beside the rows."""
-    return [arguments[name] for name in ("ema", "sq") if op_of(op) in REDUCTIONS and name in arguments]
+    return [arguments[name] for name in ("ema", "along", "sq") if op_of(op) in REDUCTIONS and name in arguments]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -91,7 +91,7 @@ def test_devices_of_any_size(op: str, multiprocessors: int, emulated: Callable[.
 def test_reductions_make_do_with_few_partials(op: str, emulated: Callable[..., None]) -> None:
     emulated(1, 100)
     problem = Problem(MIXED, torch.float32, op)
-    sums = 2 if op == "dots" else 1
+    sums = {"dots": 2, "nudge_dots": 1 + 2 * cases.DIRECTIONS}.get(op, 1)
     for size in (1 + sums, 2 + sums, 1 + 2 * sums):
         memory = torch.full((size + 8,), NAN, dtype=torch.float64)
         memory[0] = 0
@@ -150,7 +150,7 @@ def test_the_other_ops_leave_the_table_alone(op: str) -> None:
 # Steps and counters.
 
 
-@pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed"])
+@pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed", "nudge_sgd"])
 def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> None:
     """However many CTAs share it. Groups: with momentum; without, where sgd does not count; with it again."""
     for seed in range(5):
@@ -163,7 +163,7 @@ def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> 
                 arguments["sq"][0, 0] = NAN
             call(op, CPP, arguments)
             counts = [
-                float(step != 2 and spec.grad and not (op_of(op) == "sgd" and spec.group == 1))
+                float(step != 2 and spec.grad and not (op_of(op) != "adam" and spec.group == 1))
                 for spec in problem.specs
             ]
             assert (problem.step - before).tolist() == counts
@@ -209,17 +209,18 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
         problem = Problem(specs, dtype, op)
         given = {}
         for name in names:
-            moved = torch.full((problem.size + 65,), NAN, dtype=problem.buffers[name].dtype)
-            given[name] = moved[int(name == shifted) :][: problem.size].copy_(problem.buffers[name])
+            buffer = problem.buffers[name]
+            moved = torch.full((buffer.numel() + 65,), NAN, dtype=buffer.dtype)
+            given[name] = moved[int(name == shifted) :][: buffer.numel()].view_as(buffer).copy_(buffer)
             assert (given[name].data_ptr() % 16 == 0) == (name != shifted)
         got = result(op, problem, **given)
         if op in REDUCTIONS:
             # Threads then add up other elements.
-            sq = got.pop()
+            sq = torch.cat([got.pop().flatten() for _ in written(op, problem.arguments(op, CPP))])
             total = sq if total is None else total
             torch.testing.assert_close(sq, total, rtol=1e-6, atol=1e-3)
         got += [
-            given[name][slot : slot + p.numel()]
+            given[name].view(-1, problem.size)[:, slot : slot + p.numel()]
             for name in names
             for slot, p in zip(problem.slots, problem.params, strict=True)
         ]
@@ -229,7 +230,7 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
 
 def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     """Those that the call uses."""
-    names = ("backup", "gradient", "g_v", "direction", *cases.STATE.get(op_of(op), ()))
+    names = ("backup", "gradient", "g_v", "direction", "eigenvectors", *cases.STATE.get(op_of(op), ()))
     return [name for name in names if name in arguments and arguments[name].numel()]
 
 
@@ -256,6 +257,8 @@ def tail_of(op: str, dtype: torch.dtype, slot: int, first: int) -> list[Tensor]:
     memory = {name: untouched(numel, dtype) for name in ("param", "grad")}
     memory |= {name: untouched(numel + slot, problem.buffers[name].dtype) for name in flat}
     tails = {name: t[-TAIL:] for name, t in memory.items()}
+    if "eigenvectors" in memory:  # of one direction
+        memory["eigenvectors"] = memory["eigenvectors"][None]
     for tail in tails.values():
         tail.copy_(torch.rand(TAIL, generator=random) + 0.5)
     blocks = blocks_of([TAIL])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import adam, ascend, mix, norm, project, restore, sgd
+from . import adam, ascend, mix, norm, nudge, project, restore, sgd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "norm": norm.norm,
@@ -22,4 +22,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mix": mix.mix,
     "sgd": sgd.sgd,
     "adam": adam.adam,
+    "nudge_dots": nudge.nudge_dots,
+    "nudge_sgd": nudge.nudge_sgd,
 }

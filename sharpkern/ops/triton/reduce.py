@@ -35,7 +35,7 @@ def is_last(partials):
 
 
 @triton.jit
-def total(partials, n: tl.constexpr, N: tl.constexpr):
+def total(partials, n, N):
     """Sum n over all programs."""
     programs = tl.num_programs(0)
     lanes = tl.arange(0, 1024)

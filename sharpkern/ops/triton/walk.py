@@ -180,6 +180,18 @@ def walk_sums(body: tl.constexpr, addresses, at, sums, rest, args):
 
 
 @triton.jit
+def walk_with(body: tl.constexpr, addresses, at, sums, args):
+    """The same for sums of any shape, which are not as wide as the pieces."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        sums = body(Piece(i * BLOCK, None), sums, *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        sums = body(Piece(offset, before(last, offset)), sums, *args)
+    return sums
+
+
+@triton.jit
 def sum_buffers(row, n_buffers):
     """What the flat buffers have together, in their order."""
     s = tl.load(row)
