@@ -3,7 +3,7 @@
 from . import policy
 from .batch_stats import frozen_batch_stats, frozen_buffers
 from .ops import available_backends, build_info, use_backend
-from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
+from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM, NudgedSGD
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "SSSAM",
     "AELookSAM",
     "LookSAM",
+    "NudgedSGD",
     "__version__",
     "available_backends",
     "build_info",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Gradients, Look, Naive, NaiveSALR, Trigger, asam, dot, draws, every, magnitude
+from naive import Gradients, Look, Naive, NaiveNudged, NaiveSALR, Trigger, asam, dot, draws, every, magnitude
 
 import sharpkern as sk
 
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "wrapped-adagrad": (torch.optim.Adagrad, dict(lr=1e-2)),
     "wrapped-nadam": (torch.optim.NAdam, dict(lr=1e-3)),
 }
+SGD_RULES = ("sgd", "momentum", "dampening")  # what a class has that steps as SGD does
 BASES = ("momentum", "adamw", "wrapped")  # one a kind: most of the contract is held with these
 
 
@@ -52,6 +53,9 @@ class Method:
         by_hand: it has ``first_step`` and ``second_step``.
         radius: the argument that says how far the weights move between two passes.
         state: names of its own in ``opt.state[p]``.
+        sgd_only: it steps as SGD does, without nesterov, and takes no base.
+        one_pass: no step of it takes a second one.
+        prepare: what is done to the optimizer, and to its naive version, before anything else.
     """
 
     name: str
@@ -68,6 +72,9 @@ class Method:
     by_hand: bool = True
     radius: str = "rho"
     state: tuple[str, ...] = ()
+    sgd_only: bool = False
+    one_pass: bool = False
+    prepare: Callable[[Any], None] = lambda opt: None
 
     def __str__(self) -> str:
         return self.name
@@ -75,23 +82,39 @@ class Method:
     def _arguments(self, steps: int, more: dict[str, Any]) -> dict[str, Any]:
         return {**self.options, **({"total_steps": steps} if self.of_length else {}), **more}
 
-    def make(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
-        """The optimizer, for a run of so many steps. ``base``: a class, or a name in RULES."""
+    def _base(self, base: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A base class and its options, of a class or of a name in RULES."""
         if isinstance(base, str):
             base, options = RULES[base]
             more = {**options, **more}
-        return self.cls(params, base, **self._arguments(steps, more))
+        if self.sgd_only and (base is not SGD or more.get("nesterov")):
+            pytest.skip(f"{self} steps as SGD does")
+        if self.one_pass and isinstance(more.get("model"), torch.nn.Module):
+            more = {**more, "model": None}  # its buffers are what the one pass left
+        return base, more
+
+    def make(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
+        """The optimizer, for a run of so many steps. ``base``: a class, or a name in RULES."""
+        base, more = self._base(base, more)
+        opt = self.cls(params, *(() if self.sgd_only else (base,)), **self._arguments(steps, more))
+        self.prepare(opt)
+        return opt
 
     def oracle(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
         """Its naive version, of the same arguments."""
-        if isinstance(base, str):
-            base, options = RULES[base]
-            more = {**options, **more}
+        base, more = self._base(base, more)
         given = self._arguments(steps, more)
-        own = inspect.signature(self.cls.__init__).parameters
-        groups = {key: given[key] for key in ("rho", "eta", "adaptive") if key in given}
+        own = {*inspect.signature(self.cls.__init__).parameters} - {*inspect.signature(SGD).parameters}
+        groups = {key: given[key] for key in ("rho", "eta", "adaptive", "nudge") if key in given}
         rest = {key: value for key, value in given.items() if key not in own or key == "max_grad_norm"}
-        return self.oracle_cls(params, base, groups, **self.naive(given), **rest)
+        naive = self.oracle_cls(params, base, groups, **self.naive(given), **rest)
+        self.prepare(naive)
+        return naive
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether a loop by hand with two backward passes is the one for it."""
+        return self.by_hand and not self.one_pass
 
     @property
     def always(self) -> bool:
@@ -113,6 +136,20 @@ def _gsam(alpha: float) -> Any:
         return {p: x - alpha * (g.get(p, 0 * x) - along * x) for p, x in g_s.items()}
 
     return mix
+
+
+def orthonormal(params: Iterable[torch.Tensor], k: int) -> torch.Tensor:
+    """Directions ``[k, n]`` of n elements of parameters, in float64; fewer where there are fewer elements."""
+    n, generator = sum(p.numel() for p in params), torch.Generator("cpu").manual_seed(5)
+    rows = torch.randn(n, min(k, n), generator=generator, dtype=torch.float64, device="cpu")
+    return torch.linalg.qr(rows).Q.t().to(torch.get_default_device())
+
+
+def _directed(opt: Any) -> None:
+    """Nudged SGD along three directions; a parameter without memory has none."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    if params and not any(p.is_meta for p in params):
+        opt.refresh(orthonormal(params, 3))
 
 
 _ALWAYS = {"lambda_start": -9.0, "lambda_end": -9.0}
@@ -147,10 +184,14 @@ _LIST = [
         NaiveSALR,
         every={"every": 1}, calls=6, followed=(0, 1, 2, 4), by_hand=False, radius="step_size",
     ),
+    Method(
+        "nudged", sk.NudgedSGD, dict(nudge=0.1, k=4), lambda o: {}, NaiveNudged, calls=1, followed=(0,), radius="",
+        state=tuple(f"eigenvector_{i}" for i in range(4)), sgd_only=True, one_pass=True, prepare=_directed,
+    ),
 ]  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _LIST}
 
-BY_HAND = [m for m in _LIST if m.by_hand]
+BY_HAND = [m for m in _LIST if m.two_passes]
 DECIDING = [m for m in BY_HAND if not m.always]  # some steps take a second pass, and some do not
 TRIGGERED = [m for m in _LIST if m.triggered]
 LOOKING = [m for m in _LIST if "g_v" in m.state]
@@ -165,9 +206,9 @@ every_by_hand = over(BY_HAND)
 every_deciding = over(DECIDING)
 every_base = pytest.mark.parametrize("base", BASES)
 # Each class with one base rule, each rule with some class: for what has nothing to do with the rule.
+TURNS = [(m, "momentum" if m.sgd_only else base) for m, base in zip(_LIST, itertools.cycle(BASES), strict=False)]
 each_method = pytest.mark.parametrize(
-    ("method", "base"),
-    [pytest.param(m, base, id=f"{m}-{base}") for m, base in zip(_LIST, itertools.cycle(BASES), strict=False)],
+    ("method", "base"), [pytest.param(m, base, id=f"{m}-{base}") for m, base in TURNS]
 )
 
 

@@ -296,3 +296,43 @@ class NaiveSALR(Naive):
         super().descend(g, g_s)
         for group, lr in zip(self.param_groups, lrs, strict=True):
             group["lr"] = lr
+
+
+class NaiveNudged(Naive):
+    """Nudged SGD (Jastrzebski et al. 2019) by SGD's own recursion: its step is scaled along directions."""
+
+    vectors: list[Gradients] = []
+
+    def refresh(self, directions: Tensor) -> None:
+        """Of all parameters in the order of the groups, a row a direction."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        rows = [flat.split([p.numel() for p in params]) for flat in directions]
+        self.vectors = [{p: x.view(p.shape).to(p) for p, x in zip(params, row, strict=True)} for row in rows]
+
+    def step(self, closure: Callable[[], Tensor], cancel: bool = False) -> Tensor:
+        self.base.zero_grad()
+        loss = closure()
+        self.t += 1
+        self.decisions.append(False)
+        if not cancel:
+            self.descend(self.gradients())
+        return loss
+
+    @torch.no_grad()
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        n = dot(g, g)
+        if not math.isfinite(n):
+            self.skipped += 1
+            return
+        clip = min(1.0, self.max_grad_norm / (n**0.5 + 1e-6))
+        entries, v = self.entries(), {}
+        for p, _, group in entries:
+            p.grad = clip * g[p]
+            v[p] = (-p.grad if group["maximize"] else p.grad) + group["weight_decay"] * p
+        self.base.step()
+        v = {p: self.base.state[p].get("momentum_buffer") if group["momentum"] else v[p] for p, _, group in entries}
+        for e, along in [(e, dot(v, e)) for e in self.vectors]:
+            for p, _, group in entries:
+                if p in e:
+                    p.sub_(group["lr"] * (group["nudge"] - 1) * along * e[p])
+        self.round()

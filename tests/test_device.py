@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from methods import orthonormal
 from models import assert_same_bits, batches, make_closure, make_net, train, weights
 from remote import Graphs, pretend
 from torch import Tensor, nn
@@ -131,6 +132,26 @@ def test_launches_of_every_kind_of_step(
             sam = ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
             assert launches_of(ae, by_hand) == (sam if fired else plain)
             assert launches_of(ae_look, by_hand) == (refresh if fired else [*plain[:-1], "mix_kernel", plain[-1]])
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (400, 24)])
+@pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 0.1}], ids=["", "clipped"])
+def test_launches_of_nudged_sgd(count: int, groups: int, clip: dict[str, float], launched: list[str]) -> None:
+    """Whatever the number of directions; without any those of SGD."""
+    opt = sk.NudgedSGD(parameters(count, groups), lr=0.1, momentum=0.9, **clip)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for k, expected in (
+        (0, ["norm_kernel", "sgd_kernel"]),
+        *((k, ["nudge_dots_kernel", "nudge_sgd_kernel"]) for k in (1, 4)),
+    ):
+        opt.refresh(orthonormal(params, k) if k else None)
+        for closure in (None, lambda: give_gradients(opt)):
+            opt.zero_grad()
+            if closure is None:
+                give_gradients(opt)
+            launched.clear()
+            opt.step(closure)
+            assert launched == expected
 
 
 def test_launches_of_salr(launched: list[str]) -> None:

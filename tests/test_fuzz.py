@@ -25,7 +25,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from methods import METHODS, RULES
+from methods import METHODS, RULES, SGD_RULES
 from models import assert_same_bits
 from naive import Look, NaiveSALR, Trigger, always, draws, every
 from torch import Tensor, nn
@@ -190,7 +190,7 @@ def acts(draw: Any, count: int, groups: int, fused: bool) -> Act:
 @st.composite
 def scenarios(draw: Any) -> Scenario:
     method = METHODS[draw(st.sampled_from(sorted(METHODS, key="sam asam".find, reverse=True)))]
-    rule = draw(st.sampled_from(list(RULES)))
+    rule = draw(st.sampled_from([rule for rule in RULES if not method.sgd_only or rule in SGD_RULES]))
     fused, flatten = not rule.startswith("wrapped"), draw(sampled(False, False, True))
     # torch's own optimizers keep their state in half precision, and round otherwise for other strides.
     some = [f64, f64, f32, f32] + [bf16, f16] * fused

@@ -32,6 +32,7 @@ class Layout:
         groups: index of each one's parameter group.
         scaled: whether the elementwise scale T_w = abs(w) + eta applies to each one.
         flatten: move weights and gradients into flat buffers too.
+        own: names of the algorithm's state, whose flat buffers are the rows of one tensor.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Layout:
         groups: Sequence[int],
         scaled: Sequence[bool],
         flatten: bool = False,
+        own: Sequence[str] = (),
     ) -> None:
         prepare(params[0].device)
         self.params, self.names, self.groups = list(params), list(names), list(groups)
@@ -61,7 +63,8 @@ class Layout:
         self.table = Table(self.params, self.segments, self.slots, self.groups, scaled)
         blocks = blocks_of([p.numel() for p in self.params])
         self.blocks = blocks.to(self.device)
-        partials = schema.partials_size(self.size, len(blocks))
+        self._own = tuple(own)
+        partials = schema.partials_size(self.size, len(blocks), len(own))
         self.partials = torch.zeros(partials, dtype=schema.scalar_dtype(self.device), device=self.device)
         self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
         self.buffers: dict[str, Tensor] = {}
@@ -71,16 +74,26 @@ class Layout:
     # Flat buffers.
 
     def buffer(self, name: str) -> Tensor:
-        """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised."""
-        if name not in self.buffers:
+        """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised. Those of the
+        algorithm's state are made together."""
+        if name not in self.buffers and name in self._own:
+            matrix = torch.zeros(len(self._own), self.size, dtype=self.state_dtype, device=self.device)
+            self.buffers.update(zip(self._own, matrix, strict=True))
+        elif name not in self.buffers:
             make = torch.empty if name == "backup" else torch.zeros
             dtype = self.dtype if name in SCRATCH else self.state_dtype
             self.buffers[name] = make(self.size, dtype=dtype, device=self.device)
         return self.buffers[name]
 
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """[names, size]: the flat buffers of the algorithm's state of these names, the first ones that it declares."""
+        assert tuple(names) == self._own[: len(names)]
+        return self.buffer(names[0]).as_strided((len(names), self.size), (self.size, 1))
+
     def view(self, name: str, i: int) -> Tensor:
         """Parameter i's slot of the buffer ``name``, with the parameter's shape and (dense) strides."""
-        return self.buffer(name).as_strided(*self._shapes[i], self.slots[i])
+        buffer = self.buffer(name)
+        return buffer.as_strided(*self._shapes[i], buffer.storage_offset() + self.slots[i])
 
     # Where the weights are.
 

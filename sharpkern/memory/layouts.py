@@ -6,6 +6,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -160,7 +161,7 @@ class Layouts:
             scaled = [
                 self._direction.scaled(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
             ]
-            layouts.append(Layout(params, labels, indices, scaled, self.flatten))
+            layouts.append(Layout(params, labels, indices, scaled, self.flatten, self._own_state))
         for layout in layouts:
             for i, p in enumerate(layout.params):
                 if p in backups:
@@ -203,12 +204,19 @@ class Layouts:
             self._scalars[f"{name}_count"] = len(views)
         self.state_written()
 
-    def expose(self, names: tuple[Names, ...]) -> None:
+    def expose(self, names: tuple[Names, ...], trained: bool = False) -> None:
         """Every parameter with a gradient has state of these names, by its group, from this step on; of zeros at first.
 
         Tools that restore a checkpoint take what state there is from a step on zero gradients.
+
+        Args:
+            trained: every parameter that requires a gradient, outside of a step.
         """
-        found = [state.expose(self.state, names, state.layout.table.has_gradient) for state in self.states]
+
+        def touched(layout: Layout) -> list[bool]:
+            return [p.requires_grad for p in layout.params] if trained else layout.table.has_gradient()
+
+        found = [state.expose(self.state, names, partial(touched, state.layout)) for state in self.states]
         if any(found):
             self.count_own()
 

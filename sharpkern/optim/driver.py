@@ -28,6 +28,8 @@ class Driver(Checkpoints):
 
     # Whether the algorithm takes more passes than stepping by hand has.
     closure_only = False
+    # Whether it takes one pass, always: ``step()`` without a closure is then the algorithm's step.
+    one_pass = False
     # Composer's question whether ``step`` takes a closure that unscales under AMP: it hands none to other optimizers.
     _step_supports_amp_closure = True
 
@@ -35,11 +37,12 @@ class Driver(Checkpoints):
         """The algorithm. It starts with the gradients of the first pass, and yields where it needs the caller."""
         raise TypeError(f"{type(self).__name__} has no passes")
 
-    def _run(self, closure: Callable[[], Any] | None, begin: bool) -> Wish | None:
+    def _run(self, closure: Callable[[], Any] | None, begin: bool, through: bool = False) -> Wish | None:
         """Run the algorithm: with a closure to its end, without to where it needs the caller.
 
         Args:
             begin: a new step, with the gradients that are there.
+            through: without a closure to its end, too: it takes one pass.
 
         Returns:
             What it needs; None at its end.
@@ -52,7 +55,8 @@ class Driver(Checkpoints):
                         step.refresh()
                         step.collect()
                     if begin:
-                        step.warn_without_gradients(NO_GRADIENT[closure is not None])
+                        if not through:
+                            step.warn_without_gradients(NO_GRADIENT[closure is not None])
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -66,14 +70,14 @@ class Driver(Checkpoints):
                         step.freeze()
                     else:
                         step.count_plain()
-                    if wish is AGAIN or closure is None:
+                    if wish is AGAIN or (closure is None and not through):
                         step.release()
-                if closure is None:
+                if closure is None and not (through and wish is AS_IS):
                     if wish is AS_IS:
                         step.watch()
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None
-                if collect:
+                if collect and closure is not None:
                     step.reset_gradients()
                     result = self._evaluate(closure)
                     # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
@@ -160,7 +164,8 @@ class Driver(Checkpoints):
 
         Without a closure and without a ``first_step`` before it, this is a plain step of the base optimizer: no
         policy and no statistic sees it. ``stats["base_steps"]`` counts it, and a warning says so once; a step with a
-        learning rate of 0 on zero gradients, by which tools make an optimizer's state, does neither.
+        learning rate of 0 on zero gradients, by which tools make an optimizer's state, does neither. Of an algorithm
+        that takes one pass it is the step.
 
         Raises:
             RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two.
@@ -184,6 +189,8 @@ class Driver(Checkpoints):
             step.reset_gradients()
             step.loss = loss = self._evaluate(closure)
             self._run(closure, begin=True)
+        elif self.one_pass:
+            self._run(None, begin=True, through=True)
         else:
             with torch.no_grad():
                 try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
+from ..memory.state import Names
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
 from ..rules import FusedRule, Rule
@@ -151,6 +152,25 @@ class Measurements(Gradients):
             self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
         self.scalars.share(into)
         self.layouts.count_own()
+
+    def products_along(self, directions: Names, products: Names, rows: list[list[float | Tensor]]) -> None:
+        r"""The sums ``first`` :math:`= \|g\|_2^2` and ``products``, of SGD's next momentum buffer with each of the
+        directions: two each, of what does not depend on the gradient and of what it adds before clipping.
+
+        Args:
+            rows: the groups' numbers, ``schema.NUDGED``.
+        """
+        for i, (layout, state) in enumerate(zip(self.layouts, self.layouts.states, strict=True)):
+            sq = self.scalars.row("first", layout.device)[i]
+            along = self.scalars.rows(products[0], products[-1], layout.device)[:, i]
+            values = self._group_table("nudged", rows, layout.device)
+            params, grads, *walk = layout.walk
+            momentum = layout.buffers.get("momentum_buffer", layout.empty)
+            head = (sq, along, layout.partials, params, grads, momentum, state.step, layout.rows(directions))
+            ops.nudge_dots.default(*head, *walk, values, dtype=layout.dtype)
+        for name in ("first", *products):
+            self.scalars.share(name)
+        self._measured, self._plain = "first", True
 
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""

@@ -14,8 +14,10 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..batch_stats import Buffers
+from ..memory.state import Names
 from ..rules import FusedRule, WrappedRule
 from .measure import Measurements, ops
 
@@ -131,7 +133,7 @@ class Step(Measurements):
         groups, lr_scale = self.layouts.param_groups, self._lr_scale()
         scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
         rows = [rule.values(group) for group in scaled]
-        self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups))
+        self.expose()
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
             sums = self.scalars.rows(first, last, layout.device)
             rule.step(
@@ -148,6 +150,13 @@ class Step(Measurements):
             layout.written()
         self.layouts.away = False
 
+    def expose(self, trained: bool = False) -> None:
+        """Put state of rule and algorithm where it belongs: of parameters with a gradient, or of all trained ones."""
+        rule, groups = self.rule, self.layouts.param_groups
+        assert isinstance(rule, FusedRule)
+        self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups), trained)
+        self.layouts.state_written()
+
     def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None) -> None:
         self.back()
         sums = {device: self.scalars.rows(first, last, device).sum(-1) for device in self.layouts.devices}
@@ -160,6 +169,32 @@ class Step(Measurements):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
         coefficients = self.scalars.coefficients if self._mixed else {}
         rule.step(self.layouts, self.state_names, direction, coefficients, clip, self._lr_scale())
+
+    def nudge(self, directions: Names, products: Names) -> None:
+        """SGD's step, whose part along orthonormal directions is scaled by the groups' ``nudge``. Nothing is written
+        before all gradients and products are known.
+
+        Args:
+            directions: names of the algorithm's state, from its first one on.
+            products: the sums of their products with the next momentum buffer, two each.
+        """
+        self.count_plain()
+        groups, rule = self.layouts.param_groups, self.rule
+        assert isinstance(rule, FusedRule)
+        self.expose()
+        rows: list[list[float | Tensor]] = [[*rule.values(group), float(group["nudge"])] for group in groups]
+        self.products_along(directions, products, rows)
+        numbers = {"max_norm": self.settings.max_norm, "skip_nonfinite": self.settings.skip_nonfinite}
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            params, grads, *walk = layout.walk
+            head = (params, layout.buffers.get("momentum_buffer", layout.empty), state.step)
+            values = self._group_table("nudged", rows, layout.device)
+            sq = self.scalars.rows("first", "first", layout.device)
+            along = self.scalars.rows(products[0], products[-1], layout.device)
+            rest = (self._counters_for(layout), grads, layout.rows(directions), *walk, values, sq, along)
+            ops.nudge_sgd.default(*head, *rest, **numbers, dtype=layout.dtype)
+            layout.written()
+        self.layouts.state_written()
 
     def skip(self) -> None:
         """Take no step, and count that."""

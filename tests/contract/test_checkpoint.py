@@ -214,7 +214,7 @@ def test_a_plain_torch_state_dict_loads_and_goes_back(method: Method, rule: str)
                 o.step()
 
     plain_steps([(twin, own)], data[:4])
-    more = {"rho": 0.07} if method.by_hand else {}
+    more = {"rho": 0.07} if method.radius == "rho" else {}
     opt = method.make(model.named_parameters(), rule, **{**more, "lr": 1.0})
     model.load_state_dict(twin.state_dict())
     opt.load_state_dict(own.state_dict())
@@ -572,6 +572,8 @@ def test_clearing_the_state_by_hand_starts_afresh(method: Method, base: str) -> 
     twin.load_state_dict(model.state_dict())
     fresh = method.make(twin.named_parameters(), base, **method.every)
     opt.state.clear()
+    if method.one_pass:
+        fresh.refresh(None)  # directions are state
     if not method.by_hand:  # its median is no state of a parameter
         fresh.load_state_dict({**fresh.state_dict(), "sharpkern": opt.state_dict()["sharpkern"]})
     train(model, opt, data[2:])
