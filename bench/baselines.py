@@ -114,6 +114,17 @@ class Loop:
         return n >= self.mean + deviations * math.sqrt(self.var)
 
     @torch.no_grad()
+    def nudged(self, closure: Closure, directions: Sequence[Sequence[Tensor]], nudge: float) -> None:
+        """SGD's step, then what is to be scaled of it along each direction."""
+        closure()
+        self.base_optimizer.step()
+        buffers = [self.base_optimizer.state[p]["momentum_buffer"] for p in self.params]
+        for direction in directions:
+            along = sum((v * e).sum() for v, e in zip(buffers, direction, strict=True))
+            for p, e in zip(self.params, direction, strict=True):
+                p.sub_(LR * (nudge - 1) * along * e)
+
+    @torch.no_grad()
     def salr(self, closure: Closure, every: int) -> None:
         """SALR, which measures the sharpness in every so many steps."""
         closure()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import sharpkern as sk
@@ -101,6 +102,7 @@ class Kind:
     own: Mapping[str, Any]  # its arguments
     loop: Mapping[str, Any]  # those of ``Loop.step``, for SALR of ``Loop.salr``
     bytes: int  # a parameter, with SGD-momentum
+    bases: tuple[Base, ...] = ("sgd", "adamw")
 
     def bytes_per_param(self, base: Base) -> int:
         return self.bytes + _FUSED[base] - _FUSED["sgd"]
@@ -113,6 +115,31 @@ class Kind:
     def theirs(self, params: Sequence[Tensor], base: Base, closure: baselines.Closure) -> Callable[[], object]:
         loop = Loop(params, "sam", base)
         return partial(loop.salr if self.cls is sk.SALR else loop.step, closure, **self.loop)
+
+
+class Nudged(Kind):
+    """Along directions: here the elements of every parameter in turn, which are orthonormal."""
+
+    def directions(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
+        k = self.own["k"]
+        rows = [[torch.zeros_like(p).detach() for p in params] for _ in range(k)]
+        for i, row in enumerate(rows):
+            for e in row:
+                e.view(-1)[i::k] = 1
+            length = torch.stack([e.norm() for e in row]).norm()
+            for e in row:
+                e /= length
+        return rows
+
+    def ours(self, params: Sequence[Tensor], base: Base, closure: baselines.Closure) -> Callable[[], object]:
+        optimizer = self.cls(params, **BASES[base][1], **self.own)
+        optimizer.refresh(self.directions(params))
+        optimizer.zero_grad()
+        return partial(optimizer.step, closure)
+
+    def theirs(self, params: Sequence[Tensor], base: Base, closure: baselines.Closure) -> Callable[[], object]:
+        loop = Loop(params, "sam", base)
+        return partial(loop.nudged, closure, self.directions(params), self.own["nudge"])
 
 
 def _adaptive(trigger: float) -> dict[str, Any]:
@@ -148,4 +175,6 @@ KINDS: dict[str, Kind] = {
     "SALR, plain": Kind(sk.SALR, _salr(NEVER_AGAIN), {"every": NEVER_AGAIN}, 24),
     # Nine norms 36, a copy of the gradient 8, the first move 16, nine others 12 apiece, two restores 16.
     "SALR, measuring": Kind(sk.SALR, _salr(1), {"every": 1}, 204),
+    # w, g, m 12 and e 20 in both launches, w and m 8 in the second.
+    "nudged SGD": Nudged(sk.NudgedSGD, {"k": 5, "nudge": 0.1}, {}, 72, ("sgd",)),
 }

@@ -44,8 +44,12 @@ WIDE = 16  # bytes
 ARRAYS: dict[str, tuple[set[str], set[str]]] = {
     "norm": ({"grads"}, set()),
     "norm_scaled": ({"params", "grads"}, set()),
+    "norm_max": ({"grads"}, set()),
+    "norm_p": ({"grads"}, set()),
+    "ascend_p": ({"params", "grads"}, {"params", "backup"}),
     "dots": ({"gradient", "grads"}, set()),
     "project": ({"gradient", "grads"}, {"g_v"}),
+    "combine": ({"grads", "x", "v"}, {"out"}),
     "ascend": ({"params", "grads"}, {"params", "backup", "gradient"}),
     "ascend_scaled": ({"params", "grads"}, {"params", "backup"}),
     "restore": ({"backup"}, {"params"}),
@@ -55,6 +59,8 @@ ARRAYS: dict[str, tuple[set[str], set[str]]] = {
         {"params", "grads", "direction", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
         {"params", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     ),
+    "nudge_dots": ({"params", "grads", "momentum_buffer", "eigenvectors"}, set()),
+    "nudge_sgd": ({"params", "grads", "momentum_buffer", "eigenvectors"}, {"params", "momentum_buffer"}),
 }
 # Those in the dtype of the parameters; the others are state.
 OF_PARAMETERS = {"params", "grads", "backup", "gradient"}
@@ -68,6 +74,7 @@ class Case(NamedTuple):
     without: tuple[str, ...] = ()
     narrow: bool = False  # the direction has the dtype of the parameters, not that of the state
     in_sam: bool = True
+    exponent: float = 0.5  # of ascend_p
 
     def accesses(self, *, beside_state: bool = False) -> tuple[int, int]:
         """How many wide loads, and stores, its kernel has at least: of state alone, where there is some and the
@@ -83,8 +90,15 @@ CASES = {
     "norm, statistics, two buffers": Case("norm", in_sam=False),
     "norm_scaled": Case("norm_scaled", ("ema",)),
     "norm_scaled, statistics": Case("norm_scaled"),
+    "norm_max": Case("norm_max", ("ema",)),
+    "norm_max, statistics": Case("norm_max"),
+    "norm_p": Case("norm_p"),
+    "ascend_p": Case("ascend_p"),
+    "ascend_p, the sign": Case("ascend_p", exponent=0.0),
     "dots": Case("dots"),
     "project": Case("project"),
+    "combine": Case("combine", ("x",)),
+    "combine, flat": Case("combine", ("grads",)),
     "ascend": Case("ascend", ("gradient",)),
     "ascend, gradient kept": Case("ascend"),
     "ascend, in place": Case("ascend", ("backup", "gradient")),
@@ -94,6 +108,11 @@ CASES = {
     "restore": Case("restore"),
     "mix": Case("mix"),
     "mix, two buffers": Case("mix", in_sam=False),
+    "nudge_dots": Case("nudge_dots"),
+    "nudge_dots, no momentum_buffer": Case("nudge_dots", ("momentum_buffer",)),
+    "nudge_sgd": Case("nudge_sgd"),
+    "nudge_sgd, no momentum_buffer": Case("nudge_sgd", ("momentum_buffer",)),
+    "nudge_sgd, two buffers": Case("nudge_sgd", in_sam=False),
 }
 # Of the rules: with which direction v, without which state, where. In place nothing is copied from a backup: no wide
 # copy can hide a narrow update.
@@ -111,8 +130,13 @@ for _op, _optional in (("sgd", "momentum_buffer"), ("adam", "max_exp_avg_sq")):
 CUDA = {
     "norm<false>": Case("norm"),
     "norm<true>": Case("norm_scaled"),
+    "norm_max": Case("norm_max"),
+    "norm_p": Case("norm_p"),
+    "ascend_p<false>": Case("ascend_p"),
+    "ascend_p<true>": Case("ascend_p", exponent=0.0),
     "dots": Case("dots"),
     "project": Case("project"),
+    "combine": Case("combine", ("x",)),
     "ascend<false, true, false>": Case("ascend", ("gradient",)),
     "ascend<false, true, true>": Case("ascend"),
     "ascend<false, false, false>": Case("ascend", ("backup", "gradient")),
@@ -124,6 +148,8 @@ CUDA = {
     "sgd": Case("sgd"),
     "adam<void>": Case("adam", ("direction",)),
     "adam": Case("adam"),
+    "nudge_dots": Case("nudge_dots"),
+    "nudge_sgd": Case("nudge_sgd"),
 }
 
 
@@ -245,9 +271,10 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
 
     from sharpkern.ops import schema
 
-    rows, state, doubles = 3, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
+    rows, directions, state, doubles = 3, 5, schema.state_dtype(dtype), partial(torch.zeros, dtype=torch.float64)
     squares = doubles((1 if case.op.startswith("ascend") else 2, 1) if case.in_sam else (1, 2))
-    written = {"norm": squares[-1], "norm_scaled": squares[-1], "dots": doubles(2), "project": squares[0, 0]}
+    written = dict.fromkeys(("norm", "norm_scaled", "norm_max"), squares[-1])
+    written |= dict.fromkeys(("norm_p", "project", "combine", "nudge_dots"), squares[0, 0]) | {"dots": doubles(2)}
     table = torch.zeros(schema.COLUMNS, rows, dtype=torch.int64).t()  # as on a device: column after column
     known = {
         "table": table if case.in_sam else table.contiguous(),
@@ -256,12 +283,16 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
         "direction": torch.zeros(schema.BLOCK, dtype=dtype if case.narrow else state),
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
-        "partials": doubles(schema.partials_size(schema.BLOCK, rows)),
-        "values": doubles(1, len(getattr(schema, case.op.upper(), ()))),
+        "partials": doubles(schema.partials_size(schema.BLOCK, rows, directions)),
+        "values": doubles(1, len(getattr(schema, case.op.upper(), schema.NUDGED))),
+        "eigenvectors": torch.zeros(directions, schema.BLOCK, dtype=state),
+        "along": doubles(2 * directions, *([] if case.op == "nudge_dots" else [squares.size(1)])),
         **{name: doubles(*n) for name, n in {"radius": (1, 2), "products": (3, 1), "coefficients": (2,)}.items()},
         "ema": doubles(len(schema.EMA)),
         "sq": written.get(case.op, squares),
-        "numerator": squares[0],
+        **dict.fromkeys(("numerator", "largest", "powers"), squares[0]),
+        "exponent": case.exponent,
+        "checks": squares,
         "denominator": squares[-1],
         "dtype": dtype,
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sharpkern as sk
 from sharpkern.memory.layout import Layout as Memory
+from sharpkern.ops import schema
 from sharpkern.rules import make_rule
 
 from .baselines import ALPHA, BASES, DECAY, ETA, PERTURB_EPS
@@ -26,8 +27,11 @@ from .models import Shape, count
 
 # The radius of timed calls: with a real one, hundreds of ascents in a row would run away to infinity.
 STILL = 1e-9
+# q of the ball of p = 3.
+Q = 1.5
 # Written by ops as they like.
 SCRATCH = ("partials", "table", "counters")
+DIRECTIONS = 5  # that nudged SGD has
 
 
 class Layout:
@@ -41,21 +45,30 @@ class Layout:
             p.grad = torch.empty_like(p).normal_(0, 0.01, generator=generator)
         n = len(self.params)
         self.memory = memory = Memory(self.params, [f"parameter {i}" for i in range(n)], [0] * n, [True] * n)
+        memory.partials = torch.zeros(
+            schema.partials_size(memory.size, len(memory.blocks), DIRECTIONS), dtype=torch.float64, device=device
+        )
         memory.collect(lambda name, grad: RuntimeError(f"the gradient of {name} cannot be used"))
         scalars = partial(torch.tensor, dtype=torch.float64, device=device)
         self.radius = scalars([[STILL, ETA]])
         # Squared: of the first gradient, of the last one, their product, of g_v; one buffer.
         self.norms = norms = torch.zeros(4, 1, dtype=torch.float64, device=device)
-        self.sq = {"norm": norms[0], "norm_scaled": norms[0], "dots": norms[1:3, 0], "project": norms[3, 0],
-                   "ascend": norms[:1], "ascend_scaled": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
+        self.sq = {"norm": norms[0], "norm_scaled": norms[0], "norm_max": norms[0], "norm_p": norms[3, 0],
+                   "dots": norms[1:3, 0], "project": norms[3, 0], "combine": norms[3, 0], "ascend": norms[:1],
+                   "ascend_scaled": norms[:1], "ascend_p": norms[:1], "sgd": norms[:2], "adam": norms[:2]}  # fmt: skip
+        self.sq |= {"nudge_dots": norms[1, 0], "nudge_sgd": norms[:2]}
         self.values: dict[str, Tensor] = {}
         for op, (cls, options) in zip(("sgd", "adam"), BASES.values(), strict=True):
             rule = make_rule(cls, options, (), "")
             self.values[op] = scalars([rule.values(rule.defaults)])  # type: ignore[union-attr]
+        sgd = self.values["sgd"]
+        self.values["nudge_dots"] = self.values["nudge_sgd"] = torch.cat([sgd, sgd.new_full((1, 1), 0.1)], 1)
         self.named: dict[str, Any] = {
             "partials": memory.partials, "step": torch.zeros(n, device=device), "max_exp_avg_sq": memory.empty,
             "counters": torch.zeros(3, dtype=torch.int64, device=device), "ema": scalars([0.0, 1e-10, 0.0, 0.0]),
             "radius": self.radius, "products": norms[:3], "coefficients": scalars([1.0, ALPHA]),
+            "largest": torch.stack([p.grad.abs().max() for p in self.params]).max().double()[None],
+            "powers": scalars([float(sum(p.numel() for p in self.params))]), "q": Q, "exponent": Q - 1,
             "eps": PERTURB_EPS, "skip_nonfinite": True, "max_norm": math.inf, "buffer": 0,
             "decay": DECAY, "coefficient": 1.0, "dtype": dtype,
         }  # fmt: skip
@@ -63,8 +76,12 @@ class Layout:
             self.named[name] = memory.buffer(name).normal_(0, spread, generator=generator)
         for name in ("momentum_buffer", "exp_avg_sq"):
             self.named[name] = memory.buffer(name).uniform_(1e-5, 1e-4, generator=generator)
+        self.named["eigenvectors"] = memory.buffer("g_v").new_empty(DIRECTIONS, memory.size)
+        self.named["eigenvectors"].normal_(0, memory.size**-0.5, generator=generator)
+        self.along = torch.zeros(2 * DIRECTIONS, 1, dtype=torch.float64, device=device)
         self.named["exp_avg"] = self.named["momentum_buffer"]  # no op has both
-        self.named["direction"] = self.named["g_v"]  # nor these
+        self.named["direction"] = self.named["v"] = self.named["g_v"]  # nor these
+        self.named |= {"out": memory.buffer("direction").zero_(), "x": memory.empty, "checks": norms[:2]}
         for row in norms:
             self.sq["norm"] = row
             self.bind("norm", without=("ema",))[0]()
@@ -78,6 +95,7 @@ class Layout:
         walk = dict(zip(("params", "grads", "table", "blocks"), self.memory.walk, strict=True))
         known = {**self.named, **dict.fromkeys(without, self.memory.empty), **walk}
         known |= {"sq": self.sq.get(op), "values": self.values.get(op)}
+        known["along"] = self.along[:, 0] if op == "nudge_dots" else self.along
         call = getattr(torch.ops.sharpkern, op).default
         arguments = call._schema.arguments
         by_name = {a.name: known[a.name] for a in arguments if a.kwarg_only}
@@ -109,12 +127,18 @@ KERNELS: dict[str, Kernel] = {
     "adam": Kernel("adam", 3, 4, ("direction", "coefficients")),  # backup, g, m, v -> w, m, v
     "norm, statistics": Kernel("norm", 1),  # g
     "ascend, in place": Kernel("ascend", 3, without=("backup", "gradient")),  # w, g -> w
+    "norm_max": Kernel("norm_max", 1, without=("ema",)),  # g
+    "norm_p": Kernel("norm_p", 1),
+    "ascend_p": Kernel("ascend_p", 4),  # w, g -> w, backup
     "dots": Kernel("dots", 2),  # gradient, g
     "project": Kernel("project", 2, 1),  # gradient, g -> g_v
     "sgd, mixed": Kernel("sgd", 3, 3),  # backup, g, g_v, m -> w, m
     "adam, mixed": Kernel("adam", 3, 5),
+    "nudge_dots": Kernel("nudge_dots", 2, 1 + DIRECTIONS),  # w, g, m, e
+    "nudge_sgd": Kernel("nudge_sgd", 3, 2 + DIRECTIONS),  # w, g, m, e -> w, m
     # w, g -> w, backup, gradient. The last one: dots and project want another gradient than this pass's.
     "ascend, gradient kept": Kernel("ascend", 5),
+    "combine": Kernel("combine", 1, 2, without=("x",)),  # g, v -> out
 }
 
 

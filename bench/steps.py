@@ -170,6 +170,8 @@ def kinds(run: Run) -> Iterator[Case]:
         if _may_run(run, shape, "sam", base):
             problem = cache(partial(Problem, run.plan.steps[shape], "sam", base, run.machine))
             for method, kind in KINDS.items():
+                if base not in kind.bases:
+                    continue
                 labels = {"kind": "kind", "shape": shape, "method": method, "base": base, "contender": OURS}
                 params, size = count(run.plan.steps[shape]), kind.bytes_per_param(base)
                 yield Case(labels, params, size, partial(prepare, problem, method))

@@ -34,14 +34,18 @@ constexpr int64_t kChunk = 16384;
 struct Row {
   int64_t param;   // address of the weights
   int64_t grad;    // address of the gradient, 0 when there is none in this pass
+  int64_t scale;   // which T_w, see below
   int64_t backup;  // nonzero: the flat backup, not the parameter, holds the weights
   int64_t slot;    // first element in every flat buffer
   int64_t numel;
   int64_t group;   // row of the group tables
-  int64_t scaled;  // 1: T_w = |w| + eta; 0: T_w = 1
   int64_t ticket;  // scratch of device kernels
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
+
+// Values of Row::scale; schema.py names them, too.
+constexpr int64_t kMagnitude = 1;  // T_w = |w| + eta; else T_w = 1
+constexpr int64_t kLeftOut = 2;    // T_w = 0: neither read, nor moved, nor kept
 
 template <class T>
 struct Arithmetic {
@@ -253,17 +257,22 @@ struct Mixture {
   }
 };
 
+// [a, b] of a x + b v.
+inline const double* two_coefficients(const Tensor& coefficients) {
+  STD_TORCH_CHECK(
+      coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous() &&
+          coefficients.numel() == 2,
+      "sharpkern: coefficients should be two contiguous float64 elements");
+  return static_cast<const double*>(coefficients.const_data_ptr());
+}
+
 // The coefficients of a rule's gradient on their way to it: [a, b], or null for 1 and 0.
 inline const double* direction_coefficients(const Tensor& coefficients, const Tensor& direction) {
   if (coefficients.numel() == 0) {
     STD_TORCH_CHECK(direction.numel() == 0, "sharpkern: coefficients should be there for a direction");
     return nullptr;
   }
-  STD_TORCH_CHECK(
-      coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous() &&
-          coefficients.numel() == 2,
-      "sharpkern: coefficients should be two contiguous float64 elements");
-  return static_cast<const double*>(coefficients.const_data_ptr());
+  return two_coefficients(coefficients);
 }
 
 // The squared norms of the passes of a step: one row a pass, one column a flat buffer.
@@ -272,7 +281,8 @@ struct Norms {
   double last = 0;     // the norm of the last pass
 
   // In braces arguments are evaluated in order: the check comes first.
-  explicit Norms(const Tensor& sq) : Norms{checked(sq), sq.size(0), sq.size(1)} {}
+  explicit Norms(const Tensor& sq, const char* name = "sq")
+      : Norms{checked(sq, name), sq.size(0), sq.size(1)} {}
 
   SK_INLINE Norms(const double* sq, int64_t passes, int64_t buffers) {
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -282,7 +292,7 @@ struct Norms {
     }
   }
 
-  static const double* checked(const Tensor& sq) { return matrix(sq, 0, "sq"); }
+  static const double* checked(const Tensor& sq, const char* name = "sq") { return matrix(sq, 0, name); }
 };
 
 // LookSAM's projection, from the products g.g, g_s.g_s and g.g_s: a row each, one column a flat buffer.
@@ -301,6 +311,39 @@ struct Projection {
          std::isfinite(along);
   }
 };
+
+// A matrix of directions on its way to a kernel: a row each, as long as a flat buffer.
+template <class A>
+struct Directions {
+  const A* data;
+  int64_t count;
+  int64_t size;  // elements from one to the next
+
+  Directions(const Tensor& t, ScalarType dtype, int64_t extent)
+      : data(buffer<A>(t, dtype, 0, "eigenvectors")), count(0), size(0) {
+    STD_TORCH_CHECK(
+        t.dim() == 2 && 1 <= t.size(0) && t.size(0) <= kMostDirections && t.size(1) >= extent,
+        "sharpkern: eigenvectors should be 1 to ", int64_t{kMostDirections}, " rows of at least ", extent,
+        " elements");
+    count = t.size(0);
+    size = t.size(1);
+  }
+
+  SK_INLINE const A* row(int64_t k) const { return data + k * size; }
+};
+
+// Where the sums of nudge_dots go: two a direction, of any stride.
+inline void check_along(const Tensor& along, int64_t directions) {
+  STD_TORCH_CHECK(
+      along.scalar_type() == ScalarType::Double && along.dim() == 1 && along.numel() == 2 * directions,
+      "sharpkern: along should be ", 2 * directions, " float64 elements");
+}
+
+// <buf, e_k> of the next momentum buffer, from the sums of nudge_dots: [2 k, buffers].
+SK_INLINE double product_along(const double* along, int64_t buffers, int64_t k, double clip) {
+  const double* kept = along + 2 * k * buffers;
+  return sum_of_buffers(kept, buffers) + clip * sum_of_buffers(kept + buffers, buffers);
+}
 
 // torch.nn.utils.clip_grad_norm_'s factor.
 SK_INLINE double clip_factor(double norm, double max_norm) {

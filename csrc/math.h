@@ -60,8 +60,8 @@ SK_INLINE double on_line(double constant, double slope, double q) {
   return slope == 0 ? constant : constant + slope * q;
 }
 
-// The direction of a base rule before clipping: a g + b v. Written so that with a = 1 a fused multiply-add
-// takes b v, and a g is exact.
+// The direction of a base rule before clipping, or a running average: a g + b v. Written so that with a = 1 a
+// fused multiply-add takes b v, and a g is exact.
 template <class A>
 SK_INLINE A combined(A g, A v, A a, A b) {
   return b * v + a * g;
@@ -139,6 +139,35 @@ SK_INLINE A sgd_momentum(A w, A g, A& buffer, const SgdCoefficients<A>& c) {
 template <class A>
 SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
   return w - c.lr * (c.gradient * g + c.weight_decay * w);
+}
+
+// Directions that SGD is nudged along, at most; schema.py has its twin.
+constexpr int kMostDirections = 8;
+
+// Columns of a group's values, SGD's first; schema.py names them.
+enum NudgeValue : int64_t { kNudge = kSgdValues, kNudgeValues };
+
+// SGD's, of the factor of the gradient; without momentum every step is like a first one.
+template <class A>
+SK_INLINE SgdCoefficients<A> nudge_coefficients(const double* v, bool first, double scale) {
+  return sgd_coefficients<A>(v, first || v[kSgdMomentum] == 0, scale);
+}
+
+// The next momentum buffer without what the gradient adds, and that.
+template <class A>
+SK_INLINE A sgd_kept(A w, A buffer, const SgdCoefficients<A>& c) {
+  return c.momentum * buffer + c.intake * (c.weight_decay * w);
+}
+template <class A>
+SK_INLINE A sgd_pulled(A g, const SgdCoefficients<A>& c) {
+  return c.intake * (c.gradient * g);
+}
+
+// buf = momentum buf + intake (c g + weight_decay w);  w - lr (buf + correction)
+template <class A>
+SK_INLINE A nudge_sgd(A w, A g, A& buffer, A correction, const SgdCoefficients<A>& c) {
+  buffer = c.momentum * buffer + c.intake * (c.gradient * g + c.weight_decay * w);
+  return w - c.lr * (buffer + correction);
 }
 
 template <class A>

@@ -2,25 +2,50 @@
 
 from . import policy
 from .batch_stats import frozen_batch_stats, frozen_buffers
+from .direction import norm_layers
 from .ops import available_backends, build_info, use_backend
-from .optim import AESAM, ASAM, GSAM, SALR, SAM, SSSAM, AELookSAM, LookSAM
+from .optim import (
+    AESAM,
+    ASAM,
+    ESAM,
+    GSAM,
+    SALR,
+    SAM,
+    SSSAM,
+    WSAM,
+    AELookSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    NudgedSGD,
+    StableSAM,
+    VaSSO,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AESAM",
     "ASAM",
+    "ESAM",
     "GSAM",
     "SALR",
     "SAM",
     "SSSAM",
+    "WSAM",
     "AELookSAM",
+    "FriendlySAM",
     "LookSAM",
+    "MomentumSAM",
+    "NudgedSGD",
+    "StableSAM",
+    "VaSSO",
     "__version__",
     "available_backends",
     "build_info",
     "frozen_batch_stats",
     "frozen_buffers",
+    "norm_layers",
     "policy",
     "use_backend",
 ]

@@ -57,6 +57,7 @@ class Spec:
     grad: bool = True
     group: int = 0
     scaled: bool = True
+    left_out: bool = False
     backed: bool = True
 
 
@@ -68,12 +69,17 @@ TAILS = [*range(1, 10), 255, 256, 257, 511, 512, 513, *range(2046, 2051), 4095, 
 
 LAYOUTS: dict[str, list[Spec]] = {
     "chunk": [Spec((16384,))],  # exactly
-    "lengths": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(LENGTHS)],
+    "lengths": [
+        Spec((n,), group=i % 3, scaled=i % 2 == 0, left_out=i % 5 == 3, backed=i % 4 != 1)
+        for i, n in enumerate(LENGTHS)
+    ],
     "unaligned": [
         Spec((n,), offset=1 + 2 * (i % 3), backed=i % 3 != 0)
         for i, n in enumerate([1, 2, 15, 63, 64, 65, 127, 2049, 4100, 10001])
     ],
-    "tails": [Spec((n,), group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1) for i, n in enumerate(TAILS)],
+    "tails": [
+        Spec((n,), group=i % 3, scaled=i % 2 == 0, left_out=i % 5 == 3, backed=i % 4 != 1) for i, n in enumerate(TAILS)
+    ],
     "many": [
         Spec((1 + 7 * i % 50,), offset=i % 3, grad=i % 7 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 5 != 2)
         for i in range(60)
@@ -87,7 +93,9 @@ LAYOUTS: dict[str, list[Spec]] = {
         Spec((37, 91), "transposed", offset=1, group=1),
         Spec((2100,), grad=False, backed=False),
         Spec((3, 0, 2), backed=False),
+        Spec((2, 5, 3, 7), "channels_last", left_out=True),
         Spec((1, 16, 1, 1), "channels_last", backed=False),
+        Spec((2049,), left_out=True, backed=False),
         Spec((5,), offset=1),
         Spec((), group=2, backed=False),
         Spec((2100,), grad=False, group=1),
@@ -106,7 +114,7 @@ def big(dtype: torch.dtype) -> list[Spec]:
     rest = n - sum(parts)
     return [
         Spec((parts[0],), group=0),
-        Spec((parts[1],), offset=1, group=1),
+        Spec((parts[1],), offset=1, group=1, left_out=True),
         Spec((parts[2],), offset=3, group=2),  # unaligned weights
         Spec((parts[3],), backed=False),
         Spec((parts[4],), group=1, scaled=False, backed=False),
@@ -172,12 +180,22 @@ VALUES = {
     "sgd": [SGD_OPTIONS[name] for name in ("everything", "weight_decay", "dampened_weight_decay")],
     "adam": [ADAM_OPTIONS[name] for name in ("everything", "everything_decoupled", "betas")],
 }
+VALUES["nudge_sgd"] = VALUES["nudge_dots"] = [
+    SGD_OPTIONS[name] | {"nudge": nudge}
+    for name, nudge in (("dampened_weight_decay", 0.1), ("maximize_weight_decay", 3.0), ("momentum", 1.0))
+]
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+STATE["nudge_sgd"] = STATE["nudge_dots"] = STATE["sgd"]
+NUDGES = ("nudge_dots", "nudge_sgd")
+DIRECTIONS = 3  # eigenvectors of a problem
 
 # An op called with other ones of its optional arguments than by default: none beside the backup and the state.
 VARIANTS = [
     "norm-ema",
     "norm_scaled-ema",
+    "norm_max-ema",
+    # p = inf.
+    "ascend_p-sign",
     "ascend-keeping_g",
     "ascend-in_place",
     "ascend-in_place-keeping_g",
@@ -188,7 +206,14 @@ VARIANTS = [
     "adam-mixed",
     "adam-mixed-own_dtype",
     "adam-scaled",
+    # x a flat buffer; out the buffer v itself.
+    "combine-flat",
+    "combine-in_place",
 ]
+
+
+# Those that write the squared norm of one flat buffer, and keep statistics of it.
+NORM_OPS = ("norm", "norm_scaled", "norm_max")
 
 
 def op_of(variant: str) -> str:
@@ -197,7 +222,7 @@ def op_of(variant: str) -> str:
 
 def table_of(op: str, options: list[dict[str, float]]) -> Tensor:
     """The argument ``values`` of a rule."""
-    columns = {"sgd": schema.SGD, "adam": schema.ADAM}[op]
+    columns = {"sgd": schema.SGD, "adam": schema.ADAM}.get(op, schema.NUDGED)
     return torch.tensor([[group[column] for column in columns] for group in options], dtype=torch.float64)
 
 
@@ -294,9 +319,18 @@ class Problem:
             self._buffer("gradient", self._where_backed())
         if op in (None, "project"):
             self._buffer("g_v", [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
-        if op in (None, *STATE):
+        if op in (None, "combine"):
+            for name in ("out", "x", "v"):
+                self._buffer(name, [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs])
+            for row, spec in zip(self.slots_of["x"], specs, strict=True):
+                if not spec.backed:
+                    row.fill_(NAN)
+        if op in (None, "sgd", "adam"):
             v = dtype if own_dtype else self.state_dtype
             self._buffer("direction", [self._fresh(spec, v, 0.1, 1.0) for spec in specs])
+        if op in (None, *NUDGES):
+            count = range(DIRECTIONS)
+            self._buffer("eigenvectors", [self._fresh(s, self.state_dtype, 0.1, 1.0) for _ in count for s in specs])
         # Rows that never stepped and rows that did.
         self.step = self.memory.place("step", torch.arange(len(specs), dtype=torch.float32).remainder(4))
         self.counters = self.memory.place("counters", torch.tensor([10, 20, 30]))
@@ -316,11 +350,14 @@ class Problem:
         return [row if spec.backed else row.fill_(NAN) for row, spec in zip(rows, self.specs, strict=True)]
 
     def _buffer(self, name: str, rows: list[Tensor]) -> None:
-        flat = self.memory.flat(name, self.size, rows, self.slots)
-        self.buffers[name] = flat
+        """Of a row a parameter; of more a matrix."""
+        count = len(rows) // len(self.slots)
+        slots = [i * self.size + slot for i in range(count) for slot in self.slots]
+        flat = self.memory.flat(name, count * self.size, rows, slots)
+        self.buffers[name] = flat if count == 1 else flat.view(count, self.size)
         self.slots_of[name] = [
             flat.as_strided(row.size(), row.stride(), flat.storage_offset() + slot)
-            for row, slot in zip(rows, self.slots, strict=True)
+            for row, slot in zip(rows, slots, strict=True)
         ]
 
     def new_gradients(self) -> None:
@@ -341,11 +378,11 @@ class Problem:
             [
                 p.data_ptr(),
                 g.data_ptr() if g.numel() else 0,
+                schema.LEFT_OUT if spec.left_out else int(spec.scaled),
                 int(spec.backed) << 40,  # any number but 0
                 slot,
                 p.numel(),
                 spec.group,
-                int(spec.scaled),
                 0,
             ]
             for p, g, slot, spec in zip(self.params, self.grads, self.slots, self.specs, strict=True)
@@ -372,6 +409,11 @@ class Problem:
             "partials": self._scratch(len(blocks)),
             "sq": torch.tensor([[2.0, 7.0], [1.5, 2.5]], dtype=torch.float64),
             "radius": torch.tensor(RADIUS, dtype=torch.float64),
+            # Of several flat buffers: the largest magnitude is 2.5, the sum of the powers 7.
+            "largest": self.memory.place("largest", torch.tensor([1.5, 2.5, 0.0], **double)),
+            "powers": self.memory.place("powers", torch.tensor([3.0, 0.0, 4.0], **double)),
+            "q": 1.5,
+            "exponent": 0.0 if variant == "sign" else 0.5,
             "eps": 1e-12,
             "max_norm": INF,
             "skip_nonfinite": False,
@@ -394,7 +436,7 @@ class Problem:
                 have["coefficients"] = torch.empty(0, **double)
             if "mixed" not in variant:
                 have["direction"] = torch.empty(0, dtype=self.state_dtype)
-        if op in ("norm", "norm_scaled"):
+        if op in NORM_OPS:
             # As in an optimizer, a row of a matrix.
             keeps = variant == "ema"
             row = [5.0, 1.0, 7.0] if keeps else [NAN] * 3
@@ -404,6 +446,10 @@ class Problem:
             buffer = given.get("buffer", have["buffer"])
             matrix, _ = self.memory.part("sq", torch.tensor([[NAN] * 3, row], **double), lambda m: m[1, buffer])
             have["sq"] = matrix[1]
+            if op == "norm_max":
+                have["largest"], _ = self.memory.part(
+                    "largest", torch.tensor([NAN, 3.0, NAN], **double), lambda m: m[buffer]
+                )
             ema = torch.tensor([3.0, 2.0, -1.0, 0.5] if keeps else [], **double)
             have["ema"] = self.memory.place("ema", ema)
         if op == "mix":
@@ -412,26 +458,44 @@ class Problem:
             have |= {"numerator": matrix[2], "denominator": matrix[0]}
             have |= {"constant": [1.0, -0.5], "slope": [0.5, 0.25], "root": True}
             have["coefficients"] = self.memory.place("coefficients", torch.tensor([NAN, NAN], **double))
+        if op == "norm_p":
+            _, have["sq"] = self.memory.part("sq", torch.full((3,), NAN, **double), lambda m: m[1])
         if op == "dots":
             _, have["sq"] = self.memory.part("sq", torch.full((3, 2), NAN, dtype=torch.float64), lambda m: m[1:, 1])
+        if op in NUDGES:
+            rows = 2 * len(given.get("eigenvectors", self.buffers["eigenvectors"]))
+            if op == "nudge_dots":
+                _, have["along"] = self.memory.part("along", torch.full((rows, 3), NAN, **double), lambda m: m[:, 1])
+                _, have["sq"] = self.memory.part("sq", torch.full((2, 3), NAN, **double), lambda m: m[1, 2])
+            else:
+                sums = torch.linspace(-0.5, 0.7, 2 * rows, dtype=torch.float64, device="cpu").view(rows, 2)
+                have["along"], _ = self.memory.part("along", sums.to(DEVICE), lambda m: m[:0])
         if op == "project":
             # g.g is 8, g.g_s is 4: half of g goes.
             products = torch.tensor([[3.0, 5.0], [4.0, 8.0], [1.0, 3.0], [NAN, NAN]], dtype=torch.float64)
             whole, have["sq"] = self.memory.part("sq", products, lambda m: m[3, 1])
             have["products"] = whole[:3]
+        if op == "combine":
+            have["coefficients"] = torch.tensor([0.8, -0.4], **double)
+            have["checks"] = torch.empty(0, **double)
+            have["sq"] = self.memory.place("sq", torch.tensor(NAN, **double))
+            if not variant:
+                have["x"] = torch.empty(0, dtype=self.state_dtype)
         if op == "gather":
             have["table"][:, schema.GRAD] = -7
             host = {"table": have["table"].cpu(), "status": torch.full((2,), -5, device="cpu"), "layout": self.layout()}
             have["like"] = torch.empty(0, dtype=self.dtype)
             have |= host
         have |= given
+        if op == "combine" and variant == "in_place":
+            have["out"] = have["v"]
         return {
             argument.name: have[argument.name]
             for argument in getattr(torch.ops.sharpkern, op).default._schema.arguments
         }
 
     def _scratch(self, blocks: int) -> Tensor:
-        partials = torch.full((schema.partials_size(self.size, blocks),), NAN, dtype=torch.float64)
+        partials = torch.full((schema.partials_size(self.size, blocks, DIRECTIONS),), NAN, dtype=torch.float64)
         partials[0] = 0  # the ticket
         return self.memory.place("partials", partials)
 

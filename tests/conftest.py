@@ -52,8 +52,17 @@ SLOW = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if re.search(SLOW.get(item.path.name, "$^"), item.name):
+        if re.search(SLOW.get(item.path.name, "$^"), item.name) or _is_slow(item):
             item.add_marker(pytest.mark.slow)
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    """Of a class that is brief, or like another one (methods.py)."""
+    from methods import BASES, Method, is_slow  # imports the package
+
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    method, base = given.get("method"), given.get("base")
+    return isinstance(method, Method) and is_slow(method, base if base in BASES else None)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,8 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "aesam": (sk.AESAM, {"total_steps": STEPS}),
     "looksam": (sk.LookSAM, {"k": 3, "alpha": 0.4}),
     "aelooksam": (sk.AELookSAM, {"total_steps": STEPS, "alpha": 0.4}),
+    "sam-part": (sk.SAM, {"perturb": lambda name, p: p.dim() < 4}),
+    "esam": (sk.ESAM, {"beta": 0.3, "gamma": 1.0, "seed": 5}),
     "salr": (sk.SALR, {"n_ascent": 2, "n_descent": 3}),
 }
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {

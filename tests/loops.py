@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from methods import BASES, METHODS, Method
+from methods import FIRST, METHODS, Method
 from models import assert_same_bits, batches, make_net, state_of
 from torch import Tensor, nn
 
 STEPS = 12
 MICRO = 3  # micro-batches a step, where gradients are accumulated
-BASE = dict(zip(METHODS, itertools.cycle(BASES)))  # of each class
 Batch = tuple[Tensor, Tensor]
 Run = tuple[nn.Module, Any]  # a model and its optimizer
 
@@ -23,7 +21,7 @@ def make(method: Method, **more: Any) -> Run:
     """A model and its optimizer; a trigger that fires in some of the steps."""
     model = make_net()
     options = {**(dict(lambda_start=2.0, lambda_end=0.0) if method.triggered else {}), "model": model, **more}
-    return model, method.make(model.named_parameters(), BASE[method.name], STEPS, **options)
+    return model, method.make(model.named_parameters(), FIRST[method.name], STEPS, **options)
 
 
 def data(micro: int = 1) -> list[Batch]:
@@ -66,5 +64,5 @@ BY_HAND = ("by hand", "step()", "step(closure)")
 
 def every_way(*loops: str) -> Any:
     """Each class in each loop; SALR takes a closure."""
-    cases = [(m, loop) for m in METHODS.values() for loop in loops if m.by_hand or loop not in BY_HAND]
+    cases = [(m, loop) for m in METHODS.values() for loop in loops if m.two_passes or loop not in BY_HAND]
     return pytest.mark.parametrize(("method", "loop"), cases, ids=map("-".join, ((str(m), loop) for m, loop in cases)))

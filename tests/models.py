@@ -80,7 +80,7 @@ def split(model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
     named = list(model.named_parameters())
     return [
         dict(params=named[:2], lr=options["lr"] * 2),
-        dict(params=named[2:5], rho=0.09, eta=0.03, weight_decay=0.03),
+        dict(params=named[2:5], rho=0.09, eta=0.03, nudge=2.5, weight_decay=0.03),
         dict(params=named[5:]),
     ]
 

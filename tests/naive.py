@@ -1,9 +1,9 @@
 """The family written from the papers, one parameter at a time, over torch's optimizers.
 
 Deliberately slow and plain: the oracle of the trajectory tests. Nothing here comes from the package. A method is a
-two-pass step with hooks: ``scale``, how far a weight may move; ``fires``, whether a step takes its second pass;
-``mix``, what the rule gets of the two gradients. SALR is a step of its own. A step that meets a squared norm that is
-not finite changes nothing.
+two-pass step with hooks: ``scale``, how far a weight may move; ``direction``, where to in a ball of which norm;
+``fires``, whether a step takes its second pass; ``mix``, what the rule gets of the two gradients. SALR is a step of its
+own. A step that meets a squared norm that is not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 Gradients = dict[Tensor, Tensor]
 Scale = Callable[[str, Tensor, dict[str, Any]], Tensor | float]
+Direction = Callable[[Gradients, float], Gradients]
 Fires = Callable[[int, float], bool]
 Mix = Callable[[Gradients, Gradients | None], Gradients]
 
@@ -41,9 +42,33 @@ def magnitude(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     return w.abs() if group.get("adaptive") else 1.0
 
 
+def part(perturb: Callable[[str, Tensor], bool]) -> Scale:
+    """Of some tensors only, as SAM-ON (Mueller et al. 2023) is of norm layers: T_w = 0 on the others."""
+    return lambda name, w, group: float(group.get("perturb", True) and perturb(name, w))
+
+
 def asam(name: str, w: Tensor, group: dict[str, Any]) -> Tensor | float:
     """ASAM (Kwon et al. 2021), as its authors have it: T_w = |w| + eta on weights."""
     return w.abs() + group["eta"] if "weight" in name else 1.0
+
+
+# Hooks: where to go from (T g, its norm), before T.
+
+
+def steepest(g: Gradients, norm: float) -> Gradients:
+    """In the ball of the 2-norm: along the gradient."""
+    return {p: x / (norm + 1e-12) for p, x in g.items()}
+
+
+def dual(p: float) -> Direction:
+    """In that of the p-norm (Foret et al. 2021, eq. 2)."""
+    q = 1.0 if math.isinf(p) else p / (p - 1)
+
+    def direction(g: Gradients, norm: float) -> Gradients:
+        dual_norm = sum(float(x.abs().pow(q).sum()) for x in g.values()) ** (1 / q)
+        return {p: x.sign() * (x.abs() / (dual_norm + 1e-12)) ** (q - 1) for p, x in g.items()}
+
+    return direction
 
 
 # Hooks: whether the second pass is taken, of (step, squared norm of T g; NaN without any gradient).
@@ -92,6 +117,11 @@ def last(g: Gradients, g_s: Gradients | None) -> Gradients:
     return g if g_s is None else g_s
 
 
+def first(g: Gradients, g_s: Gradients | None) -> Gradients:
+    """Of what the second pass has, too."""
+    return g if g_s is None else {p: g.get(p, 0 * x) for p, x in g_s.items()}
+
+
 class Look:
     """LookSAM (Liu et al. 2022): what the second gradient has beside the first one is used again."""
 
@@ -121,7 +151,7 @@ class Naive:
         params: as torch takes them, (name, tensor) pairs where ``scale`` asks for names.
         base: torch optimizer class.
         own: options of the method that a group may have of its own: ``rho``, ``eta``.
-        scale, fires, mix: the hooks.
+        scale, direction, fires, mix: the hooks.
         max_grad_norm: of the gradient of the last pass.
         kwargs: of the base optimizer.
     """
@@ -132,6 +162,7 @@ class Naive:
         base: type[torch.optim.Optimizer],
         own: dict[str, float],
         scale: Scale = plain,
+        direction: Direction = steepest,
         fires: Fires = always,
         mix: Mix = last,
         max_grad_norm: float = float("inf"),
@@ -143,7 +174,7 @@ class Naive:
         self.own = own
         self.base = base([{**own, **group} for group in groups], **kwargs)
         self.param_groups = self.base.param_groups
-        self.scale, self.fires, self.mix = scale, fires, mix
+        self.scale, self.direction, self.fires, self.mix = scale, direction, fires, mix
         self.max_grad_norm = max_grad_norm
         self.dtypes: dict[Tensor, torch.dtype] = {}  # of parameters whose weights are rounded whenever they change
         self.t = self.skipped = 0
@@ -151,6 +182,9 @@ class Naive:
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.base.add_param_group({**self.own, **group})
+
+    def params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def entries(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         """Every parameter that has a gradient, with its name and its group."""
@@ -172,12 +206,13 @@ class Naive:
 
     @torch.no_grad()
     def move(self, length: Callable[[dict[str, Any]], float]) -> None:
-        """Every weight by length T^2 g / norm(T g)."""
+        """Every weight by length T d(T g); the steepest direction d(x) is x / norm(x)."""
         norm = self.norm()
         scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
+        directions = self.direction({p: t * p.grad for p, t in scaled.items()}, norm)
         for p, _, group in self.entries() if math.isfinite(norm) else ():
             sign = -1.0 if group["maximize"] else 1.0
-            p.add_(sign * length(group) * scaled[p] * scaled[p] * p.grad / (norm + 1e-12))
+            p.add_(sign * length(group) * scaled[p] * directions[p])
         self.round()
 
     @torch.no_grad()
@@ -232,6 +267,119 @@ class Naive:
         mix, self.mix = self.mix, last
         self.descend(self.gradients())
         self.mix = mix
+
+
+class NaiveESAM(Naive):
+    """ESAM (Du et al. 2022): a random share beta of the tensors is perturbed, by rho / beta; the second gradient is of
+    the share gamma of the samples whose loss rose most. A closure returns their losses where gamma is below 1."""
+
+    def __init__(self, *args: Any, beta: float, seed: int, gamma: float, eps: float, **kwargs: Any) -> None:
+        super().__init__(*args, direction=lambda g, norm: {p: x / (norm + eps) for p, x in g.items()}, **kwargs)
+        self.beta, self.seed, self.gamma = beta, seed, gamma
+        self.draw()
+
+    def draw(self) -> None:
+        """The tensors of step t: a number made of the seed, the step and the place among all is below beta."""
+        drawn = hashlib.shake_128(f"{self.seed}:{self.t}".encode()).digest(8 * len(self.params()))
+        numbers = [int.from_bytes(drawn[i : i + 8], "little") >> 11 for i in range(0, len(drawn), 8)]
+        kept = {id(p) for p, u in zip(self.params(), numbers, strict=True) if u / 2**53 < self.beta}
+        self.scale = lambda name, w, group: float(id(w) in kept)
+        self.fires = lambda t, n: any(id(p) in kept for p, _, _ in self.entries()) or not self.entries()
+
+    def picking(self, closure: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        before: list[float] = []
+
+        def one_pass() -> Tensor:
+            if before:
+                rises = [y - x for x, y in zip(before, closure().tolist(), strict=True)]
+                largest = sorted(range(len(rises)), key=lambda i: -rises[i])[: max(1, int(self.gamma * len(rises)))]
+                losses = closure(torch.tensor(largest))
+            else:
+                losses = closure()
+                before.extend(losses.tolist())
+            losses.mean().backward()
+            return losses.mean()
+
+        return one_pass
+
+    def step(self, closure: Callable[..., Tensor], cancel: bool = False) -> Tensor:
+        self.draw()
+        return super().step(self.picking(closure) if self.gamma < 1 else closure, cancel)
+
+    def move(self, length: Callable[[dict[str, Any]], float]) -> None:
+        super().move(lambda group: length(group) / self.beta)
+
+
+class NaiveWSAM(Naive):
+    """WSAM (Yue et al. 2023), decoupled: the base optimizer's step with g, then w -= lr a (g_s - g)."""
+
+    def __init__(self, *args: Any, gamma: float, **kwargs: Any) -> None:
+        super().__init__(*args, mix=first, **kwargs)
+        self.a = gamma / (1 - gamma)
+
+    @torch.no_grad()
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        skipped = self.skipped
+        super().descend(g, g_s)
+        if g_s is None or self.skipped > skipped:
+            return
+        clip = min(1.0, self.max_grad_norm / (dot(g_s, g_s) ** 0.5 + 1e-6))
+        for group in self.param_groups:
+            sign = -1.0 if group.get("maximize") else 1.0
+            for p in group["params"]:
+                if p in g_s:
+                    p.sub_(sign * group["lr"] * self.a * clip * (g_s[p] - g.get(p, 0)))
+        self.round()
+
+
+class NaiveAverage(Naive):
+    """Along a direction d of the gradient and of a running average m; both are the gradient in the first step.
+
+    Args:
+        direct: d of (g, m).
+        keep: the next m of (g, m, d).
+    """
+
+    def __init__(self, *args: Any, direct: Callable[..., Any], keep: Callable[..., Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.direct, self.keep = direct, keep
+        self.m: Gradients = {}
+
+    def move(self, length: Callable[[dict[str, Any]], float]) -> None:
+        known = dot(self.m, self.m) > 1e-24
+        self.next = dict(self.m)
+        for p, g in self.gradients().items():
+            m = self.m.get(p, torch.zeros_like(g))
+            p.grad = self.direct(g, m) if known else g
+            self.next[p] = self.keep(g, m, p.grad) if known else g
+        super().move(length)
+
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        skipped = self.skipped
+        super().descend(g, g_s)
+        if g_s is not None and self.skipped == skipped:
+            self.m = self.next
+
+
+class NaiveMomentum(Naive):
+    """Momentum-SAM (Becker et al. 2024): one gradient, at w - rho v / norm(v), v the base optimizer's momentum."""
+
+    def step(self, closure: Callable[[], Tensor], cancel: bool = False) -> Tensor:
+        old, self.t = self.weights(), self.t + 1
+        self.decisions.append(False)
+        for p in old:
+            entry = self.base.state.get(p, {})
+            p.grad = entry.get("momentum_buffer", entry.get("exp_avg")) if p.requires_grad else None
+        # What v is to be followed with, maximized or not, is in it already.
+        self.move(lambda group: group["rho"] if group["maximize"] else -group["rho"])
+        self.base.zero_grad()
+        try:
+            loss = closure()
+        finally:
+            self.put_back(old)
+        if not cancel:
+            self.descend(self.gradients())
+        return loss
 
 
 class NaiveSALR(Naive):
@@ -296,3 +444,43 @@ class NaiveSALR(Naive):
         super().descend(g, g_s)
         for group, lr in zip(self.param_groups, lrs, strict=True):
             group["lr"] = lr
+
+
+class NaiveNudged(Naive):
+    """Nudged SGD (Jastrzebski et al. 2019) by SGD's own recursion: its step is scaled along directions."""
+
+    vectors: list[Gradients] = []
+
+    def refresh(self, directions: Tensor) -> None:
+        """Of all parameters in the order of the groups, a row a direction."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        rows = [flat.split([p.numel() for p in params]) for flat in directions]
+        self.vectors = [{p: x.view(p.shape).to(p) for p, x in zip(params, row, strict=True)} for row in rows]
+
+    def step(self, closure: Callable[[], Tensor], cancel: bool = False) -> Tensor:
+        self.base.zero_grad()
+        loss = closure()
+        self.t += 1
+        self.decisions.append(False)
+        if not cancel:
+            self.descend(self.gradients())
+        return loss
+
+    @torch.no_grad()
+    def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
+        n = dot(g, g)
+        if not math.isfinite(n):
+            self.skipped += 1
+            return
+        clip = min(1.0, self.max_grad_norm / (n**0.5 + 1e-6))
+        entries, v = self.entries(), {}
+        for p, _, group in entries:
+            p.grad = clip * g[p]
+            v[p] = (-p.grad if group["maximize"] else p.grad) + group["weight_decay"] * p
+        self.base.step()
+        v = {p: self.base.state[p].get("momentum_buffer") if group["momentum"] else v[p] for p, _, group in entries}
+        for e, along in [(e, dot(v, e)) for e in self.vectors]:
+            for p, _, group in entries:
+                if p in e:
+                    p.sub_(group["lr"] * (group["nudge"] - 1) * along * e[p])
+        self.round()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,38 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rho of a group": (lambda: sk.SAM([{"params": params(), "rho": -1}], SGD, lr=0.1), ValueError, "Invalid rho: -1"),
     "eta negative": (lambda: sk.ASAM(params(), SGD, eta=-0.5, lr=0.1), ValueError, "Invalid eta: -0.5"),
     "adaptive": (lambda: sk.SAM(params(), SGD, adaptive=2, lr=0.1), TypeError, "adaptive should be a bool"),
+    **{
+        f"p {p}": (lambda p=p: sk.SAM(params(), SGD, p=p, lr=0.1), ValueError, f"Invalid p: {p}")
+        for p in (1, 1.0, 0.5, -2.0, math.nan, -math.inf, Fraction(10**20 + 1, 10**20))
+    },
+    **{
+        f"p {p!r}": (lambda p=p: sk.AESAM(params(), SGD, p=p, total_steps=9, lr=0.1), TypeError, "p should be a number")
+        for p in (True, "inf", None, 3j)
+    },
+    "p adaptive": (
+        lambda: sk.SAM(params(), SGD, p=3, adaptive=True, lr=0.1),
+        ValueError,
+        "adaptive=True goes with p=2 only",
+    ),
+    "p adaptive group": (
+        lambda: sk.SAM([{"params": params(), "adaptive": True}], SGD, p=math.inf, lr=0.1),
+        ValueError,
+        "adaptive=True goes with p=2 only, but p is inf",
+    ),
+    **{
+        f"p of {cls.__name__}": (
+            lambda cls=cls, more=more: cls(params(), SGD, p=3.0, lr=0.1, **more),
+            TypeError,
+            f"{cls.__name__} takes no p=",
+        )
+        for cls, more in {
+            sk.ASAM: {},
+            sk.LookSAM: {},
+            sk.AELookSAM: {"total_steps": 9},
+            sk.GSAM: {},
+            sk.SALR: {},
+        }.items()
+    },
     "eps": (lambda: sk.SAM(params(), SGD, perturb_eps=-1, lr=0.1), ValueError, "Invalid perturb_eps: -1"),
     "max_grad_norm": (lambda: sk.SAM(params(), max_grad_norm=0, lr=0.1), ValueError, "Invalid max_grad_norm: 0"),
     "max_grad_norm nan": (lambda: sk.SAM(params(), max_grad_norm=math.nan), ValueError, "Invalid max_grad_norm: nan"),
@@ -238,6 +271,8 @@ SHARED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @every_method
 def test_bad_arguments_of_every_class(method: Method, case: str) -> None:
     more, error, message = SHARED[case]
+    if method.one_pass and case in ("perturb_eps", "model"):
+        more, error, message = {case: 1}, TypeError, f"takes no {case}"
     base = {"base": more["base_optimizer"]} if "base_optimizer" in more else {}
     with pytest.raises(error, match=message):
         method.make(params(), **base, **{"lr": 0.1, **{k: v for k, v in more.items() if k != "base_optimizer"}})

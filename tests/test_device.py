@@ -6,6 +6,7 @@ of a device whose kernels cannot read the host's memory.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from methods import orthonormal
 from models import assert_same_bits, batches, make_closure, make_net, train, weights
 from remote import Graphs, pretend
 from torch import Tensor, nn
@@ -67,6 +69,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sam": (sk.SAM, {}),
     "adaptive": (sk.SAM, {"adaptive": True}),
     "asam": (sk.ASAM, {}),
+    "part": (sk.SAM, {"perturb": lambda name, p: p.numel() < 4}),
+    "esam": (sk.ESAM, {"beta": 1 - 1e-9}),
 }
 
 
@@ -131,6 +135,63 @@ def test_launches_of_every_kind_of_step(
             sam = ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"]
             assert launches_of(ae, by_hand) == (sam if fired else plain)
             assert launches_of(ae_look, by_hand) == (refresh if fired else [*plain[:-1], "mix_kernel", plain[-1]])
+
+
+@pytest.mark.parametrize(
+    ("p", "norm", "ascent"),
+    [(2.0, "norm_kernel", ["ascend_kernel"]), (3.0, "norm_max_kernel", ["norm_p_kernel", "ascend_p_kernel"]),
+     (math.inf, "norm_kernel", ["ascend_p_kernel"])],
+)  # fmt: skip
+def test_launches_in_a_ball(
+    p: float, norm: str, ascent: list[str], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = sk.AESAM(parameters(400, 24), SGD, total_steps=90, lr=0.1, p=p)
+    for fired in (1.0, 0.0, 1.0):
+        monkeypatch.setattr(Receiver, "read", lambda self, values, fired=fired: torch.tensor([fired]))
+        launched.clear()
+        opt.step(lambda: give_gradients(opt))
+        assert launched == ([norm, *ascent, "norm_kernel", "sgd_kernel"] if fired else [norm, "sgd_kernel"])
+
+
+def test_launches_of_the_family(launched: list[str]) -> None:
+    """Of a step of float32 parameters, whatever their number."""
+    averaging = ["mix_kernel", "combine_kernel", "ascend_kernel", "norm_kernel", "mix_kernel", "combine_kernel"]
+    weighing = ["norm_kernel", "ascend_kernel", "mix_kernel", "norm_kernel", "sgd_kernel"]
+    expected = {
+        sk.StableSAM: ["norm_kernel", "ascend_kernel", "norm_kernel", "mix_kernel", "sgd_kernel"],
+        sk.WSAM: [*weighing, "mix_kernel", "sgd_kernel"],
+        sk.FriendlySAM: [*averaging, "sgd_kernel"],
+        sk.VaSSO: [*averaging, "sgd_kernel"],
+        sk.MomentumSAM: ["norm_kernel", "ascend_kernel", "norm_kernel", "sgd_kernel"],
+    }
+    for cls, names in expected.items():
+        for own in ({}, {"decouple": False}) if cls is sk.WSAM else ({},):
+            opt = cls(parameters(40, 3), SGD, lr=0.1, momentum=0.9, **own)
+            for t in range(3):
+                launched.clear()
+                opt.step(lambda opt=opt: give_gradients(opt))
+                wanted = weighing if own else names
+                assert launched == (wanted[2:] if cls is sk.MomentumSAM and t == 0 else wanted)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (400, 24)])
+@pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 0.1}], ids=["", "clipped"])
+def test_launches_of_nudged_sgd(count: int, groups: int, clip: dict[str, float], launched: list[str]) -> None:
+    """Whatever the number of directions; without any those of SGD."""
+    opt = sk.NudgedSGD(parameters(count, groups), lr=0.1, momentum=0.9, **clip)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for k, expected in (
+        (0, ["norm_kernel", "sgd_kernel"]),
+        *((k, ["nudge_dots_kernel", "nudge_sgd_kernel"]) for k in (1, 4)),
+    ):
+        opt.refresh(orthonormal(params, k) if k else None)
+        for closure in (None, lambda: give_gradients(opt)):
+            opt.zero_grad()
+            if closure is None:
+                give_gradients(opt)
+            launched.clear()
+            opt.step(closure)
+            assert launched == expected
 
 
 def test_launches_of_salr(launched: list[str]) -> None:
@@ -198,17 +259,17 @@ def test_only_what_changed_is_sent(launched: list[str], monkeypatch: pytest.Monk
     assert sent.take() == [(1, len(schema.SGD))]
     for _ in range(3):
         opt.first_step()
-        assert sent.take() == [(3, 7)]  # addresses, and marks to clear
+        assert sent.take() == [(4, 7)]  # addresses, scales, and marks to clear
         opt.second_step()
         assert sent.take() == []
     opt.first_step()
     sent.take()
     grads(second)
     opt.second_step()
-    assert sent.take() == [(2, 7)]  # addresses: the marks there are the kernel's
+    assert sent.take() == [(3, 7)]  # addresses, scales: the marks there are the kernel's
     opt.param_groups[0]["lr"] = 0.2
     opt.step()
-    assert sent.take() == [(3, 7), (1, len(schema.SGD))]
+    assert sent.take() == [(4, 7), (1, len(schema.SGD))]
     opt.step()
     assert sent.take() == []
 
@@ -226,6 +287,42 @@ def test_the_table_on_a_device(remote: None) -> None:
     assert flat.blocks.tolist() == [[0, 0], [2, 0], [2, 1]]
     with sk.use_backend("reference"):
         assert flat.walk[2] is flat.table.host
+
+
+def test_tensors_that_are_drawn_on_a_device(remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales go there as they are drawn; marks, there and here, are of what moved. No capture repeats a draw."""
+    sent = Sent(monkeypatch)
+    opt = sk.ESAM(parameters(7, 2), SGD, lr=0.1, momentum=0.9, beta=0.3, seed=8)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    kinds = set()
+    for t in range(6):
+        give_gradients(opt)
+        before = [p.detach().clone() for p in params]
+        sent.take()
+        kept = opt.draw(t).tolist()
+        assert opt.first_step() is any(kept)
+        kinds.add(any(kept))
+        assert (
+            sent.take()[t == 0 : 2] == [(4, 7), (3, 7)][t == 0 :]
+        )  # those of the last step cleared; those of this one
+        assert [not torch.equal(p, old) for p, old in zip(params, before, strict=True)] == kept
+        (layout,) = opt._step.layouts
+        assert [row[schema.BACKUP] for row in layout.table.host.tolist()] == list(map(int, kept))
+        if any(kept):
+            assert layout.table.marked() == kept
+        if t % 3:
+            opt.second_step()
+        else:
+            opt.restore()
+            assert all(map(torch.equal, params, before))
+        assert not layout.table.host[:, schema.SCALE].any()
+    assert kinds == {True, False}
+    graphs = Graphs(monkeypatch)
+    with pytest.raises(RuntimeError, match="draws tensors cannot be captured"):
+        graphs.capture(both(opt))
+    assert not opt.is_perturbed
+    opt.beta = 1.0
+    graphs.capture(both(opt))
 
 
 def test_blocks_cover_every_element_once() -> None:
@@ -480,7 +577,7 @@ def test_eager_steps_around_replays(remote: None, monkeypatch: pytest.MonkeyPatc
     p.grad = graph
     opt.param_groups[0]["lr"] = 0.5
     replay = graphs.capture(step)
-    assert graphs.sent == [(3, 1), (1, 2), (2, 1), (1, len(schema.SGD))]
+    assert graphs.sent == [(4, 1), (1, 2), (3, 1), (1, len(schema.SGD))]
     opt.param_groups[0]["lr"] = 0.01
     p.grad = eager
     for _ in range(2):

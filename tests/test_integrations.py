@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from loops import MICRO, STEPS, Batch, Run, assert_same, data, every_way, make, mean_loss, plain
-from methods import BY_HAND, METHODS, Method, every_method, over
+from methods import BY_HAND, CLIPPED, METHODS, Method, every_method, over
 from models import relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -354,7 +354,7 @@ def test_transformers(method: Method, micro: int) -> None:
     assert_same(run, plain(method, micro, SCHEDULE))
 
 
-@over([m for m in BY_HAND if m.name != "gsam"])
+@over(CLIPPED)
 def test_transformers_clips(method: Method) -> None:
     """The gradient of the last pass."""
     run, trainer = transformers_trainer(method, max_grad_norm=0.1)

@@ -130,7 +130,7 @@ def test_table_describes_the_parameters() -> None:
     assert [row[schema.SLOT] for row in rows] == flat.slots
     assert [row[schema.NUMEL] for row in rows] == [p.numel() for p in params]
     assert [row[schema.GROUP] for row in rows] == [0, 0, 1, 2, 1, 0]
-    assert [row[schema.SCALED] for row in rows] == [1, 0, 1, 1, 0, 0]
+    assert [row[schema.SCALE] for row in rows] == [1, 0, 1, 1, 0, 0]
     assert [row[schema.GRAD] for row in rows] == [row[schema.BACKUP] for row in rows] == [0] * 6
     assert flat.table.host.size(1) == schema.COLUMNS
     assert flat.any_scaled

@@ -14,11 +14,14 @@ import torch
 from cases import (
     ADAM_OPTIONS,
     BACKENDS,
+    DIRECTIONS,
     DTYPES,
     FAST_BACKENDS,
     INF,
     LAYOUTS,
     NAN,
+    NORM_OPS,
+    NUDGES,
     RADIUS,
     SGD_OPTIONS,
     VALUES,
@@ -44,12 +47,15 @@ Snapshot = dict[str, list[Tensor]]
 
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
 OPS = list(schema.SCHEMAS)
-ASCENTS = ["ascend", "ascend_scaled"]
-RULES = ["sgd", "adam"]
-SUMS = ["norm", "norm_scaled", "dots"]
+ASCENTS = ["ascend", "ascend_scaled", "ascend_p"]
+MIXING = ["sgd", "adam"]  # along a g + b v
+RULES = [*MIXING, "nudge_sgd"]
+SUMS = [*NORM_OPS, "norm_p", "dots", "nudge_dots"]
 # What goes over every element to change it.
 MOVES = [*ASCENTS, "restore", *RULES, "project"]
 MOVING_VARIANTS = [op for op in VARIANTS if op_of(op) in MOVES]
+# Of gradients or of a flat buffer, and on top of one of them.
+COMBINES = ["combine", *(op for op in VARIANTS if op_of(op) == "combine")]
 # Those that skip a step, which need not be done.
 SKIPPING = [*ASCENTS, *RULES, *MOVING_VARIANTS]
 COMPILED = [name for name in BACKENDS if name != "reference"]
@@ -103,10 +109,15 @@ def wide(t: Tensor) -> Tensor:
     return t.double()
 
 
+def moves(spec: Spec, scaled: bool) -> bool:
+    """Whether a row is a part of the direction."""
+    return Problem.has_grad(spec) and not (scaled and spec.left_out)
+
+
 def squared_norm(problem: Problem, scaled: bool) -> float:
     total = 0.0
     for spec, w, g in zip(problem.specs, problem.params, problem.grads, strict=True):
-        if problem.has_grad(spec):
+        if moves(spec, scaled):
             t = wide(w).abs() + RADIUS[spec.group][1] if scaled and spec.scaled else 1.0
             total += (t * wide(g)).square().sum().item()
     return total
@@ -133,9 +144,17 @@ def along(arguments: dict[str, Any]) -> float | None:
 
 def sums(op: str, problem: Problem, arguments: dict[str, Any]) -> list[tuple[float, float]]:
     """What an op puts into sq, and of which magnitude were the terms: they may cancel out."""
-    if op in ("norm", "norm_scaled"):
+    if op in NORM_OPS:
         squared = squared_norm(problem, scaled=op == "norm_scaled")
         return [(squared, squared)]
+    if op == "norm_p":
+        m, q = arguments["largest"].max().item(), arguments["q"]
+        gradients = [wide(g) for g, spec in zip(problem.grads, problem.specs, strict=True) if problem.has_grad(spec)]
+        powers = sum(((g.abs() / m) ** q).sum().item() for g in gradients)
+        return [(powers, powers)]
+    if op == "nudge_dots":
+        squared = squared_norm(problem, scaled=False)
+        return [(squared, squared), *products_along(problem, arguments)]
     rows = [first_and_second(problem, i) for i in range(len(problem.specs))]
     if op == "dots":
         products = [(g * g_s).sum().item() for g, g_s in rows], [(g * g_s).abs().sum().item() for g, g_s in rows]
@@ -146,6 +165,39 @@ def sums(op: str, problem: Problem, arguments: dict[str, Any]) -> list[tuple[flo
     assert a is not None
     total = sum((g_s - a * g).square().sum().item() for g, g_s in rows)
     return [(total, sum((g_s.abs() + (a * g).abs()).square().sum().item() for g, g_s in rows))]
+
+
+def products_along(problem: Problem, arguments: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of SGD's next momentum buffer, less the gradient's part, and of that part, with every eigenvector; and sums of
+    the terms' magnitudes."""
+    parts: list[tuple[int, Tensor, Tensor]] = []
+    groups = [dict(zip(schema.NUDGED, group, strict=True)) for group in arguments["values"].tolist()]
+    for i, spec in enumerate(problem.specs):
+        if problem.has_grad(spec):
+            v, buffer = (
+                groups[min(spec.group, len(groups) - 1)],
+                {"momentum_buffer": wide(problem.slots_of["momentum_buffer"][i])},
+            )
+            w, g, t = wide(problem.params[i]), wide(problem.grads[i]), int(problem.step[i]) + 1
+            without, following = (sgd_buffer(v, w, x, dict(buffer), t) for x in (torch.zeros_like(g), g))
+            parts.append((i, without, following - without))
+    found = []
+    for k in range(len(arguments["along"]) // 2):
+        e = problem.slots_of["eigenvectors"][k * len(problem.specs) :]
+        for j in (1, 2):
+            terms = [part[j] * wide(e[part[0]]) for part in parts]
+            found.append((sum(x.sum().item() for x in terms), sum(x.abs().sum().item() for x in terms)))
+    return found
+
+
+def sgd_buffer(v: dict[str, float], w: Tensor, g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    """torch.optim.SGD's momentum buffer after a step; without momentum the gradient with its weight decay."""
+    d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+    if v["momentum"] and t > 1:
+        d = v["momentum"] * state["momentum_buffer"] + (1 - v["dampening"]) * d
+    if v["momentum"]:
+        state["momentum_buffer"] = d
+    return d
 
 
 def ema_formula(mean: float, var: float, n: float, decay: float, coefficient: float) -> tuple[float, float, float]:
@@ -179,22 +231,37 @@ def check_ema(arguments: dict[str, Any], before: Tensor) -> None:
 def expect_ascend(want: Want, arguments: dict[str, Any], scaled: bool) -> None:
     """w + rho T_w^2 g / (||T_w g|| + eps), and w in the backup."""
     norm = math.sqrt(arguments["sq"].sum(-1)[-1])
-    moves = finite(arguments["sq"]) or not arguments["skip_nonfinite"]
+    goes = finite(arguments["sq"]) or not arguments["skip_nonfinite"]
     keeps = not scaled and arguments["gradient"].numel() > 0
-    if keeps and not moves:
+    if keeps and not goes:
         want.free.add("gradient")
     for i, spec in enumerate(want.problem.specs):
-        if want.problem.has_grad(spec):
+        if moves(spec, scaled):
             w = want.before["params"][i]
             if arguments["backup"].numel():
                 want.exact["backup", i] = w
-            if keeps and moves:
+            if keeps and goes:
                 want.exact["gradient", i] = want.before["grads"][i]
-            if moves:
+            if goes:
                 rho, eta = arguments["radius"][spec.group].tolist()
                 t = wide(w).abs() + eta if scaled and spec.scaled else 1.0
                 g = wide(want.before["grads"][i])
                 want.close["params", i] = wide(w) + rho / (norm + arguments["eps"]) * t**2 * g
+    for k in (0, 1):
+        want.exact["counters", k] = want.before["counters"][k] + 1
+
+
+def expect_ascend_p(want: Want, arguments: dict[str, Any]) -> None:
+    """w + rho sign(g) (|g| / (||g||_q + eps))^(q - 1), and w in the backup."""
+    y, m = arguments["exponent"], arguments["largest"].max().item()
+    norm = m * arguments["powers"].sum().item() ** (1 / (y + 1)) + arguments["eps"]
+    for i, spec in enumerate(want.problem.specs):
+        if want.problem.has_grad(spec):
+            w = want.exact["backup", i] = want.before["params"][i]
+            if finite(arguments["sq"]) or not arguments["skip_nonfinite"]:
+                g = wide(want.before["grads"][i])
+                e = arguments["radius"][spec.group, 0] * g.sign() * ((g.abs() / norm) ** y if y else 1)
+                want.close["params", i] = wide(w) + e
     for k in (0, 1):
         want.exact["counters", k] = want.before["counters"][k] + 1
 
@@ -235,26 +302,35 @@ FORMULAS = {"sgd": sgd_formula, "adam": adam_formula}
 
 
 def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[dict[str, float]]) -> None:
-    expect_restore(want)
+    nudged = op == "nudge_sgd"
+    if not nudged:
+        expect_restore(want)
     squared = arguments["sq"].sum(-1)[-1].item()
     clip = min(1.0, arguments["max_norm"] / (math.sqrt(squared) + 1e-6)) if arguments["max_norm"] < INF else 1.0
     if arguments["skip_nonfinite"] and not finite(arguments["sq"]):
         want.exact["counters", 2] = want.before["counters"][2] + 1
         return
-    a, b = arguments["coefficients"].tolist() or (1.0, 0.0)
+    a, b = (1.0, 0.0) if nudged else arguments["coefficients"].tolist() or (1.0, 0.0)
     for i, spec in enumerate(want.problem.specs):
         if not want.problem.has_grad(spec):
             continue
         v = options[spec.group]
         g = a * wide(want.before["grads"][i])
-        if arguments["direction"].numel():
+        if not nudged and arguments["direction"].numel():
             g = g + b * wide(want.before["direction"][i])
-        w = wide(want.before["backup" if spec.backed else "params"][i])
+        w = wide(want.before["backup" if spec.backed and not nudged else "params"][i])
         state = {name: wide(want.before[name][i]) for name in cases.STATE[op]}
         old = dict(state)
         t = int(want.before["step"][i]) + 1
         want.exact.pop(("params", i), None)
-        want.close["params", i] = FORMULAS[op](v, w, clip * g, state, t)
+        if nudged:
+            kept, pulled = arguments["along"].sum(-1).view(-1, 2).unbind(-1)
+            vectors = want.before["eigenvectors"][i :: len(want.problem.specs)]
+            terms = [x * wide(e) for x, e in zip(kept + clip * pulled, vectors, strict=False)]
+            new = w - v["lr"] * (sgd_buffer(v, w, clip * g, state, t) + (v["nudge"] - 1) * sum(terms))
+        else:
+            new = FORMULAS[op](v, w, clip * g, state, t)
+        want.close["params", i] = new
         for name, value in state.items():
             if value is not old[name]:
                 want.close[name, i] = value
@@ -273,12 +349,32 @@ def expect_project(want: Want, arguments: dict[str, Any]) -> None:
             want.exact["g_v", i] = torch.zeros_like(want.before["g_v"][i])
 
 
+def expect_combine(want: Want, arguments: dict[str, Any]) -> tuple[float, float] | None:
+    """a x + b v of the rows that x has. Returns its squared norm, with that of the other rows of a v which out takes
+    the place of, and of which magnitude were its terms; None where it changes nothing."""
+    if arguments["checks"].numel() and not finite(arguments["checks"]):
+        return None
+    a, b = arguments["coefficients"].tolist()
+    flat, in_place = arguments["x"].numel() > 0, arguments["out"] is arguments["v"]
+    total = magnitude = 0.0
+    for i, spec in enumerate(want.problem.specs):
+        v = wide(want.before["v"][i])
+        if spec.backed if flat else want.problem.has_grad(spec):
+            x = wide(want.before["x" if flat else "grads"][i])
+            want.close["v" if in_place else "out", i] = a * x + b * v
+            total += (a * x + b * v).square().sum().item()
+            magnitude += ((a * x).abs() + (b * v).abs()).square().sum().item()
+        elif in_place:
+            total, magnitude = (t + v.square().sum().item() for t in (total, magnitude))
+    return total, magnitude
+
+
 def check_table(op: str, problem: Problem, arguments: dict[str, Any], before: Tensor) -> None:
     """Only an ascend with a backup marks rows: 1 where it kept weights. Where it did not, a device's kernels put 0."""
     if op in ASCENTS and arguments["backup"].numel():
         before = before.clone()
         for i, spec in enumerate(problem.specs):
-            if problem.has_grad(spec):
+            if moves(spec, op == "ascend_scaled"):
                 before[i, schema.BACKUP] = 1
             elif arguments["table"][i, schema.BACKUP] == 0:
                 before[i, schema.BACKUP] = 0
@@ -294,8 +390,10 @@ def run_and_check(
     arguments = problem.arguments(op, name, **given)
     op = op_of(op)
     want = Want(problem, problem.snapshot())
-    before = {name: arguments[name].clone() for name in ("table", "sq", "ema") if name in arguments}
-    if op in ASCENTS:
+    before = {name: arguments[name].clone() for name in ("table", "sq", "ema", "along") if name in arguments}
+    if op == "ascend_p":
+        expect_ascend_p(want, arguments)
+    elif op in ASCENTS:
         expect_ascend(want, arguments, scaled=op == "ascend_scaled")
     elif op == "restore":
         expect_restore(want)
@@ -303,17 +401,27 @@ def run_and_check(
         expect_rule(want, op, arguments, options or VALUES[op])
     elif op == "project":
         expect_project(want, arguments)
+    combined = expect_combine(want, arguments) if op == "combine" else None
     call(op, name, arguments)
     want.check()
     check_table(op, problem, arguments, before["table"])
     if "partials" in arguments:
         assert bits(arguments["partials"])[0] == 0  # the ticket is ready again
-    if op in SUMS or (op == "project" and along(arguments) is not None):
+    if combined:
+        assert arguments["sq"].item() == pytest.approx(
+            combined[0], rel=0, abs=norm_tolerance(problem.dtype) * combined[1]
+        )
+    elif op in SUMS or (op == "project" and along(arguments) is not None):
         got = arguments["sq"][arguments["buffer"]] if "buffer" in arguments else arguments["sq"]
+        if op == "nudge_dots":
+            got = torch.cat([got.reshape(1), arguments["along"]])
         for value, (expected, magnitude) in zip(got.reshape(-1).tolist(), sums(op, problem, arguments), strict=True):
             assert value == pytest.approx(expected, rel=0, abs=norm_tolerance(problem.dtype) * magnitude, nan_ok=True)
     elif "sq" in arguments:
-        assert same_bits(arguments["sq"], before["sq"])
+        assert all(same_bits(arguments[name], before[name]) for name in ("sq", "along") if name in arguments)
+    if op == "norm_max":
+        magnitudes = [g.abs().max().item() for g in problem.grads if g.numel()]
+        assert arguments["largest"][arguments["buffer"]].item() == max(magnitudes, default=0.0)
     if "ema" in arguments and arguments["ema"].numel():
         check_ema(arguments, before["ema"])
     return arguments
@@ -355,14 +463,16 @@ def layouts_of(ops: list[str], variants: list[str]) -> list[Any]:
 # Values.
 
 
-@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(MOVES, MOVING_VARIANTS))
+@pytest.mark.parametrize(
+    ("op", "layout", "dtype", "name"), layouts_of([*MOVES, "combine"], [*MOVING_VARIANTS, *COMBINES[1:]])
+)
 def test_moves(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     # Clipped by half: the norm of the last pass is 2.
     given = {"max_norm": 1.0} if op_of(op) in RULES else {}
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name, **given)
 
 
-@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(SUMS, ["norm-ema", "norm_scaled-ema"]))
+@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(SUMS, [f"{op}-ema" for op in NORM_OPS]))
 def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name)
 
@@ -371,7 +481,7 @@ def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize(
     ("op", "dtype"),
     [
-        *((op, torch.float32) for op in [*MOVES, "sgd-mixed", *MOVING_VARIANTS[:3]]),
+        *((op, torch.float32) for op in [*MOVES, "sgd-mixed", *MOVING_VARIANTS[:3], *COMBINES]),
         *((op, torch.bfloat16) for op in ("ascend", "restore", "sgd", "project")),
     ],
     ids=dtype_id,
@@ -401,7 +511,7 @@ def test_norms_of_big_buffers(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", [*SUMS, "project"])
+@pytest.mark.parametrize("op", [*SUMS, "project", "combine"])
 def test_norm_of_nothing_is_zero(op: str, name: str) -> None:
     for specs in ([Spec((5,), grad=False, backed=False), Spec((0,))], [Spec((0,))]):
         arguments = run_and_check(op, Problem(specs, torch.float32), name)
@@ -425,6 +535,7 @@ SMALL = [
     [
         *(("sgd", option, torch.float32) for option in SGD_OPTIONS),
         *(("adam", option, torch.float32) for option in ADAM_OPTIONS),
+        *(("nudge_sgd", option, torch.float32) for option in ("plain", "momentum", "dampened_weight_decay")),
         *((op, "everything", dtype) for op in RULES for dtype in (torch.float64, torch.bfloat16)),
         *((op, "everything", torch.float32) for op in VARIANTS if op_of(op) in RULES and "own_dtype" not in op),
         *((op, "everything", torch.bfloat16) for op in VARIANTS if op_of(op) in RULES and "own_dtype" in op),
@@ -433,7 +544,7 @@ SMALL = [
 )
 def test_options(op: str, option: str, dtype: torch.dtype, name: str) -> None:
     """Several steps from the first one on, each from the state that the one before left; unclipped, clipped, almost."""
-    options = [{"sgd": SGD_OPTIONS, "adam": ADAM_OPTIONS}[op_of(op)][option]]
+    options = [{"adam": ADAM_OPTIONS}.get(op_of(op), SGD_OPTIONS)[option] | {"nudge": 0.2}]
     problem = Problem(SMALL, dtype, op)
     problem.step.zero_()
     # What the buffers hold before a first step counts for Adam (zeros, here) and not for SGD.
@@ -466,7 +577,7 @@ def test_empty_counters_do_not_count(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", ASCENTS)
+@pytest.mark.parametrize("op", ASCENTS[:2])
 def test_eps_bounds_a_vanishing_norm(op: str, name: str) -> None:
     sq = torch.zeros(1, 1, dtype=torch.float64)
     run_and_check(op, Problem(SMALL, torch.float32), name, sq=sq, eps=0.5)
@@ -484,7 +595,7 @@ def test_coefficients(op: str, name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", RULES)
+@pytest.mark.parametrize("op", MIXING)
 def test_a_direction_needs_its_coefficients(op: str, name: str) -> None:
     problem = Problem(SMALL, torch.float32, op)
     arguments = problem.arguments(f"{op}-mixed", name, coefficients=torch.empty(0, dtype=torch.float64))
@@ -585,7 +696,10 @@ EMA_CASES: dict[str, tuple[tuple[float, ...], list[float], float, float]] = {
 @every_backend
 @pytest.mark.parametrize(
     ("op", "case"),
-    [*(("norm-ema", case) for case in EMA_CASES), ("norm_scaled-ema", "later"), ("norm_scaled-ema", "nan")],
+    [
+        *(("norm-ema", case) for case in EMA_CASES),
+        *((f"{op}-ema", case) for op in NORM_OPS[1:] for case in ("later", "nan")),
+    ],
 )
 def test_ema(op: str, case: str, name: str) -> None:
     """Several steps with the norm of each buffer in turn; the norm is written even if the statistics are not."""
@@ -636,6 +750,91 @@ def test_ema_in_float64_may_overflow_in_the_variance_alone(name: str) -> None:
     arguments = run_and_check("norm-ema", problem, name, coefficient=-INF)
     assert arguments["sq"][1].item() == pytest.approx(1e180)
     assert arguments["ema"].tolist() == [3.0, 2.0, -1.0, 0.0]
+
+
+# The ball of a p-norm.
+
+P = [1.01, 1.1, 1.5, 2.0, 3.0, 4.0, 101.0, 1e300, INF]
+# Powers of ten: of the elements of a gradient.
+SPANS = {"wide": (-30, 30), "small": (-30, -27), "large": (27, 30), "usual": (-4, 0), "equal": (-2, -2)}
+
+
+def along_p(g: Tensor, p: float, eps: float = 0.0) -> tuple[float, float, Tensor]:
+    """(max |g|, ||g||_q, the direction): Foret et al. 2021, eq. 2."""
+    y, g = 1 / (p - 1), g.double()
+    m = g.abs().max().item()
+    norm = m * ((g.abs() / m) ** (y + 1)).sum().item() ** (1 / (y + 1))
+    return m, norm, g.sign() * (g.abs() / (norm + eps)) ** y
+
+
+def ascend_p(g: Tensor, p: float, name: str, eps: float = 1e-300) -> tuple[float, float, Tensor]:
+    """The same by the ops."""
+    problem = Problem([Spec(tuple(g.size()))], g.dtype)
+    problem.params[0].zero_()
+    problem.grads[0].copy_(g)
+    y = 1 / (p - 1)
+    row = torch.full((1,), NAN, dtype=torch.float64)
+    largest, powers = row.clone(), row.clone()
+    call("norm_max", name, problem.arguments("norm_max", name, sq=row, largest=largest, buffer=0))
+    call("norm_p", name, problem.arguments("norm_p", name, sq=powers, largest=largest, q=y + 1))
+    given = {"sq": torch.ones(1, 1, dtype=torch.float64), "radius": torch.ones(1, 2, dtype=torch.float64)}
+    given |= {"largest": largest, "powers": powers, "exponent": y, "eps": eps}
+    call("ascend_p", name, problem.arguments("ascend_p", name, **given))
+    problem.memory.check()
+    return largest.item(), largest.item() * powers.item() ** (1 / (y + 1)), wide(problem.params[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "name"),
+    [
+        *itertools.product([torch.float32, torch.float64, torch.bfloat16], P, FAST_BACKENDS),
+        *((torch.float32, p, name) for p in (1.01, 3.0, INF) for name in set(BACKENDS) - set(FAST_BACKENDS)),
+    ],
+    ids=dtype_id,
+)
+def test_the_direction_of_a_p_norm(dtype: torch.dtype, p: float, name: str) -> None:
+    """Whatever the size of the gradient and whatever lies in it. An error of the quotient counts q - 1 times, one of
+    its logarithm, up to 200, for what is small beside the largest element of the direction."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    for low, high in list(SPANS.values())[: None if name in FAST_BACKENDS else 2]:
+        powers = torch.empty(700, device="cpu").uniform_(low, high, generator=generator)
+        signs = torch.randint(0, 2, (700,), generator=generator, device="cpu") * 2 - 1
+        g = (10.0 ** powers.double() * signs).to(cases.DEVICE, dtype)
+        largest, norm, direction = along_p(g, p)
+        got = ascend_p(g, p, name)
+        half = dtype == torch.bfloat16
+        eps = torch.finfo(torch.float32 if half else dtype).eps
+        y = 1 / (p - 1)
+        assert got[0] == largest
+        assert got[1] == pytest.approx(norm, rel=(4 + y) * eps)
+        rtol = torch.finfo(dtype).eps if half else 200 * eps
+        atol = (4 + y) * eps * direction.abs().max().item()
+        torch.testing.assert_close(got[2], direction, rtol=rtol, atol=atol)
+        if p < 1e9:
+            assert along_p(direction, y + 1)[1] == pytest.approx(1, rel=1e-9)  # its p-norm
+
+
+@every_backend
+@pytest.mark.parametrize("p", [1.01, 3.0, INF])
+def test_the_direction_of_little_or_nothing(p: float, name: str) -> None:
+    """Zeros do not move, whatever the others do; a gradient of zeros moves nothing; eps bounds one that vanishes."""
+    g = torch.tensor([0.0, 1e-20, -3e-20, -0.0] * 20)
+    want = along_p(g[1:3].repeat(20), p, eps=1e-12)[2]
+    got = ascend_p(g, p, name, eps=1e-12)[2]
+    assert (got[g == 0] == 0).all()
+    torch.testing.assert_close(got[g != 0], want, rtol=1e-5, atol=1e-37)
+    largest, norm, direction = ascend_p(torch.zeros(70), p, name, eps=1e-12)
+    assert largest == norm == 0
+    assert (direction == 0).all()
+
+
+@every_backend
+def test_the_largest_of_many_buffers(name: str) -> None:
+    problem = Problem([Spec((65,)), Spec((2100,))], torch.float32)
+    for m in ([4.0], [0.0, 4.0, 1.0], [2.5, 0.0, 0.0, 4.0]):
+        largest = torch.tensor(m, dtype=torch.float64)
+        run_and_check("norm_p", problem, name, largest=largest, q=3.0)
+        run_and_check("ascend_p", problem, name, largest=largest, exponent=2.0)
 
 
 # LookSAM's products and its direction.
@@ -719,12 +918,43 @@ def test_project_changes_nothing_without_products(name: str) -> None:
         assert sq.item() == -1
 
 
+@every_backend
+@pytest.mark.parametrize("op", COMBINES)
+def test_combine_changes_nothing_where_a_check_fails(op: str, name: str) -> None:
+    """Nor where a gradient is NaN; the checks are read, and no more."""
+    problem = Problem([*SMALL, Spec((5000,)), Spec((2048,), grad=False)], torch.float32, op)
+    for checks in NORMS.values():
+        given = torch.tensor(checks, dtype=torch.float64)
+        if not finite(given):
+            for x in (*problem.grads, *problem.slots_of["x"]):
+                x.fill_(NAN)
+            sq = problem.memory.place("sq", torch.tensor([-1.0], dtype=torch.float64))
+            run_and_check(op, problem, name, checks=given, sq=sq)
+            assert sq.item() == -1
+        else:
+            run_and_check(op, problem, name, checks=given)
+        assert same_bits(given, torch.tensor(checks, dtype=torch.float64))
+
+
+@every_backend
+@pytest.mark.parametrize("op", COMBINES)
+def test_combine_shows_what_is_not_finite(op: str, name: str) -> None:
+    """Of what it takes, and of nothing else."""
+    problem = Problem(SMALL, torch.float32, op)
+    x = problem.grads if op == "combine" else problem.slots_of["x"]
+    for row, bad in ((0, INF), (2, NAN)):
+        arguments = problem.arguments(op, name)
+        x[row][1] = bad
+        call(op, name, arguments)
+        assert not arguments["sq"].isfinite()
+
+
 # Gradients that are not finite.
 
 
 @every_backend
 @pytest.mark.parametrize("bad", [INF, NAN], ids=str)
-@pytest.mark.parametrize("op", ["norm", "norm_scaled", "dots"])
+@pytest.mark.parametrize("op", SUMS)
 def test_norm_meets_what_is_not_finite(op: str, bad: float, name: str) -> None:
     """At the first and last element, in the tail of a block, around the border of a chunk, in either tensor."""
     numel = 20000 if name in FAST_BACKENDS else 4200
@@ -740,7 +970,7 @@ def test_norm_meets_what_is_not_finite(op: str, bad: float, name: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e25), (torch.bfloat16, 1e25), (torch.float64, 1e200)])
-@pytest.mark.parametrize("op", ["norm", "norm_scaled", "dots"])
+@pytest.mark.parametrize("op", [*NORM_OPS, "dots"])
 def test_norm_overflows_to_infinity(op: str, dtype: torch.dtype, huge: float, name: str) -> None:
     problem = Problem([Spec((70,))], dtype)
     problem.grads[0][69] = huge
@@ -779,7 +1009,7 @@ def test_skip(op: str, norms: str, dtype: torch.dtype, name: str) -> None:
     before = problem.snapshot()
     run_and_check(op, problem, name, sq=torch.tensor(sq, dtype=torch.float64), skip_nonfinite=True)
     moved = not all(
-        same_bits(p, old["backup" if op_of(op) in RULES and spec.backed else "params"])
+        same_bits(p, old["backup" if op_of(op) in MIXING and spec.backed else "params"])
         for p, spec, old in zip(
             problem.params,
             problem.specs,
@@ -837,7 +1067,7 @@ def test_same_bits_on_any_number_of_threads(op: str, name: str) -> None:
         call(op, name, arguments)
         torch.set_num_threads(1)
         rows = [bits(t) for rows in problem.snapshot().values() for t in rows]
-        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema") if key in arguments])
+        results.append(rows + [bits(arguments[key]) for key in ("sq", "ema", "along", "largest") if key in arguments])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -1001,14 +1231,22 @@ BYTES = {
     "norm": (4, 0),
     "norm_scaled": (8, 0),
     "norm-ema": (4, 0),
+    "norm_max": (4, 0),
+    "norm_max-ema": (4, 0),
+    "norm_p": (4, 0),
     "norm_scaled-ema": (8, 0),
     "dots": (8, 0),
     "project": (8, 4),
+    "combine": (8, 4),
+    "combine-flat": (8, 4),
+    "combine-in_place": (8, 4),
     "ascend": (8, 8),
     "ascend-keeping_g": (8, 12),
     "ascend-in_place": (8, 4),
     "ascend-in_place-keeping_g": (8, 8),
     "ascend_scaled": (8, 8),
+    "ascend_p": (8, 8),
+    "ascend_p-sign": (8, 8),
     "restore": (4, 4),
     "sgd": (12, 8),
     "sgd-mixed": (16, 8),
@@ -1018,6 +1256,8 @@ BYTES = {
     "adam-mixed": (20, 12),
     "adam-mixed-own_dtype": (20, 12),
     "adam-scaled": (16, 12),
+    "nudge_dots": (12 + 4 * DIRECTIONS, 0),
+    "nudge_sgd": (12 + 4 * DIRECTIONS, 8),
 }
 
 
@@ -1041,11 +1281,11 @@ def test_bytes_that_triton_kernels_move(op: str, monkeypatch: pytest.MonkeyPatch
 
     for kind in moved:
         monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", counted(kind))
-    numel = 5 * schema.BLOCK + 2000
+    numel = 8 * schema.BLOCK + 2000
     problem = Problem([Spec((numel,))], torch.float32, op)
     given: dict[str, Any] = {}
-    if op_of(op) in RULES:
-        options = SGD_OPTIONS["momentum"] if op_of(op) == "sgd" else ADAM_OPTIONS["adam"]
+    if op_of(op) in [*RULES, *NUDGES]:
+        options = ADAM_OPTIONS["adam"] if op_of(op) == "adam" else SGD_OPTIONS["momentum"] | {"nudge": 0.5}
         given["values"] = table_of(op_of(op), [options])
     call(op, "triton", problem.arguments(op, "triton", **given))
     loaded, stored = BYTES[op]
@@ -1186,6 +1426,24 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "ema_short": ("norm_scaled-ema", lambda a: {"ema": a["ema"][:3]}, "ema should be"),
     "ema_contiguous": ("norm-ema", lambda a: {"ema": torch.zeros(8, dtype=torch.float64)[::2]}, "ema should be"),
     "ema_partials": ("norm-ema", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "largest_dtype": ("norm_max", lambda a: {"largest": torch.zeros(3)}, "largest should be"),
+    "largest_short": (
+        "norm_max-ema",
+        lambda a: {"largest": a["largest"][:2].clone()},
+        "largest should have an element",
+    ),
+    "norm_max_buffer": ("norm_max-ema", lambda a: {"buffer": 3}, "buffer should be"),
+    "norm_max_partials": ("norm_max-ema", lambda a: {"partials": a["partials"][:2]}, "partials (is empty|should be)"),
+    "norm_p_sq_dtype": ("norm_p", lambda a: {"sq": torch.zeros(())}, "sq should be"),
+    "norm_p_sq_numel": ("norm_p", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be"),
+    "norm_p_largest": ("norm_p", lambda a: {"largest": a["largest"][None]}, "largest should be"),
+    "norm_p_partials": ("norm_p", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "ascend_p_largest": ("ascend_p-sign", lambda a: {"largest": a["largest"].float()}, "largest should be"),
+    "ascend_p_powers": ("ascend_p", lambda a: {"powers": a["powers"].repeat(2)[::2]}, "powers should be"),
+    "ascend_p_exponent": ("ascend_p", lambda a: {"exponent": -0.5}, "exponent should be"),
+    "ascend_p_nan_exponent": ("ascend_p-sign", lambda a: {"exponent": NAN}, "exponent should be"),
+    "ascend_p_backup_empty": ("ascend_p", lambda a: {"backup": a["backup"][:0]}, "backup (is empty|should be)"),
+    "ascend_p_counters": ("ascend_p", lambda a: {"counters": a["counters"][:2]}, "counters should be"),
     "dots_sq_dtype": ("dots", lambda a: {"sq": torch.zeros(2)}, "sq should be"),
     "dots_sq_numel": ("dots", lambda a: {"sq": torch.zeros(3, dtype=torch.float64)}, "sq should be"),
     "dots_sq_matrix": ("dots", lambda a: {"sq": torch.zeros(1, 2, dtype=torch.float64)}, "sq should be"),
@@ -1206,6 +1464,18 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "products_rows": ("project", lambda a: {"products": a["products"][:2]}, "products should be"),
     "products_dim": ("project", lambda a: {"products": a["products"][:, 0].clone()}, "products should be"),
     "products_contiguous": ("project", lambda a: {"products": a["products"].t().contiguous().t()}, "products should"),
+    "combine_out_dtype": ("combine", lambda a: {"out": a["out"].double()}, "out should be"),
+    "combine_out_short": ("combine", lambda a: {"out": a["out"][:64]}, "out should be"),
+    "combine_out_empty": ("combine", lambda a: {"out": a["out"][:0]}, "out (is empty|should be)"),
+    "combine_v_dtype": ("combine", lambda a: {"v": a["v"].half()}, "v should be"),
+    "combine_v_short": ("combine-flat", lambda a: {"v": a["v"][:64]}, "v should be"),
+    "combine_v_empty": ("combine", lambda a: {"v": a["v"][:0]}, "v (is empty|should be)"),
+    "combine_x_dtype": ("combine-flat", lambda a: {"x": a["x"].double()}, "x should be"),
+    "combine_x_short": ("combine-in_place", lambda a: {"x": a["x"][:64]}, "x should be"),
+    "combine_sq_numel": ("combine", lambda a: {"sq": torch.zeros(2, dtype=torch.float64)}, "sq should be"),
+    "combine_partials": ("combine", lambda a: {"partials": a["partials"][:0]}, "partials (is empty|should be)"),
+    "combine_coefficients": ("combine", lambda a: {"coefficients": a["coefficients"][:1]}, "coefficients should be"),
+    "combine_checks": ("combine", lambda a: {"checks": torch.zeros(2, dtype=torch.float64)}, "checks should be"),
     "mix_coefficients_dtype": ("mix", lambda a: {"coefficients": torch.zeros(2)}, "coefficients should be"),
     "mix_coefficients_short": ("mix", lambda a: {"coefficients": a["coefficients"][:1]}, "coefficients should be"),
     "mix_numerator_dtype": ("mix", lambda a: {"numerator": a["numerator"].float()}, "numerator should be"),
@@ -1235,14 +1505,14 @@ NOT_ON_A_DEVICE = {
     "table_contiguous", "backup_short", "restore_backup_short", "descend_backup_empty", "descend_backup_short",
     "momentum_short", "momentum_empty", "exp_avg_short", "max_short", "max_empty", "kept_gradient_short",
     "dots_gradient_short", "project_g_v_short", "project_gradient_short", "sgd_direction_short",
-    "adam_direction_short",
+    "adam_direction_short", "combine_out_short", "combine_v_short", "combine_x_short",
 }  # fmt: skip
 
 # Triton's own words differ for the rest.
 SAID_BY_TRITON = [
     case
     for case, (op, *_) in WRONG.items()
-    if (op in VARIANTS or op in ("dots", "project", "mix"))
+    if (op in VARIANTS or op in ("norm_p", "ascend_p", "dots", "project", "combine", "mix"))
     and case not in {*NOT_ON_A_DEVICE, "mix_constant", "mix_slope"}
 ]
 
@@ -1283,11 +1553,15 @@ def test_wrong_arguments_change_nothing(name: str, case: str) -> None:
         (op, argument)
         for op, arguments in {
             "norm-ema": ["sq", "partials", "ema"],
+            "norm_max": ["sq", "largest", "partials"],
+            "norm_p": ["sq", "largest", "partials"],
+            "ascend_p": ["largest", "powers", "backup"],
             "dots": ["sq", "partials", "gradient"],
             "project": ["g_v", "sq", "partials", "gradient", "products"],
             "ascend-keeping_g": ["gradient"],
             "sgd-mixed": ["direction", "coefficients"],
             "adam-mixed": ["direction", "coefficients"],
+            "combine-flat": ["out", "sq", "partials", "x", "v", "coefficients"],
             "mix": ["numerator", "denominator"],
         }.items()
         for argument in arguments

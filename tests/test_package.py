@@ -70,9 +70,9 @@ def test_imports_point_downwards() -> None:
 
 def test_public_names() -> None:
     classes = {method.cls.__name__ for method in METHODS.values()}
-    functions = {"available_backends", "build_info", "frozen_batch_stats", "frozen_buffers", "use_backend"}
-    assert set(sk.__all__) == {*classes, *functions, "__version__", "policy"}
-    for name in {*classes, "frozen_batch_stats", "frozen_buffers", "use_backend"}:
+    functions = {"available_backends", "build_info", "frozen_batch_stats", "frozen_buffers", "norm_layers"}
+    assert set(sk.__all__) == {*classes, *functions, "__version__", "policy", "use_backend"}
+    for name in {*classes, "frozen_batch_stats", "frozen_buffers", "norm_layers", "use_backend"}:
         assert len(getattr(sk, name).__doc__) > 80
 
 

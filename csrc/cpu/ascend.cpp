@@ -54,6 +54,8 @@ SK_CLONES void move(
   }
 }
 
+bool moves(const Row& row, bool scaled) { return row.grad != 0 && !(scaled && row.scale == kLeftOut); }
+
 void run(
     const Rows& rows, const Tensor& backup, const Tensor* gradient, const Tensor& counters,
     const Tensor& table, const double* radius, const Tensor& sq, bool scaled, double eps, bool skip_nonfinite,
@@ -73,7 +75,7 @@ void run(
     const bool around = stream<T>(rows) && (kept != nullptr || kept_g != nullptr);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
-      if (row.grad == 0) {
+      if (!moves(row, scaled)) {
         return;
       }
       T* w = at<T>(row.param, offset);
@@ -90,7 +92,7 @@ void run(
       const bool stream =
           around && (to == nullptr || streamable(to)) && (to_g == nullptr || streamable(to_g));
       const A s = static_cast<A>(radius[2 * row.group] / (norms.last + eps));
-      if (scaled && row.scaled != 0) {
+      if (scaled && row.scale == kMagnitude) {
         move<T, true, true, false>(w, to, nullptr, g, n, s, radius[2 * row.group + 1], stream);
       } else {
         move_plain(w, to, to_g, g, n, s, 0, stream);
@@ -100,7 +102,7 @@ void run(
   if (backup.numel() != 0) {
     auto* marks = static_cast<Row*>(table.mutable_data_ptr());
     for (int64_t i = 0; i < rows.size(); ++i) {
-      if (rows[i].grad != 0) {
+      if (moves(rows[i], scaled)) {
         marks[i].backup = 1;
       }
     }

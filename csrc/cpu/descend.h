@@ -30,8 +30,8 @@ struct Mixed {
 struct Descent {
   const Rows& rows;
   const Tensor& counters;
-  const Tensor& backup;
-  const Tensor& direction;
+  const Tensor* backup;     // null: every row steps in place
+  const Tensor* direction;  // null: none
   const Tensor& step;
   const double* coefficients;  // [a, b]; null: 1 and 0
   const bool skip;
@@ -43,8 +43,8 @@ struct Descent {
       bool skip_nonfinite)
       : rows(rows),
         counters(counters),
-        backup(backup),
-        direction(direction),
+        backup(&backup),
+        direction(direction.numel() == 0 ? nullptr : &direction),
         step(step),
         coefficients(direction_coefficients(coefficients, direction)),
         skip(skip_nonfinite && !norms.finite),
@@ -52,15 +52,28 @@ struct Descent {
             clip_factor(norms.last, max_norm) *
             (this->coefficients != nullptr && direction.numel() == 0 ? this->coefficients[0] : 1)) {}
 
+  // In place, along the clipped gradient.
+  Descent(
+      const Rows& rows, const Tensor& step, const Tensor& counters, const Norms& norms, double max_norm,
+      bool skip_nonfinite)
+      : rows(rows),
+        counters(counters),
+        backup(nullptr),
+        direction(nullptr),
+        step(step),
+        coefficients(nullptr),
+        skip(skip_nonfinite && !norms.finite),
+        scale(clip_factor(norms.last, max_norm)) {}
+
   // update(row index, weights, from, gradient, slot, length, stream) for each piece that has a
   // gradient, which is Plain or Mixed; the backup goes back where there is none, or where the step is
   // skipped. Afterwards counts(row index) says whose step counter advances.
   template <class T, class Update, class Counts>
   void run(ScalarType dtype, Update&& update, Counts&& counts) const {
     using A = arithmetic_t<T>;
-    if (direction.numel() == 0) {
-      run_along<T>(dtype, [](const T* g, int64_t) { return Plain<T>{g}; }, update, counts);
-    } else if (direction.scalar_type() == dtype) {
+    if (direction == nullptr) {
+      run_plain<T>(dtype, update, counts);
+    } else if (direction->scalar_type() == dtype) {
       run_along<T>(dtype, mixed_with<T, T>(dtype), update, counts);
     } else if constexpr (!std::is_same_v<T, A>) {
       run_along<T>(dtype, mixed_with<T, A>(state_dtype(dtype)), update, counts);
@@ -69,12 +82,18 @@ struct Descent {
     }
   }
 
+  // Without a direction: the gradient is Plain.
+  template <class T, class Update, class Counts>
+  void run_plain(ScalarType dtype, Update&& update, Counts&& counts) const {
+    run_along<T>(dtype, [](const T* g, int64_t) { return Plain<T>{g}; }, update, counts);
+  }
+
  private:
   // (g, slot) -> Mixed.
   template <class T, class V>
   auto mixed_with(ScalarType dtype) const {
     using A = arithmetic_t<T>;
-    const V* v = buffer<V>(direction, dtype, rows.extent(), "direction");
+    const V* v = buffer<V>(*direction, dtype, rows.extent(), "direction");
     return [v, a = static_cast<A>(coefficients[0]), b = static_cast<A>(coefficients[1])](
                const T* g, int64_t slot) { return Mixed<T, V>{g, v + slot, a, b}; };
   }
@@ -84,15 +103,17 @@ struct Descent {
     float* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
     STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
     auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-    T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
+    T* kept = backup != nullptr ? buffer<T>(*backup, dtype, rows.extent(), "backup") : nullptr;
     for (const Row& row : rows) {
-      STD_TORCH_CHECK(row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
+      STD_TORCH_CHECK(
+          backup == nullptr || row.backup == 0 || kept != nullptr || row.numel == 0,
+          "sharpkern: backup is empty");
     }
     const bool around = stream<T>(rows);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
       T* w = at<T>(row.param, offset);
-      const T* from = row.backup != 0 ? kept + slot : w;
+      const T* from = row.backup != 0 && kept != nullptr ? kept + slot : w;
       if (row.grad != 0 && !skip) {
         // Weights that are read where they are written come through the cache anyway.
         const bool stream = around && from != w && streamable(w);

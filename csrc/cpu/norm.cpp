@@ -30,11 +30,12 @@ double squared_norm(const Rows& rows, const Tensor& partials, const double* radi
     using T = typename decltype(tag)::type;
     const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t, int64_t n) {
       const Row& row = rows[i];
-      if (row.grad == 0) {
+      const bool scaled = radius != nullptr;
+      if (row.grad == 0 || (scaled && row.scale == kLeftOut)) {
         return;
       }
       const T* g = at<T>(row.grad, offset);
-      if (radius != nullptr && row.scaled != 0) {
+      if (scaled && row.scale == kMagnitude) {
         add_squares<T, true>(*sums, at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
       } else {
         add_squares<T, false>(*sums, nullptr, g, n, 0);

@@ -30,13 +30,14 @@ SK_INLINE void for_sums(int64_t begin, int64_t n, F&& f) {
   }
 }
 
-// The totals of kSums sums at a time, over all of slot space.
-template <int kSums>
+// The totals of kSums sums at a time, or of fewer, over all of slot space; the last one of all may be a
+// maximum of what is >= 0.
+template <int kSums, bool kLastIsMax = false>
 class Reduction {
  public:
-  Reduction(const Rows& rows, const Tensor& partials)
-      : rows_(rows), chunks_((rows.extent() + kChunk - 1) / kChunk) {
-    partial_ = buffer<double>(partials, ScalarType::Double, 1 + kSums * chunks_, "partials");
+  Reduction(const Rows& rows, const Tensor& partials, int64_t sums = kSums)
+      : rows_(rows), chunks_((rows.extent() + kChunk - 1) / kChunk), sums_(sums) {
+    partial_ = buffer<double>(partials, ScalarType::Double, 1 + sums * chunks_, "partials");
     STD_TORCH_CHECK(partial_ != nullptr, "sharpkern: partials is empty");
     ++partial_;  // a device kernel's ticket
   }
@@ -50,27 +51,32 @@ class Reduction {
         walk(
             rows_, chunk * kChunk, (chunk + 1) * kChunk,
             [&](int64_t i, int64_t offset, int64_t slot, int64_t n) { add(sums, i, offset, slot, n); });
-        for (int k = 0; k < kSums; ++k) {
+        for (int64_t k = 0; k < sums_; ++k) {
           double sum = 0;
           for (const auto x : sums[k]) {
-            sum += static_cast<double>(x);
+            sum = merged(k, sum, static_cast<double>(x));
           }
-          partial_[chunk * kSums + k] = sum;
+          partial_[chunk * sums_ + k] = sum;
         }
       }
     });
     std::array<double, kSums> totals = {};
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      for (int k = 0; k < kSums; ++k) {
-        totals[k] += partial_[chunk * kSums + k];
+      for (int64_t k = 0; k < sums_; ++k) {
+        totals[k] = merged(k, totals[k], partial_[chunk * sums_ + k]);
       }
     }
     return totals;
   }
 
  private:
+  static double merged(int64_t k, double a, double b) {
+    return kLastIsMax && k == kSums - 1 ? std::max(a, b) : a + b;
+  }
+
   const Rows& rows_;
   int64_t chunks_;
+  int64_t sums_;
   double* partial_;
 };
 

@@ -68,17 +68,18 @@ ascend_kernel(
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
         Ascent<T> work = {};
+        const bool moves = row.grad != 0 && !(kScaled && row.scale == kLeftOut);
         if (kKeepW && stretch.starts_row()) {
-          segments.cell(stretch.index, kBackup) = row.grad != 0;
+          segments.cell(stretch.index, kBackup) = moves;
         }
-        if (row.grad != 0) {
+        if (moves) {
           work.w = stretch.at<T>(row.param);
           work.kept = kKeepW ? stretch.in(backup) : nullptr;
           work.kept_g = kKeepG ? stretch.in(gradient) : nullptr;
           work.g = stretch.at<const T>(row.grad);
           work.s = static_cast<A>(radius[2 * row.group] / (norm + eps));
           work.eta = static_cast<A>(radius[2 * row.group + 1]);
-          work.scaled = kScaled && row.scaled != 0;
+          work.scaled = kScaled && row.scale == kMagnitude;
           work.skip = skip;
           work.aligned = are_aligned(work.w, work.kept, work.kept_g, work.g);
         }

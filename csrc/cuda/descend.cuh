@@ -136,36 +136,37 @@ __device__ __forceinline__ void descend(
       });
 }
 
-// Checks the arguments of a rule; its own state aside.
+// Each row's steps so far.
+inline float* steps_of(const Call& call, const Tensor& step) {
+  float* steps = buffer<float>(step, ScalarType::Float, call.rows(), "step");
+  STD_TORCH_CHECK(steps != nullptr || call.rows() == 0, "sharpkern: step is empty");
+  return steps;
+}
+
+// Checks the arguments of a rule that steps in place along the clipped gradient; its own state aside.
+template <class T>
+Rule<T> make_rule(
+    const Call& call, const Tensor& step, const Tensor& counters, const double* groups, const Tensor& sq,
+    double max_norm, bool skip_nonfinite) {
+  call.same_device({{&step, "step"}, {&counters, "counters"}, {&sq, "sq"}});
+  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
+  return {call.segments(), nullptr,  steps_of(call, step), count,   groups,
+          Squares(sq),     max_norm, skip_nonfinite,       nullptr, nullptr};
+}
+
+// Those of one that may step from the backup, or along a g + b v.
 template <class T>
 Rule<T> make_rule(
     const Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup,
     const Tensor& direction, const double* groups, const Tensor& sq, const Tensor& coefficients,
     double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  call.same_device(
-      {{&step, "step"},
-       {&counters, "counters"},
-       {&backup, "backup"},
-       {&direction, "direction"},
-       {&sq, "sq"},
-       {&coefficients, "coefficients"}});
-  float* steps = buffer<float>(step, ScalarType::Float, call.rows(), "step");
-  STD_TORCH_CHECK(steps != nullptr || call.rows() == 0, "sharpkern: step is empty");
-  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-  const T* kept = buffer<T>(backup, dtype, 0, "backup");
+  call.same_device({{&backup, "backup"}, {&direction, "direction"}, {&coefficients, "coefficients"}});
+  Rule<T> rule = make_rule<T>(call, step, counters, groups, sq, max_norm, skip_nonfinite);
+  rule.backup = buffer<T>(backup, dtype, 0, "backup");
   const bool narrow = direction.scalar_type() == dtype;
-  const void* v = buffer<void>(direction, narrow ? dtype : state_dtype(dtype), 0, "direction");
-  return {
-      call.segments(),
-      kept,
-      steps,
-      count,
-      groups,
-      Squares(sq),
-      max_norm,
-      skip_nonfinite,
-      direction_coefficients(coefficients, direction),
-      v};
+  rule.direction = buffer<void>(direction, narrow ? dtype : state_dtype(dtype), 0, "direction");
+  rule.coefficients = direction_coefficients(coefficients, direction);
+  return rule;
 }
 
 // choose(Tag<V>) for the dtype of the direction: void where there is none.

@@ -123,11 +123,13 @@ inline const double* values(const Tensor& t, const Call& call, int64_t columns, 
 
 // The squared norms that Norms is made of, on the device.
 struct Squares {
-  const double* sq;
-  int64_t passes;
-  int64_t buffers;
+  const double* sq = nullptr;  // none: all are finite
+  int64_t passes = 0;
+  int64_t buffers = 0;
 
-  explicit Squares(const Tensor& t) : sq(Norms::checked(t)), passes(t.size(0)), buffers(t.size(1)) {}
+  Squares() = default;
+  explicit Squares(const Tensor& t, const char* name = "sq")
+      : sq(Norms::checked(t, name)), passes(t.size(0)), buffers(t.size(1)) {}
 
   __device__ __forceinline__ Norms norms() const { return Norms(sq, passes, buffers); }
 };

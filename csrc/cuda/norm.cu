@@ -25,9 +25,9 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
       segments,
       [&](const Stretch& stretch) {
         Squaring<T> work = {};
-        if (stretch.row.grad != 0) {
+        if (stretch.row.grad != 0 && !(kScaled && stretch.row.scale == kLeftOut)) {
           work.g = stretch.at<const T>(stretch.row.grad);
-          if (kScaled && stretch.row.scaled != 0) {
+          if (kScaled && stretch.row.scale == kMagnitude) {
             work.w = stretch.at<const T>(stretch.row.param);
             work.eta = static_cast<A>(radius[2 * stretch.row.group + 1]);
             work.scaled = true;
@@ -56,14 +56,14 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
           add_squares(sum, work.g, n, work.aligned);
         }
       });
-  reduce(sums, partials, [&](const double (&totals)[1]) { output.write(totals[0]); });
+  reduce(sums, partials, [&](int, double total) { output.write(total); });
 }
 
 void run(
     const char* name, const Call& call, const NormOutput& output, const Tensor& partials,
     const double* radius, ScalarType dtype) {
   call.same_device({{&partials, "partials"}});
-  const Partials<1> partial(partials);
+  const Partials partial(partials, 1);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     call.launch(

@@ -51,10 +51,7 @@ dots_kernel(Segments segments, const T* gradient, double* partials, double* sq, 
           sums[1] += static_cast<double>(products);
         });
       });
-  reduce(sums, partials, [&](const double (&totals)[2]) {
-    sq[0] = totals[0];
-    sq[stride] = totals[1];
-  });
+  reduce(sums, partials, [&](int k, double total) { sq[k * stride] = total; });
 }
 
 template <class T>
@@ -123,9 +120,9 @@ project_kernel(
           sums[0] += static_cast<double>(squares);
         });
       });
-  reduce(sums, partials, [&](const double (&totals)[1]) {
+  reduce(sums, partials, [&](int, double total) {
     if (go) {
-      *sq = totals[0];
+      *sq = total;
     }
   });
 }
@@ -147,7 +144,7 @@ void dots(
   STD_TORCH_CHECK(
       sq.scalar_type() == ScalarType::Double && sq.dim() == 1 && sq.size(0) == 2,
       "sharpkern: sq should be two float64 elements");
-  const Partials<2> partial(partials);
+  const Partials partial(partials, 2);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* g = first_gradient<T>(call, gradient, dtype);
@@ -170,7 +167,7 @@ void project(
        {&products, "products"}});
   const double* sums = matrix(products, 3, "products");
   double* out = element(sq);
-  const Partials<1> partial(partials);
+  const Partials partial(partials, 1);
   visit(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     auto* direction = buffer<arithmetic_t<T>>(g_v, state_dtype(dtype), 0, "g_v");

@@ -22,12 +22,19 @@ __device__ __forceinline__ void add_squares(double& sum, const T* g, int64_t n, 
   });
 }
 
-// The sum over the CTA, in a fixed order; right in thread 0.
+// a + b, or the larger one.
+template <bool kMax>
+__device__ __forceinline__ double merged(double a, double b) {
+  return kMax ? fmax(a, b) : a + b;
+}
+
+// The sum over the CTA, in a fixed order, or the maximum of what is >= 0; right in thread 0.
+template <bool kMax = false>
 __device__ __forceinline__ double sum_of_cta(double x) {
   __shared__ double warps[kThreads / kWarp];
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_down_sync(0xffffffffu, x, distance);
+    x = merged<kMax>(x, __shfl_down_sync(0xffffffffu, x, distance));
   }
   if (threadIdx.x % kWarp == 0) {
     warps[threadIdx.x / kWarp] = x;
@@ -37,28 +44,31 @@ __device__ __forceinline__ double sum_of_cta(double x) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (const double warp : warps) {
-      sum += warp;
+      sum = merged<kMax>(sum, warp);
     }
   }
   __syncthreads();  // the next sum may be written
   return sum;
 }
 
-// finish(totals) of N sums over all threads of the grid, by one thread. partials: [0] counts the CTAs that
-// are through, as an integer; from [1 + N i] on are the sums of CTA i.
-template <int N, class Finish>
-__device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Finish&& finish) {
+// finish(k, total) of n sums over all threads of the grid, by one thread; sum(k) is what a thread has of one.
+// The last one may be a maximum of what is >= 0. partials: [0] counts the CTAs that are through, as an
+// integer; from [1 + n i] on are the sums of CTA i.
+template <bool kLastIsMax = false, class Sum, class Finish>
+__device__ __forceinline__ void reduce(int n, double* partials, Sum&& sum, Finish&& finish) {
+  const auto over_cta = [&](int k, double x) {
+    return kLastIsMax && k == n - 1 ? sum_of_cta<kLastIsMax>(x) : sum_of_cta(x);
+  };
 #pragma unroll
-  for (double& sum : sums) {
-    sum = sum_of_cta(sum);
+  for (int k = 0; k < n; ++k) {
+    const double of_cta = over_cta(k, sum(k));
+    if (threadIdx.x == 0) {
+      partials[1 + n * blockIdx.x + k] = of_cta;
+    }
   }
   __shared__ bool is_last;
   auto* ticket = reinterpret_cast<unsigned long long*>(partials);
   if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      partials[1 + N * blockIdx.x + k] = sums[k];
-    }
     __threadfence();  // whoever sees the count sees the sums
     is_last = atomicAdd(ticket, 1ull) == gridDim.x - 1;
   }
@@ -67,32 +77,37 @@ __device__ __forceinline__ void reduce(double (&sums)[N], double* partials, Fini
     return;
   }
   __threadfence();
-  double totals[N] = {};
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      totals[k] +=
-          __ldcg(partials + 1 + N * i + k);  // other CTAs wrote it: not from this multiprocessor's cache
+  for (int k = 0; k < n; ++k) {
+    double total = 0;
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
+      // Other CTAs wrote it: not from this multiprocessor's cache.
+      const double other = __ldcg(partials + 1 + n * i + k);
+      total = kLastIsMax && k == n - 1 ? merged<true>(total, other) : total + other;
+    }
+    total = over_cta(k, total);
+    if (threadIdx.x == 0) {
+      finish(k, total);
     }
   }
-#pragma unroll
-  for (double& total : totals) {
-    total = sum_of_cta(total);
-  }
   if (threadIdx.x == 0) {
-    finish(totals);
     *ticket = 0;
   }
 }
 
-// Where N sums a CTA go, and for how many CTAs there is room.
-template <int N>
+// The same of sums in registers.
+template <bool kLastIsMax = false, int N, class Finish>
+__device__ __forceinline__ void reduce(const double (&sums)[N], double* partials, Finish&& finish) {
+  reduce<kLastIsMax>(N, partials, [&](int k) { return sums[k]; }, finish);
+}
+
+// Where so many sums a CTA go, and for how many CTAs there is room.
 struct Partials {
   double* data;
   int64_t ctas;
 
-  explicit Partials(const Tensor& t)
-      : data(buffer<double>(t, ScalarType::Double, 1 + N, "partials")), ctas((t.numel() - 1) / N) {
+  Partials(const Tensor& t, int64_t sums)
+      : data(buffer<double>(t, ScalarType::Double, 1 + sums, "partials")), ctas((t.numel() - 1) / sums) {
     STD_TORCH_CHECK(data != nullptr, "sharpkern: partials is empty");
   }
 };

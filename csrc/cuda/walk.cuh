@@ -22,7 +22,7 @@ constexpr int kResident = 4;
 #define SK_KERNEL(resident) __global__ void __launch_bounds__(kThreads, resident)
 
 // Columns of the table; schema.py names them.
-enum Column : int64_t { kParam, kGrad, kBackup, kSlot, kNumel, kGroup, kScaled, kTicket };
+enum Column : int64_t { kParam, kGrad, kScale, kBackup, kSlot, kNumel, kGroup, kTicket };
 
 // The table, in any memory order, and the blocks of its rows.
 struct Segments {
@@ -66,11 +66,11 @@ __device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t 
   const int64_t k = segments.blocks[2 * block + 1];
   s.row.param = segments.cell(s.index, kParam);
   s.row.grad = segments.cell(s.index, kGrad);
+  s.row.scale = segments.cell(s.index, kScale);
   s.row.backup = segments.cell(s.index, kBackup);
   s.row.slot = segments.cell(s.index, kSlot);
   s.row.numel = segments.cell(s.index, kNumel);
   s.row.group = segments.cell(s.index, kGroup);
-  s.row.scaled = segments.cell(s.index, kScaled);
   s.row.ticket = 0;
   const int64_t blocks = (s.row.numel + kBlock - 1) / kBlock - k;
   s.blocks = blocks < last - block ? blocks : last - block;

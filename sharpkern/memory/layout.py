@@ -19,8 +19,9 @@ from ..ops.backend import prepare, walks_lists
 from .shapes import blocks_of, is_dense, slots_of
 from .table import Table
 
-# Buffers that mean something between two passes only, in the parameters' dtype: the weights and their first gradient.
-SCRATCH = ("backup", "gradient")
+# Buffers that mean something between two passes only: the weights and their first gradient, in the parameters' dtype,
+# and what the first ascent goes along, in the state's.
+SCRATCH = ("backup", "gradient", "direction")
 
 
 class Layout:
@@ -30,8 +31,9 @@ class Layout:
         params: leaf tensors of one device and dtype.
         names: what errors call them.
         groups: index of each one's parameter group.
-        scaled: whether the elementwise scale T_w = abs(w) + eta applies to each one.
+        scale: which T_w each one has, a value of ``schema.SCALE``.
         flatten: move weights and gradients into flat buffers too.
+        own: names of the algorithm's state, whose flat buffers are the rows of one tensor.
     """
 
     def __init__(
@@ -39,14 +41,14 @@ class Layout:
         params: Sequence[Tensor],
         names: Sequence[str],
         groups: Sequence[int],
-        scaled: Sequence[bool],
+        scale: Sequence[int],
         flatten: bool = False,
+        own: Sequence[str] = (),
     ) -> None:
         prepare(params[0].device)
         self.params, self.names, self.groups = list(params), list(names), list(groups)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.state_dtype = schema.state_dtype(self.dtype)
-        self.any_scaled = any(scaled)
         self.slots, self.size = slots_of(self.params)
         # A parameter with gaps between its elements is served by a dense copy of it.
         self.copies = {
@@ -58,12 +60,14 @@ class Layout:
         # As laid out: the user may change a parameter's strides later, not those of its slot.
         self._shapes = [(s.size(), s.stride()) for s in self.segments]
         self.flat = Flattened(self.params, self.slots, self.size) if flatten else None
-        self.table = Table(self.params, self.segments, self.slots, self.groups, scaled)
+        self.table = Table(self.params, self.segments, self.slots, self.groups, scale)
         blocks = blocks_of([p.numel() for p in self.params])
         self.blocks = blocks.to(self.device)
-        partials = schema.partials_size(self.size, len(blocks))
+        self._own = tuple(own)
+        partials = schema.partials_size(self.size, len(blocks), len(own))
         self.partials = torch.zeros(partials, dtype=schema.scalar_dtype(self.device), device=self.device)
         self.empty = torch.empty(0, dtype=self.state_dtype, device=self.device)
+        self.no_sums = self.partials[:0]
         self.buffers: dict[str, Tensor] = {}
         self.grads: list[Tensor] = []
         self._meta = list(map(_meta, self.params))
@@ -71,16 +75,26 @@ class Layout:
     # Flat buffers.
 
     def buffer(self, name: str) -> Tensor:
-        """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised."""
-        if name not in self.buffers:
+        """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised. Those of the
+        algorithm's state are made together."""
+        if name not in self.buffers and name in self._own:
+            matrix = torch.zeros(len(self._own), self.size, dtype=self.state_dtype, device=self.device)
+            self.buffers.update(zip(self._own, matrix, strict=True))
+        elif name not in self.buffers:
             make = torch.empty if name == "backup" else torch.zeros
-            dtype = self.dtype if name in SCRATCH else self.state_dtype
+            dtype = self.dtype if name in ("backup", "gradient") else self.state_dtype
             self.buffers[name] = make(self.size, dtype=dtype, device=self.device)
         return self.buffers[name]
 
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """[names, size]: the flat buffers of the algorithm's state of these names, the first ones that it declares."""
+        assert tuple(names) == self._own[: len(names)]
+        return self.buffer(names[0]).as_strided((len(names), self.size), (self.size, 1))
+
     def view(self, name: str, i: int) -> Tensor:
         """Parameter i's slot of the buffer ``name``, with the parameter's shape and (dense) strides."""
-        return self.buffer(name).as_strided(*self._shapes[i], self.slots[i])
+        buffer = self.buffer(name)
+        return buffer.as_strided(*self._shapes[i], buffer.storage_offset() + self.slots[i])
 
     # Where the weights are.
 
@@ -134,10 +148,25 @@ class Layout:
         self.grads = grads
         self.table.send(fresh)
 
+    def follow(self, name: str, rows: Sequence[bool]) -> None:
+        """Take the slots of a flat buffer for the gradients of these rows until the next pass; the others have none."""
+        if self.buffer(name).dtype != self.dtype:
+            self.buffer("gradient").copy_(self.buffer(name))  # a kernel reads gradients of the parameters' dtype
+            name = "gradient"
+        self.table.follow_buffer(self.buffer(name), rows)
+        self.grads = []
+        if walks_lists(self.device.type):
+            self.grads = [self.view(name, i) if taken else self.table.none for i, taken in enumerate(rows)]
+
     @property
     def has_gradients(self) -> bool:
         """Whether any parameter had a gradient when they were collected."""
         return self.table.missing < len(self.params)
+
+    @property
+    def any_scaled(self) -> bool:
+        """Whether any parameter has another T_w than 1."""
+        return self.table.any_scaled
 
     @property
     def walk(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -177,8 +206,9 @@ class Layout:
         torch.autograd.graph.increment_version(params)
 
     def finish(self) -> None:
-        """After the last pass of a step: no gradient is held, no backup is in use."""
+        """After the last pass of a step: no gradient is held, no backup is in use, nothing drawn for it is left out."""
         self.table.clear_marks()
+        self.table.take_back_in()
         self.grads = []
 
 

@@ -6,6 +6,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,9 @@ _ALIVE: weakref.WeakSet[Layouts] = weakref.WeakSet()
 
 
 class Direction(Protocol):
-    """What decides which parameters are scaled elementwise."""
+    """What decides which T_w a parameter has."""
 
-    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool: ...
+    def scale(self, group: Group, name: str | None, param: Tensor) -> int: ...
     def key(self, groups: list[Group]) -> Any: ...
 
 
@@ -33,7 +34,7 @@ class Layouts:
 
     Args:
         scalars: the numbers that lie with the layouts.
-        direction: says which parameters are scaled (``scaled``), and when that may have changed (``key``).
+        direction: says which T_w a parameter has (``scale``), and when that may have changed (``key``).
         rule_state, own_state: flat buffers of the base rule and of the algorithm. A sum with its squared norm and a
             count of parameters go with each of the latter.
         counted: whether parameters count their steps.
@@ -60,7 +61,7 @@ class Layouts:
         self.valid = False  # else they are laid out afresh before the next pass
         self._layouts: list[Layout] = []
         self.states: list[LayoutState] = []
-        self.scaled = False  # whether any parameter is
+        self.places: list[Tensor] = []  # of every layout's parameters, in the order of the groups
         self.idle: list[Tensor] = []  # frozen, without a gradient or such state: in no layout
         self._members: list[list[Tensor]] = []
         self._scaled_for: Any = None
@@ -80,6 +81,11 @@ class Layouts:
     def devices(self) -> set[torch.device]:
         """Where they lie."""
         return {layout.device for layout in self._layouts}
+
+    @property
+    def scaled(self) -> bool:
+        """Whether any parameter has another T_w than 1."""
+        return any(layout.any_scaled for layout in self._layouts)
 
     # Freshness.
 
@@ -157,16 +163,17 @@ class Layouts:
         layouts = []
         for alike in members.values():
             params, indices, names, labels = zip(*alike, strict=True)
-            scaled = [
-                self._direction.scaled(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
+            scale = [
+                self._direction.scale(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
             ]
-            layouts.append(Layout(params, labels, indices, scaled, self.flatten))
+            layouts.append(Layout(params, labels, indices, scale, self.flatten, self._own_state))
         for layout in layouts:
             for i, p in enumerate(layout.params):
                 if p in backups:
                     layout.take_over(i, *backups[p])
         self._layouts, self.idle = layouts, idle
-        self.scaled = any(layout.any_scaled for layout in layouts)
+        place = {p: i for i, (p, *_) in enumerate(entries(groups))}
+        self.places = [torch.tensor([place[p] for p in layout.params], device="cpu") for layout in layouts]
         self.valid = False  # until the state has been taken over
         self._members = [list(group["params"]) for group in groups]
         self._scaled_for = self._direction.key(groups)
@@ -203,12 +210,19 @@ class Layouts:
             self._scalars[f"{name}_count"] = len(views)
         self.state_written()
 
-    def expose(self, names: tuple[Names, ...]) -> None:
+    def expose(self, names: tuple[Names, ...], trained: bool = False) -> None:
         """Every parameter with a gradient has state of these names, by its group, from this step on; of zeros at first.
 
         Tools that restore a checkpoint take what state there is from a step on zero gradients.
+
+        Args:
+            trained: every parameter that requires a gradient, outside of a step.
         """
-        found = [state.expose(self.state, names, state.layout.table.has_gradient) for state in self.states]
+
+        def touched(layout: Layout) -> list[bool]:
+            return [p.requires_grad for p in layout.params] if trained else layout.table.has_gradient()
+
+        found = [state.expose(self.state, names, partial(touched, state.layout)) for state in self.states]
         if any(found):
             self.count_own()
 

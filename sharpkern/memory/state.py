@@ -58,6 +58,11 @@ class LayoutState:
         """How many parameters' slots of a buffer stand in the optimizer's state."""
         return sum(name in names for names in self._exposed)
 
+    def trained(self, name: str) -> list[bool]:
+        """Whether each parameter is trained, and has this in the optimizer's state."""
+        pairs = zip(self.layout.params, self._exposed, strict=True)
+        return [p.requires_grad and name in names for p, names in pairs]
+
     def exposed(self, name: str) -> list[Tensor]:
         """The slots of a buffer that stand in the optimizer's state."""
         return [self.layout.view(name, i) for i, names in enumerate(self._exposed) if name in names]

@@ -1,7 +1,8 @@
 """The table of segments: a row a parameter, with the addresses of its weights and its gradient.
 
 It is the host's; kernels of a device read a copy there, column after column, so that the columns which change go
-there in one transfer: addresses when a parameter or a gradient moved, marks of backups after each step.
+there in one transfer: addresses when a parameter or a gradient moved, scales when rows were left out, marks of backups
+after each step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Table:
         segments: the memory that kernels use for each one: the parameter itself, or a dense copy of it.
         slots: first element of each one's slot.
         groups: index of each one's parameter group.
-        scaled: whether the elementwise scale T_w applies to each one.
+        scale: which T_w each one has, a value of ``schema.SCALE``.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Table:
         segments: Sequence[Tensor],
         slots: Sequence[int],
         groups: Sequence[int],
-        scaled: Sequence[bool],
+        scale: Sequence[int],
     ) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.segments = segments
@@ -46,7 +47,11 @@ class Table:
         self.host[:, schema.SLOT] = torch.tensor(slots, device="cpu")
         self.host[:, schema.NUMEL] = torch.tensor([p.numel() for p in params], device="cpu")
         self.host[:, schema.GROUP] = torch.tensor(groups, device="cpu")
-        self.host[:, schema.SCALED] = torch.tensor(list(scaled), dtype=torch.int64, device="cpu")
+        self._scale_column = self.host[:, schema.SCALE]
+        self._scale = torch.tensor(list(scale), dtype=torch.int64, device="cpu")
+        self._scale_column.copy_(self._scale)
+        self._drawn = False  # whether rows are left out of this step
+        self.any_scaled = bool(self._scale.any())  # whether any row has another T_w than 1
         self.grad_column = self.host[:, schema.GRAD]
         self._backup_column = self.host[:, schema.BACKUP]
         self._grad_strides = strides_of(segments)
@@ -58,7 +63,7 @@ class Table:
         self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
         # The copy on a device.
         self._copy: Sender | None = None
-        self._sent: Tensor | None = None  # the columns PARAM and GRAD as they are there
+        self._sent: Tensor | None = None  # the columns before BACKUP as they are there
         self._complete = False  # whether the other columns are there
         self._marked_there = False  # whether a kernel may have marked backups there
         self.follow(self.locate(params))
@@ -93,6 +98,14 @@ class Table:
         rows: list[int] = (self.grad_column == schema.MISMATCH).nonzero().flatten().tolist()
         return rows
 
+    def follow_buffer(self, buffer: Tensor, taken: Sequence[bool]) -> None:
+        """Take slots of a flat buffer for the gradients of these rows; the others have none."""
+        rows = torch.tensor(taken, dtype=torch.bool, device="cpu") & (self.host[:, schema.NUMEL] > 0)
+        addresses = buffer.data_ptr() + self.host[:, schema.SLOT] * buffer.element_size()
+        self.grad_column.copy_(addresses * rows)
+        self.missing = len(taken) - int(rows.sum())
+        self.send()
+
     # Marks: which backups hold weights.
 
     def mark(self, i: int) -> None:
@@ -105,11 +118,11 @@ class Table:
         self._marked_there = True
 
     def after_ascent(self) -> None:
-        """A kernel marked the rows with a gradient: on the device, or in the host's table."""
+        """A kernel marked the rows that moved: on the device, or in the host's table."""
         if walks_lists(self.device.type):
             self._complete = False
         elif transfer.is_remote(self.device):
-            self._backup_column.copy_(self.grad_column != 0)
+            self._backup_column.copy_((self.grad_column != 0) & (self._scale_column != schema.LEFT_OUT))
 
     def clear_marks(self) -> None:
         """No backup is in use. The device hears of it with the next gradients."""
@@ -133,6 +146,24 @@ class Table:
         """Rows that have a gradient now, and whose weights no backup holds."""
         rows: list[int] = ((self.grad_column != 0) & (self._backup_column == 0)).nonzero().flatten().tolist()
         return rows
+
+    # Scales: which rows are a part of the direction.
+
+    def leave_out(self, rows: Tensor) -> None:
+        """Leave rows (a mask) out of the direction of this step, beside those that always are."""
+        self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
+        self.any_scaled = self._drawn = True
+        self.send()
+
+    def any_left_in(self) -> bool:
+        """Whether any row with a gradient is a part of the direction."""
+        return bool((self.grad_column != 0).logical_and_(self._scale_column != schema.LEFT_OUT).any())
+
+    def take_back_in(self) -> None:
+        """Every row has its own T_w again. The device hears of it with the next gradients."""
+        if self._drawn:
+            self._scale_column.copy_(self._scale)
+            self.any_scaled, self._drawn = bool(self._scale.any()), False
 
     # The copy on a device.
 

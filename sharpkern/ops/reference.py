@@ -13,7 +13,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADAM, BACKUP, GRAD, GROUP, MISMATCH, NORM_MIN, NUMEL, SCALED, SGD, SLOT, library
+from .schema import (
+    ADAM,
+    BACKUP,
+    GRAD,
+    GROUP,
+    LEFT_OUT,
+    MISMATCH,
+    NORM_MIN,
+    NUDGED,
+    NUMEL,
+    SCALE,
+    SCALED,
+    SGD,
+    SLOT,
+    library,
+)
 
 Row = list[int]
 
@@ -114,9 +129,9 @@ def norm_scaled(
 ) -> None:
     total = sq.new_zeros(())
     for param, grad, row in zip(params, grads, _rows(table, params), strict=True):
-        if _has_grad(param, grad):
+        if _has_grad(param, grad) and row[SCALE] != LEFT_OUT:
             a = _wide(grad)
-            if row[SCALED]:
+            if row[SCALE] == SCALED:
                 a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
             total += a.square().sum(dtype=sq.dtype)
     sq[buffer] = total
@@ -135,6 +150,52 @@ def _update_ema(ema: Tensor, sq: Tensor, decay: float, coefficient: float) -> No
     seen = var.isfinite()
     ema[:3] = torch.where(seen, torch.stack([mean, var, threshold]), ema[:3])
     ema[3] = (seen & (n >= threshold)).to(ema.dtype)
+
+
+def norm_max(
+    sq: Tensor,
+    largest: Tensor,
+    partials: Tensor,
+    ema: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    *,
+    buffer: int,
+    decay: float,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> None:
+    norm(
+        sq, partials, ema, grads, table, blocks,
+        buffer=buffer, decay=decay, coefficient=coefficient, dtype=dtype,
+    )  # fmt: skip
+    magnitudes = [grad.abs().max().to(sq.dtype) for grad in grads if grad.numel()]
+    largest[buffer] = torch.stack(magnitudes).max() if magnitudes else 0.0
+
+
+def _power(grad: Tensor, largest: Tensor, y: float) -> Tensor:
+    """(|g| / m)^y; 0 for a zero, NaN for what is not finite. In float64, which has every quotient of float32."""
+    a = grad.abs().to(largest.dtype)
+    return torch.where(a > 0, (a / largest.max()).pow(y), a) + (a - a)
+
+
+def norm_p(
+    sq: Tensor,
+    partials: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    largest: Tensor,
+    *,
+    q: float,
+    dtype: torch.dtype,
+) -> None:
+    total = torch.zeros_like(sq)
+    for grad in grads:
+        if grad.numel():
+            total += _power(grad, largest, q).sum()
+    sq.copy_(total)
 
 
 def dots(
@@ -185,6 +246,37 @@ def project(
     _keep(sq, total, go)
 
 
+def combine(
+    out: Tensor,
+    sq: Tensor,
+    partials: Tensor,
+    x: Tensor,
+    v: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    coefficients: Tensor,
+    checks: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(checks, bool(checks.numel()), sq)
+    a, b = coefficients.to(out.dtype)
+    in_place = out.data_ptr() == v.data_ptr()
+    total = torch.zeros_like(sq)
+    for grad, row in zip(grads, _rows(table, grads), strict=True):
+        # A row without a gradient is looked at in memory order.
+        like = grad if grad.numel() else v[row[SLOT] : row[SLOT] + row[NUMEL]]
+        kept, combined = _slot(out, like, row), _slot(v, like, row)
+        if row[BACKUP] if x.numel() else grad.numel():
+            combined = b * combined + a * (_slot(x, like, row) if x.numel() else _wide(grad))
+            _keep(kept, combined, go)
+        elif not in_place:
+            continue
+        total += combined.square().sum(dtype=sq.dtype)
+    _keep(sq, total, go)
+
+
 def _ascend(
     params: Sequence[Tensor],
     backup: Tensor,
@@ -203,7 +295,7 @@ def _ascend(
     go = squared.isfinite().all() if skip_nonfinite else torch.ones_like(squared[-1], dtype=torch.bool)
     scales = radius[:, 0] / (squared[-1].sqrt() + eps)
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
-        if not _has_grad(param, grad):
+        if not _has_grad(param, grad) or (scaled and row[SCALE] == LEFT_OUT):
             continue
         if backup.numel():
             _slot(backup, param, row).copy_(param)
@@ -212,7 +304,7 @@ def _ascend(
             _slot(gradient, param, row).copy_(grad)
         w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]].to(w.dtype) * g
-        if scaled and row[SCALED]:
+        if scaled and row[SCALE] == SCALED:
             t = w.abs() + radius[row[GROUP], 1].to(w.dtype)
             direction = t * (t * direction)
         param.copy_(torch.where(go, w + direction, w))
@@ -260,6 +352,42 @@ def ascend_scaled(
         params, backup, none, counters, grads, table, radius, sq,
         eps=eps, skip_nonfinite=skip_nonfinite, scaled=True,
     )  # fmt: skip
+
+
+def ascend_p(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    table: Tensor,
+    blocks: Tensor,
+    radius: Tensor,
+    sq: Tensor,
+    largest: Tensor,
+    powers: Tensor,
+    *,
+    exponent: float,
+    eps: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go = _go(sq, skip_nonfinite, sq)
+    scales = radius[:, 0]
+    if exponent:
+        # (m / (||g||_q + eps))^(q - 1), with q = exponent + 1
+        scales = scales * (powers.sum().pow(1 / (exponent + 1)) + eps / largest.max()).pow(-exponent)
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        _slot(backup, param, row).copy_(param)
+        table[i, BACKUP] = 1
+        w, g = _wide(param), _wide(grad)
+        direction = scales[row[GROUP]] * g.sign().to(scales.dtype)
+        if exponent:
+            direction = direction * _power(grad, largest, exponent)
+        param.copy_(torch.where(go, w + direction.to(w.dtype), w))
+    if counters.numel():
+        counters[:2] += 1
 
 
 def restore(params: Sequence[Tensor], backup: Tensor, table: Tensor, blocks: Tensor, *, dtype: torch.dtype) -> None:
@@ -422,18 +550,100 @@ def adam(
         step[i] += go.to(step.dtype)
 
 
+def nudge_dots(
+    sq: Tensor,
+    along: Tensor,
+    partials: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffer: Tensor,
+    step: Tensor,
+    eigenvectors: Tensor,
+    table: Tensor,
+    blocks: Tensor,
+    values: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    groups = values.tolist()
+    squared, products = torch.zeros_like(sq), torch.zeros_like(along)
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
+        g = _wide(grad)
+        kept, pulled = v["weight_decay"] * _wide(param), -g if v["maximize"] else g
+        if v["momentum"]:
+            first, intake = step[i] == 0, 1 - v["dampening"]
+            buffer = _slot(momentum_buffer, param, row)
+            kept = torch.where(first, kept, v["momentum"] * buffer + intake * kept)
+            pulled = torch.where(first, pulled, intake * pulled)
+        squared += g.square().sum(dtype=sq.dtype)
+        for k, flat in enumerate(eigenvectors):
+            e = _slot(flat, param, row)
+            products[2 * k] += (kept * e).sum(dtype=sq.dtype)
+            products[2 * k + 1] += (pulled * e).sum(dtype=sq.dtype)
+    sq.copy_(squared)
+    along.copy_(products)
+
+
+def nudge_sgd(
+    params: Sequence[Tensor],
+    momentum_buffer: Tensor,
+    step: Tensor,
+    counters: Tensor,
+    grads: Sequence[Tensor],
+    eigenvectors: Tensor,
+    table: Tensor,
+    blocks: Tensor,
+    values: Tensor,
+    sq: Tensor,
+    along: Tensor,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> None:
+    go, clip = _go(sq, skip_nonfinite, step), _clip(sq, max_norm)
+    groups = values.tolist()
+    kept, pulled = along.sum(-1).view(-1, 2).unbind(-1)
+    products = kept + clip * pulled
+    for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if not _has_grad(param, grad):
+            continue
+        v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
+        w, g = _wide(param), _wide(grad) * clip
+        d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+        if v["momentum"]:
+            buffer = _slot(momentum_buffer, param, row)
+            d = torch.where(step[i] == 0, d, v["momentum"] * buffer + (1 - v["dampening"]) * d)
+            _keep(buffer, d, go)
+            step[i] += go.to(step.dtype)
+        factors = ((v["nudge"] - 1) * products).to(w.dtype)
+        d = d + sum(factor * _slot(e, param, row) for factor, e in zip(factors, eigenvectors, strict=True))
+        _keep(param, w - v["lr"] * d, go)
+    if counters.numel():
+        counters[2] += (~go).to(counters.dtype)
+
+
 IMPLEMENTATIONS = {
     "gather": gather,
     "norm": norm,
     "norm_scaled": norm_scaled,
+    "norm_max": norm_max,
+    "norm_p": norm_p,
     "dots": dots,
     "project": project,
+    "combine": combine,
     "ascend": ascend,
     "ascend_scaled": ascend_scaled,
+    "ascend_p": ascend_p,
     "restore": restore,
     "mix": mix,
     "sgd": sgd,
     "adam": adam,
+    "nudge_dots": nudge_dots,
+    "nudge_sgd": nudge_sgd,
 }
 
 for _name, _implementation in IMPLEMENTATIONS.items():

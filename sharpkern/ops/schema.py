@@ -19,20 +19,30 @@ argument            holds
 ``gradient``        flat, dtype of the parameters: the gradient of the first pass, where ``table[:, BACKUP]`` says
                     that there was one
 ``g_v``             flat, dtype of the state: LookSAM's direction
+``out``             flat, dtype of the state; may be ``v``
+``x``               flat, dtype of the state, where ``table[:, BACKUP]`` says that there is one; empty: the gradients
+``v``               flat, dtype of the state
 ``direction``       flat, dtype of the parameters or of the state: v, which a rule adds to the gradient; empty: none
-``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0
+``coefficients``    float64 ``[2]``: a and b of the gradient a g + b v that a rule steps along; empty: 1 and 0. Of
+                    combine's a x + b v, which wants them
 ``ema``             float64 ``[4]``, columns ``EMA`` below: AE-SAM's statistics and its decision; empty: none are kept
+``eigenvectors``    contiguous ``[k, size]``, dtype of the state: a flat buffer a row; 1 to ``DIRECTIONS`` rows
 state buffers       flat, float32 (float64 for float64 parameters), slots as in the table
 ``step``            float32 ``[rows]``: steps applied to each parameter
 ``counters``        int64 ``[3]``: first passes, second passes, skipped steps (or empty: not counted)
 ``partials``        float64, ``partials_size()`` elements: scratch. The first is a device kernel's ticket: zero
                     before the first call, zero again after each
 ``radius``          float64 ``[groups, 2]``: rho (negative when maximizing), eta
-``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD`` and ``ADAM`` below
+``values``          float64 ``[groups, k]``: the base rule's numbers, see ``SGD``, ``ADAM`` and ``NUDGED`` below
 ``sq``              float64: squared norms, one element a flat buffer: norm and norm_scaled write one of a contiguous
                     ``[buffers]``, the rules and ascents read ``[passes, buffers]``, summed over buffers
+``checks``          as ``sq`` of a rule; empty: nothing is checked
 ``products``        float64 ``[3, buffers]``: g.g, g_s.g_s and g.g_s, summed over buffers
+``along``           float64: two sums a direction. nudge_dots writes ``[2 k]`` of any stride, nudge_sgd reads a
+                    contiguous ``[2 k, buffers]``, summed over buffers
 ``numerator``, ``denominator``  float64 ``[buffers]``, contiguous: summed over buffers
+``largest``         float64 ``[buffers]``: the largest magnitudes of a gradient; its own is the largest of them
+``powers``          float64 ``[buffers]``: sums of powers of a gradient over that, summed over buffers
 ==================  ===================================================================================
 
 On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
@@ -45,15 +55,20 @@ import torch
 # Columns of the table.
 PARAM = 0  # address of the weights
 GRAD = 1  # address of the gradient; 0: none in this pass; MISMATCH: gather could not use it as it is
-BACKUP = 2  # nonzero: the weights are in the backup
-SLOT = 3  # first element in the flat buffers
-NUMEL = 4
-GROUP = 5  # row of the group tables
-SCALED = 6  # 1: T_w = |w| + eta; 0: T_w = 1
+SCALE = 2  # which T_w, see below: norm_scaled and ascend_scaled look at it
+BACKUP = 3  # nonzero: the weights are in the backup
+SLOT = 4  # first element in the flat buffers
+NUMEL = 5
+GROUP = 6  # row of the group tables
 TICKET = 7  # scratch of a device kernel, whose blocks count themselves here: zero between two calls
 COLUMNS = 8
 
 MISMATCH = -1
+
+# Values of SCALE; csrc/common.h has their twins. An op that looks at it neither reads nor moves what is left out.
+PLAIN = 0  # T_w = 1
+SCALED = 1  # T_w = |w| + eta
+LEFT_OUT = 2  # T_w = 0
 
 # Slot elements a partial sum covers; csrc/common.h has its twin.
 CHUNK = 16384
@@ -68,9 +83,13 @@ EMA = ("mean", "var", "threshold", "fired")
 # A direction with a norm up to this is none; csrc/math.h has its twin.
 NORM_MIN = 1e-12
 
+# Rows of ``eigenvectors`` at most; csrc/math.h has its twin.
+DIRECTIONS = 8
+
 # Columns of the group values.
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+NUDGED = (*SGD, "nudge")  # nesterov is not looked at
 
 _PASS = "Tensor[] grads, Tensor table, Tensor blocks"
 _NORM = "*, int buffer, float decay, float coefficient, ScalarType dtype"
@@ -106,12 +125,30 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor(a!) g_v, Tensor(b!) sq, Tensor(c!) partials, Tensor gradient, {_PASS}, Tensor products, *, "
         "ScalarType dtype) -> ()"
     ),
+    # out = a x + b v;  sq = ||out||^2. A row that x has not stays as it is, and counts where out is v. Changes nothing
+    # where one of `checks` is not finite
+    "combine": (
+        f"(Tensor(a!) out, Tensor(b!) sq, Tensor(c!) partials, Tensor x, Tensor v, {_PASS}, Tensor coefficients, "
+        "Tensor checks, *, ScalarType dtype) -> ()"
+    ),
     # backup = w;  w += rho g / (norm + eps);  table[:, BACKUP] of what moved, in the same call (on a device:
     # by the same launch), so that no interrupt can come in between. `gradient` keeps g, unless it is empty. With an
     # empty `backup` w moves in place, and no mark changes
     "ascend": (f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(e!) gradient, Tensor(c!) counters, {_ASCENT}) -> ()"),
     # backup = w;  w += rho T_w^2 g / (norm + eps)
     "ascend_scaled": f"(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, {_ASCENT}) -> ()",
+    # The ball of a p-norm, with q = p / (p - 1), its dual exponent. norm_max is norm, and largest[buffer] = max |g|
+    "norm_max": (f"(Tensor(a!) sq, Tensor(d!) largest, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, {_NORM}) -> ()"),
+    # sq = sum (|g| / m)^q, one element; m is the largest magnitude. So ||g||_q = m sq^(1/q), and nothing overflows.
+    # 0 where g is zero
+    "norm_p": (f"(Tensor(a!) sq, Tensor(b!) partials, {_PASS}, Tensor largest, *, float q, ScalarType dtype) -> ()"),
+    # backup = w;  w += rho sign(g) (|g| / (||g||_q + eps))^(q - 1).  `exponent` is q - 1, which is more than q has
+    # digits for. 0 is p = inf, w += rho sign(g), and reads neither `largest` nor `powers`
+    "ascend_p": (
+        "(Tensor(a!)[] params, Tensor(b!) backup, Tensor(c!) counters, Tensor[] grads, Tensor(d!) table, "
+        "Tensor blocks, Tensor radius, Tensor sq, Tensor largest, Tensor powers, *, "
+        "float exponent, float eps, bool skip_nonfinite, ScalarType dtype) -> ()"
+    ),
     # w = backup
     "restore": "(Tensor(a!)[] params, Tensor backup, Tensor table, Tensor blocks, *, ScalarType dtype) -> ()",
     # coefficients = constant + slope q, with q = x / y of the sums x, y of numerator and denominator, or
@@ -127,6 +164,21 @@ SCHEMAS: dict[str, str] = {
         "(Tensor(a!)[] params, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) max_exp_avg_sq, "
         f"Tensor(e!) step, Tensor(f!) counters, {_RULE}) -> ()"
     ),
+    # sq = ||g||^2, and of SGD's next momentum buffer, momentum buf + (1 - dampening) (clip g + weight_decay w), the
+    # products with every eigenvector: along[2 i] = <the terms without g, e_i>, along[2 i + 1] = <that of g
+    # unclipped, e_i>. Over the parameters with a gradient; sq is one element
+    "nudge_dots": (
+        "(Tensor(a!) sq, Tensor(b!) along, Tensor(c!) partials, Tensor[] params, Tensor[] grads, "
+        "Tensor momentum_buffer, Tensor step, Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, *, "
+        "ScalarType dtype) -> ()"
+    ),
+    # sgd's step in place along clip g, but w -= lr (buf + (nudge - 1) sum_i <buf, e_i> e_i), with
+    # <buf, e_i> = along[2 i] + clip along[2 i + 1]
+    "nudge_sgd": (
+        "(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, Tensor[] grads, "
+        "Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, Tensor sq, Tensor along, *, "
+        "float max_norm, bool skip_nonfinite, ScalarType dtype) -> ()"
+    ),
 }
 
 
@@ -140,9 +192,10 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def partials_size(size: int, blocks: int) -> int:
-    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks: for any backend, two sums."""
-    return 1 + 2 * max(1, -(-size // CHUNK), blocks)
+def partials_size(size: int, blocks: int, directions: int = 0) -> int:
+    """Elements of ``partials`` for flat buffers of ``size`` elements and so many blocks: for any backend, two sums, and
+    two more for each direction."""
+    return 1 + (2 + 2 * directions) * max(1, -(-size // CHUNK), blocks)
 
 
 library = torch.library.Library("sharpkern", "DEF")

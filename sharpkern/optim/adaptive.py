@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..direction import Direction
+from ..direction import Part
 from ..policy import Adaptive, refuse
 from .looksam import LookSAM
 from .sam import SharpnessAwareStep
@@ -43,8 +43,10 @@ class AESAM(SharpnessAwareStep):
         lambda_start, lambda_end: how many standard deviations above the mean the threshold lies, at the start and
             at the end.
         decay: :math:`\delta` of the averages, in [0, 1).
+        p: of the ball's norm, as in :class:`sharpkern.SAM`; n is the squared 2-norm whatever it is.
         perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A gradient that is
             not finite leaves the statistics alone, and ``first_step`` returns False for it.
+        perturb: as in :class:`sharpkern.SAM`; n is then of the parameters that are perturbed.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -54,7 +56,7 @@ class AESAM(SharpnessAwareStep):
     <https://arxiv.org/abs/2304.14647>`_.
     """
 
-    direction = Direction()
+    direction = Part()
     refused = ("policy",)
 
     def __init__(
@@ -67,9 +69,11 @@ class AESAM(SharpnessAwareStep):
         lambda_start: float = 1.0,
         lambda_end: float = -1.0,
         decay: float = 0.9,
+        p: float = 2.0,
         **kwargs: Any,
     ) -> None:
         refuse(self, kwargs, *self.refused)
+        self.move_in_ball(p)
         policy = Adaptive(total_steps, lambda_start, lambda_end, decay)
         super().__init__(params, base_optimizer, {"rho": rho}, policy=policy, **kwargs)
 

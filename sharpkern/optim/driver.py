@@ -28,6 +28,11 @@ class Driver(Checkpoints):
 
     # Whether the algorithm takes more passes than stepping by hand has.
     closure_only = False
+    # Whether it takes one gradient, and moves the weights before there is any. ``first_step`` then comes before the
+    # backward, and a closure is called once.
+    one_gradient = False
+    # Whether it takes one pass, always: ``step()`` without a closure is then the algorithm's step.
+    one_pass = False
     # Composer's question whether ``step`` takes a closure that unscales under AMP: it hands none to other optimizers.
     _step_supports_amp_closure = True
 
@@ -35,11 +40,12 @@ class Driver(Checkpoints):
         """The algorithm. It starts with the gradients of the first pass, and yields where it needs the caller."""
         raise TypeError(f"{type(self).__name__} has no passes")
 
-    def _run(self, closure: Callable[[], Any] | None, begin: bool) -> Wish | None:
+    def _run(self, closure: Callable[[], Any] | None, begin: bool, through: bool = False) -> Wish | None:
         """Run the algorithm: with a closure to its end, without to where it needs the caller.
 
         Args:
             begin: a new step, with the gradients that are there.
+            through: without a closure to its end, too: it takes one pass.
 
         Returns:
             What it needs; None at its end.
@@ -51,8 +57,9 @@ class Driver(Checkpoints):
                     if collect:
                         step.refresh()
                         step.collect()
+                        if begin != self.one_gradient and not through:
+                            step.warn_without_gradients(NO_GRADIENT[closure is not None])
                     if begin:
-                        step.warn_without_gradients(NO_GRADIENT[closure is not None])
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -62,18 +69,18 @@ class Driver(Checkpoints):
                         return None
                     if not isinstance(wish, Wish):
                         raise RuntimeError(f"{type(self).__name__}.passes yielded {wish!r}: expected AGAIN or AS_IS")
-                    if wish is AGAIN:
+                    if wish is AGAIN and not self.one_gradient:
                         step.freeze()
-                    else:
+                    elif wish is AS_IS:
                         step.count_plain()
-                    if wish is AGAIN or closure is None:
+                    if wish is AGAIN or (closure is None and not through):
                         step.release()
-                if closure is None:
+                if closure is None and not (through and wish is AS_IS):
                     if wish is AS_IS:
                         step.watch()
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None
-                if collect:
+                if collect and closure is not None:
                     step.reset_gradients()
                     result = self._evaluate(closure)
                     # What a two-pass algorithm does not look at need not live on: a loss holds its graph.
@@ -96,7 +103,8 @@ class Driver(Checkpoints):
 
     @uncompiled
     def first_step(self, zero_grad: bool = False) -> bool:
-        """After the first backward: measure the gradient and perturb the weights, where the policy wants it.
+        """After the first backward: measure the gradient and perturb the weights, where the policy wants it. An
+        algorithm of one gradient perturbs before it.
 
         When it returns False the gradients may still be changed (clipped, averaged) before ``second_step``, which
         measures them once more.
@@ -160,7 +168,8 @@ class Driver(Checkpoints):
 
         Without a closure and without a ``first_step`` before it, this is a plain step of the base optimizer: no
         policy and no statistic sees it. ``stats["base_steps"]`` counts it, and a warning says so once; a step with a
-        learning rate of 0 on zero gradients, by which tools make an optimizer's state, does neither.
+        learning rate of 0 on zero gradients, by which tools make an optimizer's state, does neither. Of an algorithm
+        that takes one pass it is the step.
 
         Raises:
             RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two.
@@ -180,10 +189,18 @@ class Driver(Checkpoints):
                     self.restore()
                     raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
         elif closure is not None:
+            closure = self.adapt(closure)
             step.warn_of_discarded_gradients()
             step.reset_gradients()
-            step.loss = loss = self._evaluate(closure)
-            self._run(closure, begin=True)
+            if self.one_gradient:
+                losses: list[Any] = []
+                self._run(lambda: losses.append(closure()), begin=True)
+                (loss,) = losses
+            else:
+                step.loss = loss = self._evaluate(closure)
+                self._run(closure, begin=True)
+        elif self.one_pass:
+            self._run(None, begin=True, through=True)
         else:
             with torch.no_grad():
                 try:
@@ -194,6 +211,10 @@ class Driver(Checkpoints):
                 finally:
                     step.finish()
         return loss
+
+    def adapt(self, closure: Callable[..., Any]) -> Callable[[], Any]:
+        """What a new step calls once a pass; an algorithm may ask another kind of closure of its user."""
+        return closure
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns; where it raises, the weights are given back."""

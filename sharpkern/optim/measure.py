@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.layout import Layout
+from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
+from ..memory.state import Names
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
 from ..rules import FusedRule, Rule
@@ -43,7 +44,7 @@ class Measurements(Gradients):
     def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
         self.settings, self._direction, self.state_names = settings, opt.direction, opt.state_names
         self.declared = merged(opt.scalars, *map(of_state, opt.state_names))
-        scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars))
+        scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars, opt.direction.scalars))
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
         layouts = Layouts(scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
@@ -73,15 +74,16 @@ class Measurements(Gradients):
     # Measuring.
 
     def norm(self, into: str = "first", *, ema: tuple[float, float] | None = None) -> None:
-        r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales.
-        Measured once: a policy may have asked before.
+        r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales; that
+        in the ball of a p-norm too, beside the sum ``largest`` that the ascent needs there. Measured once: a policy may
+        have asked before.
 
         Args:
             into: the sum.
             ema: (decay, coefficient): update AE-SAM's statistics in the same launch.
         """
         if self._measured != into or ema:
-            self._norm(into, self.layouts.scaled, ema)
+            self._norm(into, True, ema)
 
     def plain_norm(self) -> str:
         r"""The sum that holds :math:`\|g\|_2^2` of the gradients that are there; measured now where none does."""
@@ -90,7 +92,9 @@ class Measurements(Gradients):
             return "last"
         return self._measured
 
-    def _norm(self, into: str, scaled: bool = False, ema: tuple[float, float] | None = None) -> None:
+    def _norm(self, into: str, directed: bool = False, ema: tuple[float, float] | None = None) -> None:
+        scaled = directed and self.layouts.scaled
+        peaked = directed and self._direction.exponent not in (0.0, 1.0)
         # The statistics need the norms of all layouts: they lie with the first one, whose launch is the last.
         for i in reversed(range(len(self.layouts))):
             layout = self.layouts[i]
@@ -98,16 +102,30 @@ class Measurements(Gradients):
             if ema and i == 0:
                 self.scalars.share(into)
                 statistics, (decay, coefficient) = self.scalars["ema"], ema
-            head = (self.scalars.row(into, layout.device), layout.partials, statistics)
+            sq, scratch = self.scalars.row(into, layout.device), (layout.partials, statistics)
             params, *walk = layout.walk
             numbers = {"buffer": i, "decay": decay, "coefficient": coefficient, "dtype": layout.dtype}
             if scaled and layout.any_scaled:
                 radius = self._radius(None, layout.device)
-                ops.norm_scaled.default(*head, params, *walk, radius, **numbers)
+                ops.norm_scaled.default(sq, *scratch, params, *walk, radius, **numbers)
+            elif peaked:
+                ops.norm_max.default(sq, self.scalars.row("largest", layout.device), *scratch, *walk, **numbers)
             else:
-                ops.norm.default(*head, *walk, **numbers)
+                ops.norm.default(sq, *scratch, *walk, **numbers)
         self.scalars.share(into)
+        if peaked:
+            self.scalars.share("largest")
         self._measured, self._plain = into, not scaled
+
+    def powers(self) -> None:
+        r"""The sum ``powers`` :math:`= \sum_i (|g_i| / m)^q` of the gradient whose largest magnitude m ``norm`` found:
+        :math:`\|g\|_q = m\, \text{powers}^{1/q}`."""
+        for i, layout in enumerate(self.layouts):
+            powers, largest = (self.scalars.row(name, layout.device) for name in ("powers", "largest"))
+            _, *walk = layout.walk
+            q = self._direction.exponent + 1
+            ops.norm_p.default(powers[i], layout.partials, *walk, largest, q=q, dtype=layout.dtype)
+        self.scalars.share("powers")
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""
@@ -152,17 +170,84 @@ class Measurements(Gradients):
         self.scalars.share(into)
         self.layouts.count_own()
 
+    def combine(self, into: str, v: str, a: float, b: float, *, x: str | None = None) -> None:
+        r"""The flat buffer ``into`` :math:`= a\, x + b\, v`; x alone as long as there is no v. And as a sum its squared
+        norm: the state's own, or ``first`` for the scratch ``direction``.
+
+        Args:
+            into: a name of the algorithm's state, or ``direction``. State is written only where the norms of the
+                gradients of all passes so far are finite; so write it when the last one is there.
+            v: a name of the algorithm's state; may be ``into``. A parameter that has none yet has zeros. There is no v
+                where its norm over all parameters is up to ``schema.NORM_MIN``.
+            x: a flat buffer, of the parameters that had a gradient in the pass that perturbed: before ``descend``.
+                None: the gradients that are there. Other parameters' state stays as it is.
+        """
+        keeps = into in self.state_names
+        checked = self._checked_sums() if keeps and self.settings.skip_nonfinite else None
+        self.mix(v, v, constant=(1, 0), slope=(a - 1, b))
+        self._mixed = False  # not for the descent
+        total = into if keeps else "first"
+        names = ((into,),) * len(self.layouts.param_groups)
+        for i, layout in enumerate(self.layouts):
+            first = layout.buffer(x) if x else layout.empty
+            checks = self.scalars.rows(*checked, layout.device) if checked else layout.no_sums
+            head = (layout.buffer(into), self.scalars.row(total, layout.device)[i], layout.partials)
+            rest = (self.scalars.coefficients[layout.device], checks)
+            _, *walk = layout.walk
+            ops.combine.default(*head, first, layout.buffer(v), *walk, *rest, dtype=layout.dtype)
+            if keeps:
+                self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
+        self.scalars.share(total)
+        if keeps:
+            self.layouts.count_own()
+
+    def follow(self, name: str) -> None:
+        """Take a flat buffer for the gradients that are there, until the next pass: ``norm`` measures it, ``ascend``
+        goes along it. ``p.grad`` stays what it is.
+
+        Args:
+            name: ``direction``, of the parameters that have a gradient; its norm is known. Or state, of those that are
+                trained and have such state.
+        """
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            layout.follow(name, layout.table.has_gradient() if name in SCRATCH else state.trained(name))
+        self._measured, self._plain = ("first", True) if name in SCRATCH else (None, False)
+
+    def _checked_sums(self) -> tuple[str, str]:
+        """The first and the last of the sums that say whether the gradients of all passes so far are finite."""
+        last = self.plain_norm()
+        return "first" if self.layouts.away else last, last
+
+    def products_along(self, directions: Names, products: Names, rows: list[list[float | Tensor]]) -> None:
+        r"""The sums ``first`` :math:`= \|g\|_2^2` and ``products``, of SGD's next momentum buffer with each of the
+        directions: two each, of what does not depend on the gradient and of what it adds before clipping.
+
+        Args:
+            rows: the groups' numbers, ``schema.NUDGED``.
+        """
+        for i, (layout, state) in enumerate(zip(self.layouts, self.layouts.states, strict=True)):
+            sq = self.scalars.row("first", layout.device)[i]
+            along = self.scalars.rows(products[0], products[-1], layout.device)[:, i]
+            values = self._group_table("nudged", rows, layout.device)
+            params, grads, *walk = layout.walk
+            momentum = layout.buffers.get("momentum_buffer", layout.empty)
+            head = (sq, along, layout.partials, params, grads, momentum, state.step, layout.rows(directions))
+            ops.nudge_dots.default(*head, *walk, values, dtype=layout.dtype)
+        for name in ("first", *products):
+            self.scalars.share(name)
+        self._measured, self._plain = "first", True
+
     def has(self, name: str) -> bool:
         """Whether there is such state of any parameter."""
         return any(name in layout.buffers for layout in self.layouts)
 
     def mix(
         self,
-        numerator: str,
-        denominator: str,
+        numerator: str = "first",
+        denominator: str = "first",
         *,
         constant: tuple[float, float],
-        slope: tuple[float, float],
+        slope: tuple[float, float] = (0, 0),
         root: bool = False,
     ) -> None:
         """Let ``descend`` step along a g + b v with [a, b] = constant + slope q, q = numerator / denominator.

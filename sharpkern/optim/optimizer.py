@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_number, check_params, type_name, warn_half
-from ..direction import Direction
+from ..direction import Direction, Predicate
 from ..memory.layouts import check_aliases, entries
 from ..policy import Always, Policy, choose
 from ..rules import make_rule
@@ -49,6 +49,7 @@ class SharpnessAwareOptimizer(Driver):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         flatten: bool = False,
+        perturb: Predicate | None = None,
         **base_kwargs: Any,
     ) -> None:
         check_number(perturb_eps, "perturb_eps", positive=True)  # 0 would make a zero gradient NaN
@@ -56,6 +57,12 @@ class SharpnessAwareOptimizer(Driver):
             check_number(max_grad_norm, "max_grad_norm", positive=True)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model should be a torch.nn.Module, but got {type_name(model)}")
+        if self.direction.partial:
+            own = {**own, "perturb": True}
+        if perturb is not None:
+            self.direction = self.direction.part(perturb, type(self).__name__)
+        if "p" in base_kwargs:
+            raise TypeError(f"{type(self).__name__} takes no p=: SAM and AESAM move in the ball of a p-norm")
         self.policy = choose(policy, Always)
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)
@@ -80,7 +87,7 @@ class SharpnessAwareOptimizer(Driver):
         own = [p for p in signature.parameters.values() if p.name != "self"]
         if cls.__init__.__module__.startswith("sharpkern.") and "kwargs" in signature.parameters:
             shared = inspect.signature(SharpnessAwareOptimizer.__init__).parameters
-            left_out = {*signature.parameters, *cls.refused}
+            left_out = {*signature.parameters, *cls.refused, *(() if cls.direction.partial else ("perturb",))}
             rest = [p for p in shared.values() if p.kind == p.KEYWORD_ONLY and p.name not in left_out]
             own = [*own[:-1], *rest, shared["base_kwargs"]]
         cls.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -108,6 +115,7 @@ class SharpnessAwareOptimizer(Driver):
             group["params"] = list(group["params"])
         self.check_options({**self.defaults, **group})
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        self.direction.check_part(params)
         known = {p for other in self.param_groups for p in other["params"]}
         trained = [(p, name) for p, _, _, name in entries(self.param_groups) if p.requires_grad and not p.is_meta]
         check_aliases(trained + check_params(params, len(self.param_groups), known))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..direction import Direction, Magnitude, Weights
+from ..direction import Direction, Magnitude, PNorm, Weights
 from ..policy import Bernoulli, Policy, choose
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
@@ -15,6 +15,11 @@ from .step import AGAIN, AS_IS, Passes, Step
 
 class SharpnessAwareStep(SharpnessAwareOptimizer):
     """The step of SAM, whatever its direction and its policy."""
+
+    def move_in_ball(self, p: float) -> None:
+        """Perturbations have a p-norm of rho. Before the optimizer is made; of the 2-norm nothing changes."""
+        if p != 2:
+            self.direction = PNorm(p, self.direction.options)
 
     def passes(self, step: Step) -> Passes:
         """SAM: step with the gradient at the perturbed weights, from the weights."""
@@ -41,12 +46,25 @@ class SAM(SharpnessAwareStep):
     ``adaptive=True`` scales every tensor by its own magnitude, :math:`e = \rho\, w^2 g / \| |w| g \|` (no
     eta; rho is about 2 then). The authors' ASAM is :class:`sharpkern.ASAM`.
 
+    ``p`` is another norm of the ball, :math:`\|e\|_p = \rho`; with :math:`q = p / (p - 1)`
+
+    .. math::
+        e = \rho \, \operatorname{sign}(g) \left( \frac{|g|}{\|g\|_q + \epsilon} \right)^{q - 1}, \qquad
+        p = \infty: \quad e = \rho \, \operatorname{sign}(g), \qquad \operatorname{sign}(0) = 0
+
+    A ball of :math:`p = \infty` of the same :math:`\rho` is larger by the square root of the number of parameters: take
+    a smaller :math:`\rho` there. Elements are compared with the largest one, so nothing overflows for any p; powers
+    are float32 (float64 for float64 parameters), to about :math:`q\, 10^{-7}`. ``stats["grad_norm"]`` and what a policy
+    measures is :math:`\|g\|_2` whatever p is. Another p than 2 and infinity takes one launch and one read of the
+    gradient more.
+
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer: optimizer class. Exactly ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are fused; any
             other class is wrapped and its own ``step`` called after a fused restore.
         rho: radius of the ball, in units of the weights; a group may have its own.
-        adaptive: elementwise scaling, see above; a group may have its own.
+        adaptive: elementwise scaling, see above; a group may have its own. Not with another p than 2.
+        p: of the ball's norm, above 1, up to ``math.inf``; one for all groups.
         policy: which steps take the second pass, a :mod:`sharpkern.policy`; every one without.
         perturb_eps: :math:`\epsilon`, against division by zero.
         model: when given, its buffers (norm statistics, spectral norm's vectors, observers, codebooks) are after a
@@ -55,6 +73,10 @@ class SAM(SharpnessAwareStep):
         skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing and is
             counted in ``stats["skipped_steps"]``. Costs a read of the second gradient.
         flatten: move parameters and, in each pass, gradients into flat buffers; undone by ``unflatten()``.
+        perturb: which parameters move between the passes, a function of a parameter's name (None without names) and the
+            parameter itself, asked when the optimizer lays them out. The norm is over those; what the others' first
+            gradients are, finite or not, is not looked at. All are updated. A group option ``perturb=False`` leaves a
+            group out, too. SAM-ON: ``perturb=sharpkern.norm_layers(model)``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -77,8 +99,11 @@ class SAM(SharpnessAwareStep):
         base_optimizer: Any = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
+        *,
+        p: float = 2.0,
         **kwargs: Any,
     ) -> None:
+        self.move_in_ball(p)
         super().__init__(params, base_optimizer, {"rho": rho, "adaptive": adaptive}, **kwargs)
 
 
@@ -97,7 +122,7 @@ class ASAM(SharpnessAwareStep):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
         rho: radius; a group may have its own.
         eta: added to the magnitude, so that a zero weight can move; a group may have its own.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -131,7 +156,8 @@ class SSSAM(SAM):
 
     :math:`u_t`, uniform in [0, 1), depends on the seed and on the number of the step alone: every process draws
     the same, and a resumed run goes on where it was. With p = 1 this is :class:`sharpkern.SAM`, with p = 0 the
-    base optimizer.
+    base optimizer. The norm of the ball is the 2-norm; for another one give :class:`sharpkern.SAM` its ``p`` and
+    ``policy=Bernoulli(...)``.
 
     A plain step takes one forward and backward pass and two launches. ``first_step`` returns False for it.
 
@@ -142,8 +168,8 @@ class SSSAM(SAM):
         p: the probability (0.5), or a function of the step's number (from 0), such as
             ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
         seed: of the draws (0).
-        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A
-            policy takes the place of ``p`` and ``seed``.
+        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in
+            :class:`sharpkern.SAM`. A policy takes the place of ``p`` and ``seed``.
         **base_kwargs: options of the base optimizer.
 
     Raises:

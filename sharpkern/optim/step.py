@@ -1,9 +1,11 @@
 """The verbs of a step: what an algorithm says between its passes.
 
-``norm`` and ``dots`` measure, ``ascend`` moves the weights away, ``rewind`` and ``back`` bring them home, ``project``
-makes LookSAM's direction, ``mix`` the coefficients of a mixed gradient, ``descend`` takes the base rule's step. A step
-is one object for the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that
-share its attributes and keep their own writes.
+``norm`` and ``dots`` measure, ``keep`` leaves tensors out of the direction, ``ascend`` moves the weights away,
+``rewind`` and ``back`` bring them home, ``project`` makes LookSAM's direction, ``combine`` a running average or a
+direction that an ascent can ``follow``, ``mix`` the coefficients of a mixed gradient. ``descend`` takes the base rule's
+step, ``nudge`` SGD's with its part along some directions scaled, ``shift`` one past it. A step is one object for
+the whole life of an optimizer, mutated and never replaced: trainers wrap optimizers in proxies that share its
+attributes and keep their own writes.
 """
 
 from __future__ import annotations
@@ -11,12 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..batch_stats import Buffers
+from ..memory import transfer
+from ..memory.state import Names
 from ..rules import FusedRule, WrappedRule
+from ..rules.fused import SGDRule
 from .measure import Measurements, ops
 
 
@@ -35,6 +42,12 @@ DONE = object()  # what the driver gets at an algorithm's end
 Passes = Generator[Wish, Any, None]
 
 
+@cache
+def _plain_sgd() -> SGDRule:
+    """What moves weights past the base rule. Made late: a torch optimizer imports torch._dynamo."""
+    return SGDRule(torch.optim.SGD, {})
+
+
 class Step(Measurements):
     """The step that is under way, with the arguments of :class:`Measurements`."""
 
@@ -44,6 +57,7 @@ class Step(Measurements):
         self.passes: Passes | None = None
         self.loss: Any = None  # what the closure returned in the first pass
         self.loading: dict[str, Any] | None = None  # the state dict that is being loaded
+        self._sums = "last", "last"  # of the last descent: the first and the last norm of its gradients
         self._counted = False  # whether this step counts in the statistics already
         self._buffers: Buffers | None = None  # of the model, as the first pass left them
 
@@ -53,12 +67,16 @@ class Step(Measurements):
         """Move the weights along the gradient: by the direction's radius, or by a length. A first ascent keeps them.
 
         Args:
-            length: in units of the weights; below 0 it descends. None: the groups' radius, and a second pass counts.
+            length: in units of the weights; below 0 it descends. None: the groups' radius, and along the first
+                gradient a second pass counts.
             along: the sum that holds the squared norm of the gradient, measured now where it was not.
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
         """
         self.norm(along)
-        keep, counts = not self.layouts.away, length is None and not self._counted
+        exponent = self._direction.exponent if length is None else 1.0
+        if exponent not in (0.0, 1.0):
+            self.powers()
+        keep, counts = not self.layouts.away, length is None and along == "first" and not self._counted
         if counts:
             self._count(plain=False)
             if not len(self.layouts):  # nor a kernel that counts
@@ -78,6 +96,9 @@ class Step(Measurements):
             rest = (self._counters_for(layout, counts), *walk, radius, sq)
             if layout.any_scaled and length is None:
                 ops.ascend_scaled.default(params, backup, *rest, **numbers, dtype=layout.dtype)
+            elif exponent != 1:
+                sums = (self.scalars.row(name, layout.device) for name in ("largest", "powers"))
+                ops.ascend_p.default(params, backup, *rest, *sums, exponent=exponent, **numbers, dtype=layout.dtype)
             else:
                 ops.ascend.default(params, backup, kept, *rest, **numbers, dtype=layout.dtype)
             if keep:
@@ -85,6 +106,25 @@ class Step(Measurements):
             layout.written()
         # An autocast region around the passes keeps low-precision copies of the weights.
         torch.clear_autocast_cache()
+
+    def keep(self, kept: Tensor) -> bool:
+        """Leave tensors out of the direction of this step: the norm is taken, and the ascent made, of the others.
+
+        Args:
+            kept: bool, one a parameter, in the order of the groups.
+
+        Returns:
+            Whether any gradient is left in it; True where there is none at all.
+
+        Raises:
+            RuntimeError: in a capture, whose replays would keep the same ones for ever.
+        """
+        if any(map(transfer.is_capturing, self.layouts.devices)):
+            raise RuntimeError("a step that draws tensors cannot be captured in a CUDA graph")
+        for layout, places in zip(self.layouts, self.layouts.places, strict=True):
+            layout.table.leave_out(~kept[places])
+        self._measured = None
+        return not self.has_gradients or any(layout.table.any_left_in() for layout in self.layouts)
 
     def rewind(self) -> None:
         """The weights are at home, and kept on: the next ascent starts from there."""
@@ -112,9 +152,11 @@ class Step(Measurements):
         if direction and len(self.layouts) and not (self._mixed and self.has(direction)):
             raise RuntimeError(f"descend({direction!r}) needs such a buffer, and mix() to say how much of it")
         self.count_plain()
-        skip, max_norm = self.settings.skip_nonfinite, self.settings.max_norm
-        last = self.plain_norm() if skip or not math.isinf(max_norm) else "last"
-        first = "first" if self.layouts.away and skip else last
+        if self.settings.skip_nonfinite:
+            first, last = self._checked_sums()
+        else:
+            first = last = "last" if math.isinf(self.settings.max_norm) else self.plain_norm()
+        self._sums = first, last
         if direction == "gradient":
             for layout in self.layouts:
                 layout.complete_kept_gradient()
@@ -124,6 +166,33 @@ class Step(Measurements):
             self._step_fused(self.rule, first, last, direction)
         self.layouts.state_written()
 
+    def shift(self, direction: str) -> None:
+        r"""After ``descend`` :math:`w \leftarrow w - \eta\, (a\, g + b\, v)`, past the base rule: with the group's
+        learning rate, without momentum and decay. Where the descent was skipped nothing moves, and what it clipped is
+        clipped by the same factor.
+
+        Args:
+            direction: v, as there; ``mix`` says how much of it.
+        """
+        plain = _plain_sgd()
+        lent = [{"lr": group["lr"], "maximize": bool(group.get("maximize"))} for group in self.layouts.param_groups]
+        rows = [plain.values({**plain.defaults, **options}) for options in lent]
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            layout.finish()  # in place: no backup is in use
+            layout.collect(self._bad_gradient)
+            plain.step(
+                state,
+                self._counters_for(layout, counted=False),
+                layout.empty,
+                layout.buffer(direction),
+                self._group_table("shift", rows, layout.device),
+                self.scalars.rows(*self._sums, layout.device),
+                self.scalars.coefficients[layout.device],
+                self.settings.max_norm,
+                self.settings.skip_nonfinite,
+            )
+            layout.written()
+
     def _lr_scale(self) -> float:
         return float(self.scalars["lr_scale"]) if "lr_scale" in self.scalars else 1.0
 
@@ -131,7 +200,7 @@ class Step(Measurements):
         groups, lr_scale = self.layouts.param_groups, self._lr_scale()
         scaled = groups if lr_scale == 1.0 else [{**group, "lr": group["lr"] * lr_scale} for group in groups]
         rows = [rule.values(group) for group in scaled]
-        self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups))
+        self.expose()
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
             sums = self.scalars.rows(first, last, layout.device)
             rule.step(
@@ -148,6 +217,13 @@ class Step(Measurements):
             layout.written()
         self.layouts.away = False
 
+    def expose(self, trained: bool = False) -> None:
+        """Put state of rule and algorithm where it belongs: of parameters with a gradient, or of all trained ones."""
+        rule, groups = self.rule, self.layouts.param_groups
+        assert isinstance(rule, FusedRule)
+        self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups), trained)
+        self.layouts.state_written()
+
     def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None) -> None:
         self.back()
         sums = {device: self.scalars.rows(first, last, device).sum(-1) for device in self.layouts.devices}
@@ -160,6 +236,32 @@ class Step(Measurements):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
         coefficients = self.scalars.coefficients if self._mixed else {}
         rule.step(self.layouts, self.state_names, direction, coefficients, clip, self._lr_scale())
+
+    def nudge(self, directions: Names, products: Names) -> None:
+        """SGD's step, whose part along orthonormal directions is scaled by the groups' ``nudge``. Nothing is written
+        before all gradients and products are known.
+
+        Args:
+            directions: names of the algorithm's state, from its first one on.
+            products: the sums of their products with the next momentum buffer, two each.
+        """
+        self.count_plain()
+        groups, rule = self.layouts.param_groups, self.rule
+        assert isinstance(rule, FusedRule)
+        self.expose()
+        rows: list[list[float | Tensor]] = [[*rule.values(group), float(group["nudge"])] for group in groups]
+        self.products_along(directions, products, rows)
+        numbers = {"max_norm": self.settings.max_norm, "skip_nonfinite": self.settings.skip_nonfinite}
+        for layout, state in zip(self.layouts, self.layouts.states, strict=True):
+            params, grads, *walk = layout.walk
+            head = (params, layout.buffers.get("momentum_buffer", layout.empty), state.step)
+            values = self._group_table("nudged", rows, layout.device)
+            sq = self.scalars.rows("first", "first", layout.device)
+            along = self.scalars.rows(products[0], products[-1], layout.device)
+            rest = (self._counters_for(layout), grads, layout.rows(directions), *walk, values, sq, along)
+            ops.nudge_sgd.default(*head, *rest, **numbers, dtype=layout.dtype)
+            layout.written()
+        self.layouts.state_written()
 
     def skip(self) -> None:
         """Take no step, and count that."""

@@ -3,12 +3,15 @@ own algorithm or policy may do wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
-from methods import RULES, every_base
+from methods import METHODS, RULES, Method, every_base
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, train, train_by_hand, weights
 from naive import Naive, Trigger, asam, dot, draws
 from torch import nn
@@ -24,6 +27,14 @@ MADE_OF: dict[str, tuple[Any, Any]] = {
     "aesam": (
         lambda p, *b, **o: sk.AESAM(p, *b, total_steps=STEPS, **o),
         lambda p, *b, **o: sk.SAM(p, *b, policy=Adaptive(STEPS), **o),
+    ),
+    "aesam-p": (
+        lambda p, *b, **o: sk.AESAM(p, *b, total_steps=STEPS, p=3.0, **o),
+        lambda p, *b, **o: sk.SAM(p, *b, p=3.0, policy=Adaptive(STEPS), **o),
+    ),
+    "sam-p-2": (
+        lambda p, *b, **o: sk.SAM(p, *b, p=2, **o),
+        lambda p, *b, **o: sk.SAM(p, *b, **o),
     ),
     "aelooksam": (
         lambda p, *b, **o: sk.AELookSAM(p, *b, total_steps=STEPS, alpha=0.4, **o),
@@ -85,6 +96,33 @@ def test_asam_with_a_policy(policy: str, clip: dict[str, float], base: str) -> N
     assert relative_error(ours, theirs) < 1e-11
 
 
+SAM_INF = dataclasses.replace(METHODS["sam-p"], name="sam-inf", options={"rho": 0.005, "p": math.inf})
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [(METHODS["asam"], "momentum"), (METHODS["gsam"], "adamw"), (METHODS["sam-p"], "momentum"), (SAM_INF, "wrapped")],
+    ids=str,
+)
+def test_the_policy_of_ae_sam_in_any_step(method: Method, base: str) -> None:
+    """The AE-SAM paper claims it for every variant of SAM. What is compared is the norm of the direction: of T_w g in
+    ASAM, of g in a ball of any norm."""
+    ours, theirs = make_net(), make_net()
+    opt = method.make(ours.named_parameters(), base, policy=Adaptive(200, 0.5, -0.5))
+    trigger = Trigger(200, 0.5, -0.5)
+    naive = method.oracle(theirs.named_parameters(), base, fires=trigger)
+    taken = [0]
+    for batch in batches(200):
+        opt.step(make_closure(ours, batch))
+        naive.step(make_closure(theirs, batch))
+        taken.append(int(opt.stats["second_passes"]))
+        measured = [float(opt.stats[name]) for name in ("grad_norm", "ema_mean", "ema_var", "threshold")]
+        assert measured == pytest.approx([trigger.n**0.5, trigger.mean, trigger.var, trigger.threshold], rel=1e-8)
+    assert [b > a for a, b in itertools.pairwise(taken)] == naive.decisions
+    assert 50 < taken[-1] < 150
+    assert relative_error(ours, theirs) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -105,12 +143,17 @@ def test_bad_policies(make: Any, error: type[Exception], message: str) -> None:
 
 
 def test_the_signature_shows_the_shared_arguments() -> None:
-    for cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM, sk.AELookSAM, sk.LookSAM, sk.GSAM):
+    for cls in (
+        sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM, sk.AELookSAM, sk.LookSAM, sk.GSAM, sk.WSAM, sk.StableSAM, sk.FriendlySAM,
+        sk.VaSSO, sk.MomentumSAM,
+    ):  # fmt: skip
         names = list(inspect.signature(cls).parameters)
         assert names[:3] == ["params", "base_optimizer", "rho"]
+        if cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM):
+            names.remove("perturb")
         shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "base_kwargs"]
         assert names[-6:] == shared
-        assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM))
+        assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM, sk.MomentumSAM))
 
 
 # A user's own.

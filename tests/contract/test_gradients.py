@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ def test_gradients_in_some_passes_only(method: Method, base: str) -> None:
     ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
     named = [[(f"weight{i}", p) for i, p in enumerate(params)] for params in (ours, theirs)]
     opt, naive = method.make(named[0], base), method.oracle(named[1], base)
+    state = copy.deepcopy(opt.state.get(ours[4], {}))
 
     def closure(params: list[nn.Parameter]) -> Callable[[], Tensor]:
         left_out = itertools.cycle([1, 2, 0, 1, 3, 2, 2])
@@ -46,7 +48,7 @@ def test_gradients_in_some_passes_only(method: Method, base: str) -> None:
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
     assert torch.equal(ours[4], start[4])
-    assert ours[4] not in opt.state
+    assert_same_bits(opt.state.get(ours[4], {}), state)
 
 
 def test_salr_with_a_gradient_that_comes_and_goes() -> None:
@@ -80,14 +82,14 @@ def test_salr_with_a_gradient_that_comes_and_goes() -> None:
 def test_no_gradient_at_all_changes_nothing(method: Method, base: str) -> None:
     model = make_net()
     opt = method.make(model.named_parameters(), base, weight_decay=0.1)
-    before = weights(model)
+    before, state = weights(model), state_of(opt)
     opt.step(lambda: torch.tensor(1.0))
     if method.by_hand:
         opt.first_step()
         opt.second_step()
     opt.step()
     assert_same_bits(weights(model), before)
-    assert not any(opt.state.values())
+    assert_same_bits(state_of(opt), state)
     if "ema_mean" in opt.stats:
         assert float(opt.stats["ema_mean"]) == 0.0
     train(model, opt, batches(3))  # an empty step spoils nothing
@@ -102,7 +104,7 @@ def test_steps_of_frozen_parameters_count(method: Method, base: str) -> None:
     for stepped in (False, True):
         p = nn.Parameter(torch.ones(2))
         opt = method.make([p], base)
-        if stepped:
+        if stepped and not method.one_pass:
             p.grad = torch.zeros(2)
             opt.step()
         p.requires_grad_(False)

@@ -280,6 +280,7 @@ def test_flat_buffers_that_are_made_late_make_no_gradients(method: Method, base:
     params = [nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
     opt = method.make(params, base, flatten=True, weight_decay=0.1)
     (used, unused), opt = copy.deepcopy((params, opt))
+    state = copy.deepcopy(opt.state.get(unused, {}))
 
     def closure() -> Tensor:
         loss = used.square().sum()
@@ -290,7 +291,7 @@ def test_flat_buffers_that_are_made_late_make_no_gradients(method: Method, base:
     opt.step(closure)
     assert not torch.equal(used, params[0])
     assert torch.equal(unused, params[1])
-    assert unused not in opt.state
+    assert_same_bits(opt.state.get(unused, {}), state)
 
 
 @pytest.mark.parametrize("set_to_none", [None, False, True])
@@ -382,7 +383,7 @@ def test_unflatten_between_passes(method: Method, fail: bool) -> None:
     def closure() -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == min(2, method.calls):
             opt.unflatten()
             if fail:
                 raise ValueError
@@ -445,6 +446,8 @@ def test_memory_before_the_first_step(method: Method, base: str, flatten: bool, 
     for rule in {base, "wrapped-adagrad"}:  # the latter makes its state when it is made
         straight, model = make_net(f32), on_meta()
         opts = [method.make(m.named_parameters(), rule, flatten=flatten) for m in (straight, model)]
+        if method.one_pass:
+            opts[0].refresh(None)  # there are none on the meta device
         model.to_empty(device=torch.get_default_device())
         model.load_state_dict(make_net(f32).state_dict())
         for m, opt in zip((straight, model), opts, strict=True):

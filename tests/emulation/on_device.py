@@ -13,7 +13,7 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, NAN, VARIANTS, Problem, Spec, bits, call, dtype_id, op_of, same_bits, table_of
-from test_ops import SMALL, SUMS, finite, run_and_check
+from test_ops import SMALL, SUMS, finite, moves, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
@@ -25,7 +25,7 @@ one_thread = cases.one_thread
 
 OPS = [op for op in schema.SCHEMAS if op not in ("gather", "mix")]
 CALLS = [*OPS, *VARIANTS]
-REDUCTIONS = [*SUMS, "project"]
+REDUCTIONS = [*SUMS, "project", "combine"]
 # The emulation takes the place of the CPU's kernels.
 CPP = "cpp"
 
@@ -42,7 +42,7 @@ def emulated() -> Any:
 # Rows within one CTA and rows that several share, with and without a tail. A gradient is half as far off its
 # boundary as its weights: with 2, 4 and 8 only the gradient is unaligned, in float64, float32 and the half types.
 MIXED = [
-    Spec((n,), offset=offset, grad=i % 5 != 3, group=i % 3, scaled=i % 2 == 0, backed=i % 4 != 1)
+    Spec((n,), offset=offset, grad=i % 5 != 3, group=i % 3, scaled=i % 2 == 0, left_out=i % 6 == 1, backed=i % 4 != 1)
     for i, (n, offset) in enumerate(
         [(5, 0), (2048, 0), (30000, 4), (4096, 0), (1, 1), (2049, 8), (16384, 0), (100, 2), (8191, 1), (40001, 0)]
     )
@@ -62,7 +62,8 @@ def result(op: str, problem: Problem, **given: Any) -> list[Tensor]:
 
 def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
     """What an op that adds up writes beside the rows."""
-    return [arguments[name] for name in ("ema", "sq") if op_of(op) in REDUCTIONS and name in arguments]
+    names = ("ema", "along", "sq", "largest")
+    return [arguments[name] for name in names if op_of(op) in REDUCTIONS and name in arguments]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -91,7 +92,7 @@ def test_devices_of_any_size(op: str, multiprocessors: int, emulated: Callable[.
 def test_reductions_make_do_with_few_partials(op: str, emulated: Callable[..., None]) -> None:
     emulated(1, 100)
     problem = Problem(MIXED, torch.float32, op)
-    sums = 2 if op == "dots" else 1
+    sums = {"dots": 2, "norm_max": 2, "nudge_dots": 1 + 2 * cases.DIRECTIONS}.get(op, 1)
     for size in (1 + sums, 2 + sums, 1 + 2 * sums):
         memory = torch.full((size + 8,), NAN, dtype=torch.float64)
         memory[0] = 0
@@ -123,7 +124,7 @@ def test_tables_in_any_memory_order(op: str, emulated: Callable[..., None]) -> N
 
 
 @pytest.mark.parametrize("skipped", [False, True])
-@pytest.mark.parametrize("op", ["ascend", "ascend-keeping_g", "ascend_scaled"])
+@pytest.mark.parametrize("op", ["ascend", "ascend-keeping_g", "ascend_scaled", "ascend_p"])
 def test_ascend_marks_what_it_kept(op: str, skipped: bool) -> None:
     """1 for a row with a gradient, 0 for one without, whatever an earlier step left there; nothing else."""
     problem = Problem([*MIXED, Spec((0,)), Spec((0,), backed=False)], torch.float32, op)
@@ -132,7 +133,7 @@ def test_ascend_marks_what_it_kept(op: str, skipped: bool) -> None:
     sq = torch.tensor([[NAN if skipped else 1.0]], dtype=torch.float64)
     assert finite(sq) != skipped
     call(op, CPP, problem.arguments(op, CPP, table=table, sq=sq, skip_nonfinite=True))
-    marks = [int(spec.grad) for spec in MIXED]
+    marks = [int(moves(spec, op == "ascend_scaled")) for spec in MIXED]
     assert table[: len(MIXED), schema.BACKUP].tolist() == marks
     before[: len(MIXED), schema.BACKUP] = torch.tensor(marks)
     assert torch.equal(table, before)
@@ -150,7 +151,7 @@ def test_the_other_ops_leave_the_table_alone(op: str) -> None:
 # Steps and counters.
 
 
-@pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed"])
+@pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed", "nudge_sgd"])
 def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> None:
     """However many CTAs share it. Groups: with momentum; without, where sgd does not count; with it again."""
     for seed in range(5):
@@ -163,7 +164,7 @@ def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> 
                 arguments["sq"][0, 0] = NAN
             call(op, CPP, arguments)
             counts = [
-                float(step != 2 and spec.grad and not (op_of(op) == "sgd" and spec.group == 1))
+                float(step != 2 and spec.grad and not (op_of(op) != "adam" and spec.group == 1))
                 for spec in problem.specs
             ]
             assert (problem.step - before).tolist() == counts
@@ -191,7 +192,7 @@ def test_no_blocks() -> None:
     assert len(blocks_of([0, 0])) == 0
     for op in OPS:
         run_and_check(op, problem, CPP)
-    assert problem.counters.tolist() == [12, 22, 30]
+    assert problem.counters.tolist() == [13, 23, 30]
 
 
 # Alignment.
@@ -209,17 +210,18 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
         problem = Problem(specs, dtype, op)
         given = {}
         for name in names:
-            moved = torch.full((problem.size + 65,), NAN, dtype=problem.buffers[name].dtype)
-            given[name] = moved[int(name == shifted) :][: problem.size].copy_(problem.buffers[name])
+            buffer = problem.buffers[name]
+            moved = torch.full((buffer.numel() + 65,), NAN, dtype=buffer.dtype)
+            given[name] = moved[int(name == shifted) :][: buffer.numel()].view_as(buffer).copy_(buffer)
             assert (given[name].data_ptr() % 16 == 0) == (name != shifted)
         got = result(op, problem, **given)
-        if op in REDUCTIONS:
+        if op_of(op) in REDUCTIONS:
             # Threads then add up other elements.
-            sq = got.pop()
+            sq = torch.cat([got.pop().flatten() for _ in written(op, problem.arguments(op, CPP))])
             total = sq if total is None else total
             torch.testing.assert_close(sq, total, rtol=1e-6, atol=1e-3)
         got += [
-            given[name][slot : slot + p.numel()]
+            given[name].view(-1, problem.size)[:, slot : slot + p.numel()]
             for name in names
             for slot, p in zip(problem.slots, problem.params, strict=True)
         ]
@@ -229,8 +231,9 @@ def test_flat_buffers_need_not_be_aligned(op: str, dtype: torch.dtype) -> None:
 
 def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     """Those that the call uses."""
-    names = ("backup", "gradient", "g_v", "direction", *cases.STATE.get(op_of(op), ()))
-    return [name for name in names if name in arguments and arguments[name].numel()]
+    names = ("backup", "gradient", "g_v", "direction", "eigenvectors", "out", "x", "v", *cases.STATE.get(op_of(op), ()))
+    names = tuple(name for name in names if name in arguments and arguments[name].numel())
+    return [name for name in names if name != "out" or arguments["out"] is not arguments["v"]]
 
 
 # More elements than 32 bits count.
@@ -256,16 +259,20 @@ def tail_of(op: str, dtype: torch.dtype, slot: int, first: int) -> list[Tensor]:
     memory = {name: untouched(numel, dtype) for name in ("param", "grad")}
     memory |= {name: untouched(numel + slot, problem.buffers[name].dtype) for name in flat}
     tails = {name: t[-TAIL:] for name, t in memory.items()}
+    if "eigenvectors" in memory:  # of one direction
+        memory["eigenvectors"] = memory["eigenvectors"][None]
     for tail in tails.values():
         tail.copy_(torch.rand(TAIL, generator=random) + 0.5)
     blocks = blocks_of([TAIL])
     blocks[:, 1] += first // schema.BLOCK
-    mark = int(not op.startswith("ascend"))
+    columns = {schema.PARAM: memory["param"].data_ptr(), schema.GRAD: memory["grad"].data_ptr(), schema.SLOT: slot}
+    columns |= {schema.BACKUP: int(not op.startswith("ascend")), schema.NUMEL: numel, schema.SCALE: schema.SCALED}
+    table = torch.tensor([[columns.get(i, 0) for i in range(schema.COLUMNS)]])
     arguments = problem.arguments(
         op,
         CPP,
         **{name: memory[name] for name in flat},
-        table=torch.tensor([[memory["param"].data_ptr(), memory["grad"].data_ptr(), mark, slot, numel, 0, 1, 0]]),
+        table=table,
         blocks=blocks,
         partials=torch.zeros(10, dtype=torch.float64),
     )

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .walk import (
     BACKUP,
+    LEFT_OUT,
+    SCALED,
     address,
     bits,
     check,
@@ -66,8 +68,11 @@ def ascend_kernel(
         at = stretch(table, stride_row, stride_column, blocks, b, end)
         param = at.param
         grad = at.grad
+        if WEIGHTS:
+            grad = tl.where(at.scale == LEFT_OUT, 0, grad)
         s = (tl.load(radius + 2 * at.group) / (norm + float64(eps))).to(A)
         eta = tl.load(radius + 2 * at.group + 1).to(A)
+        scaled = at.scale == SCALED
         kept_param = param
         if BACKED:
             kept_param = address(backup, at.slot, T)
@@ -79,7 +84,7 @@ def ascend_kernel(
             kept_grad = address(gradient, at.slot, T)
         if grad != 0:
             walk(move, param | grad | kept_param | kept_grad, at,
-                 (param, grad, kept_param, kept_grad, go, s, at.scaled, eta, T, A, WEIGHTS, BACKED, KEEP))  # fmt: skip
+                 (param, grad, kept_param, kept_grad, go, s, scaled, eta, T, A, WEIGHTS, BACKED, KEEP))  # fmt: skip
         b += at.n
     if COUNT:
         if tl.program_id(0) == 0:

@@ -19,6 +19,8 @@ from .. import schema
 from .reduce import check_partials, is_last, leave, total
 from .walk import (
     BLOCK,
+    LEFT_OUT,
+    SCALED,
     STEP,
     bits,
     check,
@@ -70,14 +72,16 @@ def norm_kernel(
     b, end = share(n_blocks)
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
-        addresses = at.grad
+        grad = at.grad
+        addresses = grad
         eta = tl.full((), 0, A)
         if WEIGHTS:
+            grad = tl.where(at.scale == LEFT_OUT, 0, grad)
             addresses |= at.param
             eta = tl.load(radius + 2 * at.group + 1).to(A)
-        if at.grad != 0:
+        if grad != 0:
             sums, rest = walk_sums(add_squares, addresses, at, sums, rest,
-                                   (at.param, at.grad, at.scaled, eta, T, A, WEIGHTS))  # fmt: skip
+                                   (at.param, grad, at.scale == SCALED, eta, T, A, WEIGHTS))  # fmt: skip
         b += at.n
     leave(partials, sums, rest, 0, 1)
     if is_last(partials):

@@ -15,10 +15,13 @@ from .walk import check
 
 
 @triton.jit
-def leave(partials, sums, rest, n: tl.constexpr, N: tl.constexpr):
-    """Sum n of this program: ``sums`` from whole blocks, ``rest`` from the others."""
+def leave(partials, sums, rest, n: tl.constexpr, N: tl.constexpr, MAX: tl.constexpr = False):
+    """Sum n of this program, or the largest: ``sums`` from whole blocks, ``rest`` from the others."""
     own = partials + 1 + N * tl.program_id(0) + n
-    tl.store(own, tl.sum(sums.to(tl.float64)) + tl.sum(rest.to(tl.float64)))
+    if MAX:
+        tl.store(own, tl.maximum(tl.max(sums), tl.max(rest)).to(tl.float64))
+    else:
+        tl.store(own, tl.sum(sums.to(tl.float64)) + tl.sum(rest.to(tl.float64)))
 
 
 @triton.jit
@@ -35,16 +38,20 @@ def is_last(partials):
 
 
 @triton.jit
-def total(partials, n: tl.constexpr, N: tl.constexpr):
-    """Sum n over all programs."""
+def total(partials, n, N, MAX: tl.constexpr = False):
+    """Sum n over all programs, or the largest of what is >= 0."""
     programs = tl.num_programs(0)
     lanes = tl.arange(0, 1024)
     sums = tl.zeros((1024,), tl.float64)
     for first in range(0, programs, 1024):
         # Written by other multiprocessors: not from this one's own cache.
         of = partials + 1 + N * (first + lanes) + n
-        sums += tl.load(of, first + lanes < programs, other=0.0, cache_modifier=".cg")
-    return tl.sum(sums)
+        theirs = tl.load(of, first + lanes < programs, other=0.0, cache_modifier=".cg")
+        if MAX:
+            sums = tl.maximum(sums, theirs)
+        else:
+            sums += theirs
+    return tl.max(sums) if MAX else tl.sum(sums)
 
 
 def check_partials(partials: Tensor, table: Tensor, blocks: Tensor, sums: int = 1) -> None:

@@ -28,7 +28,9 @@ BACKUP = tl.constexpr(schema.BACKUP)
 SLOT = tl.constexpr(schema.SLOT)
 NUMEL = tl.constexpr(schema.NUMEL)
 GROUP = tl.constexpr(schema.GROUP)
+SCALE = tl.constexpr(schema.SCALE)
 SCALED = tl.constexpr(schema.SCALED)
+LEFT_OUT = tl.constexpr(schema.LEFT_OUT)
 TICKET = tl.constexpr(schema.TICKET)
 
 ELEMENT = {
@@ -67,7 +69,7 @@ class Stretch(NamedTuple):
     slot: tl.tensor
     numel: tl.tensor
     group: tl.tensor
-    scaled: tl.tensor
+    scale: tl.tensor
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def stretch(table, stride_row, stride_column, blocks, b, end):
         tl.load(cells + SLOT * stride_column),
         numel,
         tl.load(cells + GROUP * stride_column),
-        tl.load(cells + SCALED * stride_column) != 0,
+        tl.load(cells + SCALE * stride_column),
     )
 
 
@@ -177,6 +179,18 @@ def walk_sums(body: tl.constexpr, addresses, at, sums, rest, args):
     for offset in range(end_whole * BLOCK, last, STEP):
         rest = body(Piece(offset, before(last, offset)), rest, *args)
     return sums, rest
+
+
+@triton.jit
+def walk_with(body: tl.constexpr, addresses, at, sums, args):
+    """The same for sums of any shape, which are not as wide as the pieces."""
+    end_whole = whole(addresses, at)
+    for i in range(at.k, end_whole):
+        sums = body(Piece(i * BLOCK, None), sums, *args)
+    last = last_element(at)
+    for offset in range(end_whole * BLOCK, last, STEP):
+        sums = body(Piece(offset, before(last, offset)), sums, *args)
+    return sums
 
 
 @triton.jit
@@ -312,15 +326,15 @@ def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 
         )
 
 
-def check_norms(sq: Tensor, table: Tensor) -> None:
+def check_norms(sq: Tensor, table: Tensor, name: str = "sq") -> None:
     """The squared norms of the passes of a step.
 
     Raises:
         RuntimeError: when they are none.
     """
     if sq.dim() != 2 or not 1 <= sq.size(0) <= 2 or sq.size(1) == 0:
-        raise RuntimeError("sharpkern: sq should be a contiguous float64 matrix")
-    check(sq, table, torch.float64, "sq", sq.numel())
+        raise RuntimeError(f"sharpkern: {name} should be a contiguous float64 matrix")
+    check(sq, table, torch.float64, name, sq.numel())
 
 
 def check_vector(t: Tensor, table: Tensor, name: str) -> None:

@@ -1,0 +1,157 @@
+// The ball of a p-norm, q = p / (p - 1): the largest magnitude m beside the squared norm (norm_max), then
+// sq = sum (|g| / m)^q  (norm_p), then  backup = w;  w += s sign(g) (|g| / m)^(q - 1)  (ascend_p) with
+// s = rho (m / (||g||_q + eps))^(q - 1),  ||g||_q = m sq^(1/q).
+// Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4.
+#include "../pnorm.h"
+#include "reduce.h"
+
+namespace sharpkern::cpu {
+namespace {
+
+template <class T>
+SK_CLONES void add_squares_and_max(Sums<T>* sums, const T* g, int64_t n) {
+  using A = arithmetic_t<T>;
+  for_sums(0, n, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    const A x = static_cast<A>(g[i]);
+    const A a = x < 0 ? -x : x;
+    sums[0][j] += x * x;
+    sums[1][j] = a > sums[1][j] ? a : sums[1][j];
+  });
+}
+
+template <class T>
+SK_CLONES void add_powers(
+    Sums<T>& sums, const T* g, int64_t n, Peak<arithmetic_t<T>> peak, arithmetic_t<T> q) {
+  using A = arithmetic_t<T>;
+  for_sums(0, n, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    sums[j] += peak.power(static_cast<A>(g[i]), q);
+  });
+}
+
+template <class T, bool kSign>
+SK_INLINE T perturbed(T w, T g, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y) {
+  using A = arithmetic_t<T>;
+  return static_cast<T>(ascend_p<kSign>(static_cast<A>(w), static_cast<A>(g), s, peak, y));
+}
+
+template <class T, bool kSign>
+SK_CLONES void move(
+    T* w, T* backup, const T* g, int64_t n, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y,
+    bool stream) {
+  int64_t i = 0;
+  if (stream) {
+    for (; i + kBurst <= n; i += kBurst) {
+      alignas(64) T kept[kBurst];
+#pragma omp simd
+      for (int64_t j = 0; j < kBurst; ++j) {
+        kept[j] = w[i + j];
+        w[i + j] = perturbed<T, kSign>(kept[j], g[i + j], s, peak, y);
+      }
+      stream_burst(backup + i, kept);
+    }
+    stream_end();
+  }
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) {
+    backup[j] = w[j];
+    w[j] = perturbed<T, kSign>(w[j], g[j], s, peak, y);
+  }
+}
+
+void norm_max(
+    Tensor sq, Tensor largest, Tensor partials, Tensor ema, Tensors grads, Tensor table, Tensor,
+    int64_t index, double decay, double coefficient, ScalarType dtype) {
+  check_no_lists(grads);
+  const Rows rows(table);
+  const NormOutput output(sq, ema, index, decay, coefficient);
+  double* maxima = maxima_beside(output, largest);
+  const Reduction<2, true> reduction(rows, partials);
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t, int64_t n) {
+      if (rows[i].grad != 0) {
+        add_squares_and_max(sums, at<T>(rows[i].grad, offset), n);
+      }
+    };
+    const auto totals = reduction.template run<T>(add);
+    maxima[index] = totals[1];
+    output.write(totals[0]);
+  });
+}
+
+void norm_p(
+    Tensor sq, Tensor partials, Tensors grads, Tensor table, Tensor, Tensor largest, double q,
+    ScalarType dtype) {
+  check_no_lists(grads);
+  const Rows rows(table);
+  double* output = element(sq);
+  const double m = largest_of(vector(largest, "largest"), largest.numel());
+  const Reduction<1> reduction(rows, partials);
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    const Peak<A> peak(m);
+    const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t, int64_t n) {
+      if (rows[i].grad != 0) {
+        add_powers<T>(*sums, at<T>(rows[i].grad, offset), n, peak, static_cast<A>(q));
+      }
+    };
+    *output = reduction.template run<T>(add)[0];
+  });
+}
+
+void ascend_p(
+    Tensors params, Tensor backup, Tensor counters, Tensors grads, Tensor table, Tensor, Tensor radius,
+    Tensor sq, Tensor largest, Tensor powers, double exponent, double eps, bool skip_nonfinite,
+    ScalarType dtype) {
+  check_no_lists(params, grads);
+  const Rows rows(table);
+  const double* groups = values(radius, rows, 2, "radius");
+  const bool skip = skip_nonfinite && !Norms(sq).finite;
+  const DualNorm norm(largest, powers, exponent, eps);
+  auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
+  visit(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
+    STD_TORCH_CHECK(kept != nullptr || rows.extent() == 0, "sharpkern: backup is empty");
+    const Peak<A> peak(norm.largest());
+    const double scale = norm.scale();
+    const bool around = stream<T>(rows);
+    walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
+      const Row& row = rows[i];
+      if (row.grad == 0) {
+        return;
+      }
+      T* w = at<T>(row.param, offset);
+      T* to = kept + slot;
+      if (skip) {
+        std::copy(w, w + n, to);
+        return;
+      }
+      const auto move_all = exponent == 0 ? move<T, true> : move<T, false>;
+      move_all(
+          w, to, at<T>(row.grad, offset), n, static_cast<A>(groups[2 * row.group] * scale), peak,
+          static_cast<A>(exponent), around && streamable(to));
+    });
+  });
+  auto* marks = static_cast<Row*>(table.mutable_data_ptr());
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].grad != 0) {
+      marks[i].backup = 1;
+    }
+  }
+  if (count != nullptr) {
+    count[0] += 1;
+    count[1] += 1;
+  }
+}
+
+}  // namespace
+}  // namespace sharpkern::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sharpkern, CPU, m) {
+  m.impl("norm_max", TORCH_BOX(&sharpkern::cpu::norm_max));
+  m.impl("norm_p", TORCH_BOX(&sharpkern::cpu::norm_p));
+  m.impl("ascend_p", TORCH_BOX(&sharpkern::cpu::ascend_p));
+}
