@@ -4,6 +4,7 @@ the parameters that a direction scales, 0 on those that it leaves out and 1 on t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -65,6 +66,7 @@ class Direction:
 
     def scale(self, group: Group, name: str | None, param: Tensor) -> int:
         """Which T_w a parameter has, a value of ``schema.SCALE``."""
+        self._check_perturb(group)  # it may have been written since
         if not group.get("perturb", True) or not self._perturbs(name, param):
             return schema.LEFT_OUT
         return schema.SCALED if self.scaled(group, name, param) else schema.PLAIN
@@ -152,9 +154,9 @@ class PNorm(Direction):
 
     def __init__(self, p: float, options: tuple[str, ...]) -> None:
         check_real(p, "p")
-        if not float(p) > 1:
+        if not p > 1:
             raise ValueError(f"Invalid p: {p}")
-        self.p, self.options = float(p), options
+        self.p, self.options = math.inf if p > 1e300 else float(p), options
         self.exponent = 1 / (self.p - 1)
 
     def check(self, group: Group) -> None:

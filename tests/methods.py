@@ -255,10 +255,10 @@ _LIST = [
     ),
     Method(
         "friendlysam", sk.FriendlySAM, dict(rho=0.05, sigma=0.8, lam=0.7), lambda o: _friendly(o["sigma"], o["lam"]),
-        NaiveAverage, state=("grad_avg",), brief=True,
+        NaiveAverage, state=("friendly_m",), brief=True,
     ),
     Method(
-        "vasso", sk.VaSSO, dict(rho=0.05, theta=0.4), lambda o: _vasso(o["theta"]), NaiveAverage, state=("grad_avg",),
+        "vasso", sk.VaSSO, dict(rho=0.05, theta=0.4), lambda o: _vasso(o["theta"]), NaiveAverage, state=("vasso_d",),
         like="friendlysam",
     ),
     Method(

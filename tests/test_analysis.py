@@ -354,8 +354,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "spectral_density": lambda *a, **o: analysis.spectral_density(*a, samples=1, steps=3, **o),
     "sharpness": lambda *a, **o: analysis.sharpness(*a, 0.1, steps=2, **o),
     "m-sharpness": lambda *a, **o: analysis.sharpness(*a, 0.1, m=4, p=math.inf, adaptive=True, **o),
-    "loss_along": lambda *a, **o: analysis.loss_along(*a, torch.ones(61), [0.5, 1], **o),
-    "sgd_step_along": lambda *a, **o: analysis.sgd_step_along(*a, torch.ones(61), 0.1, **o),
+    "loss_along": lambda *a, **o: analysis.loss_along(*a, torch.ones(61) / 61**0.5, [0.5, 1], **o),
+    "sgd_step_along": lambda *a, **o: analysis.sgd_step_along(*a, torch.ones(61) / 61**0.5, 0.1, **o),
 }
 
 
@@ -594,8 +594,8 @@ def test_wrong_losses(name: str, change: dict[str, Any], error: type[Exception],
         (lambda *a: analysis.loss_along(*a, torch.ones(3, 61), [1.0]), "one direction or two, but got 3"),
         (lambda *a: analysis.loss_along(*a, torch.ones(61), [1.0], [1.0]), "betas are for a second direction"),
         (lambda *a: analysis.loss_along(*a, torch.full((61,), math.inf), [1.0]), "a finite vector"),
-        (lambda *a: analysis.loss_along(*a, torch.ones(61), 1.0), "of one dimension"),
-        (lambda *a: analysis.sgd_step_along(*a, torch.ones(61), -1.0), "Invalid lr: -1.0"),
+        (lambda *a: analysis.loss_along(*a, torch.ones(61) / 61**0.5, 1.0), "of one dimension"),
+        (lambda *a: analysis.sgd_step_along(*a, torch.ones(61) / 61**0.5, -1.0), "Invalid lr: -1.0"),
         (lambda *a: analysis.top_eigenpairs(lambda: [], a[0].parameters()), "there are no batches"),
         (lambda *a: analysis.top_eigenpairs(lambda: [(torch.ones(()), 0)], a[0].parameters()), "Invalid weight of a"),
         # The root of zero: its value is finite, its derivatives are not.

@@ -36,6 +36,7 @@ from sharpkern.policy import Adaptive, Always, Bernoulli, Every
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SENTINEL = 99.0
+AVERAGES = ("g_v", "friendly_m", "vasso_d")
 # Momentum-SAM takes few base rules, and one gradient: tests/contract/test_family.py.
 FUZZED = [name for name, method in METHODS.items() if not method.one_gradient]
 
@@ -537,7 +538,7 @@ class Ours(Run):
             del stats["grad_norm"]  # 0, or that of a step before
         entries = {(i, key): torch.as_tensor(x) for i, e in state["state"].items() for key, x in e.items()}
         # A frozen parameter may have a g_v or an average of zeros, or none.
-        return stats | {f"{i}.{key}": x for (i, key), x in entries.items() if key not in ("g_v", "grad_avg") or x.any()}
+        return stats | {f"{i}.{key}": x for (i, key), x in entries.items() if key not in AVERAGES or x.any()}
 
     def check_memory(self) -> None:
         for p, spec in zip(self.params, self.specs, strict=True):

@@ -101,6 +101,13 @@ def test_salr_and_optimizers_of_torch() -> None:
     assert set(alone.records[0]) == {"step", "loss", "sharpness", "grad_norm"}
 
 
+def test_metrics_have_names_of_their_own() -> None:
+    model = make_net()
+    monitor = SharpnessMonitor(opt=adaptive(model), metrics=lambda: {"step": 9, "loss": 1.0})
+    with pytest.raises(ValueError, match="returns step, which"):
+        monitor.record()
+
+
 def test_files(tmp_path: Path) -> None:
     model = make_net()
     opt = adaptive(model)
@@ -247,6 +254,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         (dict(rho=-0.1), ValueError, "Invalid rho: -0.1"),
         (dict(batches=iter(DATA)), TypeError, "again and again"),
         (dict(eigen_mode=True), TypeError, "eigen_mode"),
+        (dict(opt=make_net()), TypeError, "opt should be a torch.optim.Optimizer"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -257,6 +257,24 @@ def test_who_uses_the_whole_gradient_leaves_nothing_out(method: Method) -> None:
     assert len(opt.param_groups) == 1
 
 
+REST = [m for m in METHODS.values() if m not in PARTIAL]
+
+
+@over(REST)
+def test_who_leaves_nothing_out_notices_a_group_that_asks_for_it_later(method: Method) -> None:
+    model = make_net()
+    opt = method.make(model.named_parameters(), lr=0.1)
+    closure = make_closure(model, batches(1)[0])
+    opt.step(closure)
+    before = weights(model)
+    opt.param_groups[0]["perturb"] = False
+    with pytest.raises(ValueError, match="Invalid perturb: False"):
+        opt.step(closure)
+    assert_same_bits(weights(model), before)
+    del opt.param_groups[0]["perturb"]
+    opt.step(closure)
+
+
 @over(PARTIAL)
 def test_who_leaves_out_says_so(method: Method) -> None:
     assert "perturb" in inspect.signature(method.cls).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -145,6 +146,9 @@ def sgd_step_along(
     check_number(lr, "lr")
     loss = Loss(model, loss_fn, batches, **options)
     e = _check_direction(eigenvector, zero_vector(loss.params))
+    norm = e.double().norm().item()
+    if not math.isclose(norm, 1.0, abs_tol=1e-3):
+        raise ValueError(f"the eigenvector should be of length 1, but its length is {norm}")
     trained = [p for p in loss.params if p.requires_grad]
     total = length = count = 0.0
     with loss.held(), progress_bar(loss.progress, "gradients") as advance:

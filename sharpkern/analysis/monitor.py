@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, type_name
 from .hessian import top_eigenvalues
 from .loss import Loss
 from .sharpness import sharpness
@@ -59,7 +59,7 @@ class SharpnessMonitor:
         resume: go on with the records that are at ``path``; after ``load_state_dict`` those of later steps than its
             own are dropped.
         tensorboard: a folder for ``torch.utils.tensorboard.SummaryWriter``, or such a writer.
-        **options: ``params``, ``forward``, ``eval_mode`` and ``l2`` of :func:`top_eigenvalues`.
+        params, forward, eval_mode, l2: as in :func:`top_eigenvalues`.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -86,7 +86,10 @@ class SharpnessMonitor:
         path: str | os.PathLike[str] | None = None,
         resume: bool = False,
         tensorboard: Any = None,
-        **options: Any,
+        params: Iterable[Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        eval_mode: bool = True,
+        l2: float = 0.0,
     ) -> None:
         check_count(every, "every")
         if k != 0:
@@ -97,6 +100,10 @@ class SharpnessMonitor:
         if len({model is None, loss_fn is None, batches is None}) > 1:
             raise TypeError("model=, loss_fn= and batches= say together which loss is looked at: give all or none")
         self.opt, self.model, self.loss_fn, self.batches = opt, model, loss_fn, batches
+        params = None if params is None else list(params)
+        options: dict[str, Any] = dict(params=params, forward=forward, eval_mode=eval_mode, l2=l2)
+        if opt is not None and not isinstance(opt, torch.optim.Optimizer):
+            raise TypeError(f"opt should be a torch.optim.Optimizer, but got {type_name(opt)}")
         if model is not None:
             Loss(model, loss_fn, batches, **options)  # type: ignore[arg-type]  # raises for wrong ones
         self.every, self.k, self.rho, self.metrics, self.options = int(every), int(k), float(rho), metrics, options
@@ -149,7 +156,10 @@ class SharpnessMonitor:
                 record["sharpness"] = sharpness(*given, self.rho, **self.options)
         record |= self._of_optimizer()
         if self.metrics is not None:
-            record |= {name: float(value) for name, value in self.metrics().items()}
+            more = {name: float(value) for name, value in self.metrics().items()}
+            if taken := sorted(more.keys() & {*record, "eigenvalues"}):
+                raise ValueError(f"metrics() returns {', '.join(taken)}, which are names of the record's own")
+            record |= more
         # JSON has neither NaN, which is what was not measured, nor infinities.
         record = {name: x for name, x in record.items() if not (isinstance(x, float) and not math.isfinite(x))}
         self.records = [*(old for old in self.records if old["step"] != self.steps), record]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..checks import warn
 from ..direction import Direction
 from ..memory.layouts import check_memory, entries
-from ..memory.scalars import saved_names
+from ..memory.scalars import merged, of_state, saved_names
 from ..memory.state import of_parameters
 from ..policy import Always, Policy
 from ..rules import FusedRule
@@ -122,7 +122,9 @@ class Checkpoints(Optimizer):
                 raise ValueError(
                     f"loaded state dict has sharpkern statistics {sorted(own)}, expected counters, squared_norm"
                 )
-            declared = saved_names(step.declared)
+            # State that the dict knows nothing of was not there: fewer directions, say.
+            absent = [name for name in self.state_names if not own.keys() & saved_names(of_state(name))]
+            declared = saved_names(step.declared) - saved_names(merged(*map(of_state, absent)))
             found = declared & own.keys()
             if found and found != declared:
                 raise ValueError(f"loaded state dict has {sorted(found)} of {sorted(declared)} only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,9 @@ class ESAM(SharpnessAwareOptimizer):
     The radius is divided by :math:`\beta`, the share that is perturbed: a tensor moves more seldom, and farther. All
     are updated. A step that draws no tensor with a gradient is a plain one. What the first gradients of the others are,
     finite or not, is not looked at. Of n samples :math:`\lfloor \gamma n \rfloor` are used, at least one; of equal
-    rises those of the first samples, and one that is NaN counts as the largest. With ``beta=1, gamma=1`` this is
-    :class:`sharpkern.SAM` with ``perturb_eps=1e-7``.
+    rises those of the first samples, and one that is NaN counts as the largest; with ``maximize`` the falls count.
+    Batch norm wants more than one sample: drop a last batch that is shorter than :math:`2 / \gamma`. With
+    ``beta=1, gamma=1`` this is :class:`sharpkern.SAM` with ``perturb_eps=1e-7``.
 
     **The closure** of ``gamma`` below 1 does not call backward: ``closure()`` returns the losses of the batch's
     samples, of shape [samples]; ``closure(index)`` those of the samples ``index`` only, an int64 tensor. A step calls
@@ -112,6 +114,10 @@ class ESAM(SharpnessAwareOptimizer):
             yield AS_IS
         step.descend()
 
+    @property
+    def _course(self) -> list[str]:
+        return super()._course or ["the number of steps"] * (self.beta < 1)
+
     def draw(self, t: int) -> Tensor:
         """Whether each parameter, in the order of the groups, is perturbed in step t: bool, on the CPU."""
         count = sum(len(group["params"]) for group in self.param_groups)
@@ -140,12 +146,22 @@ class ESAM(SharpnessAwareOptimizer):
         if self._step.is_open:
             self._step.freeze()
         count = max(1, int(self.gamma * before.numel()))
-        return (after - before).argsort(descending=True, stable=True)[:count].sort().values
+        rises = before - after if self.param_groups[0].get("maximize") else after - before
+        return rises.argsort(descending=True, stable=True)[:count].sort().values
 
     def adapt(self, closure: Callable[..., Any]) -> Callable[[], Any]:
         """Of a closure that returns losses of samples one that calls backward."""
         if self.gamma == 1:
             return closure
+        try:
+            inspect.signature(closure).bind(None)
+        except ValueError:  # it has none to look at
+            pass
+        except TypeError:
+            raise TypeError(
+                f"ESAM with gamma={self.gamma} calls closure() for the losses of all samples, and closure(index) for "
+                "those of some: this one takes no index"
+            ) from None
         first: list[Tensor] = []  # losses of the first pass
 
         def backward() -> Tensor:

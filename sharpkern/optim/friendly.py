@@ -37,7 +37,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
-    State: ``opt.state[p]["grad_avg"]``, m in float32 (float64 for float64 parameters), parameter-shaped.
+    State: ``opt.state[p]["friendly_m"]``, m in float32 (float64 for float64 parameters), parameter-shaped.
 
     Raises:
         ValueError, TypeError: for arguments out of range, before anything changed.
@@ -45,7 +45,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
     Source: Li et al. 2024, `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_.
     """
 
-    state_names = ("grad_avg",)
+    state_names = ("friendly_m",)
 
     def __init__(
         self,
@@ -65,12 +65,12 @@ class FriendlySAM(SharpnessAwareOptimizer):
     def passes(self, step: Step) -> Passes:
         """Friendly-SAM: SAM along d = g - sigma m; then m = lam m + (1 - lam) g, where g = d + sigma m."""
         if self.policy.decide(step):
-            step.combine("direction", "grad_avg", 1, -self.sigma)
+            step.combine("direction", "friendly_m", 1, -self.sigma)
             step.follow("direction")
             step.ascend()
             yield AGAIN
             fresh = 1 - self.lam
-            step.combine("grad_avg", "grad_avg", fresh, self.lam + fresh * self.sigma, x="direction")
+            step.combine("friendly_m", "friendly_m", fresh, self.lam + fresh * self.sigma, x="direction")
         else:
             yield AS_IS
         step.descend()

@@ -17,6 +17,11 @@ from .step import AGAIN, Passes, Step
 class Onwards(Direction):
     """Where the base rule's momentum v is about to move the weights, along -v, by rho. ``maximize`` is in v already."""
 
+    def check(self, group: Group) -> None:
+        super().check(group)
+        if group.get("momentum") == 0:
+            raise ValueError("MomentumSAM goes along the momentum of SGD: momentum should be above 0")
+
     def radius(self, group: Group) -> tuple[float, float]:
         return (group["rho"] if group.get("maximize") else -group["rho"]), 0.0
 
@@ -84,7 +89,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
         step.descend()
 
     def check_options(self, group: Mapping[str, Any]) -> None:
-        """Raise for a group without momentum, and for options out of range."""
+        """Raise for a base rule without momentum, and for options out of range."""
         rule = self._step.rule
         if not isinstance(rule, FusedRule):
             raise ValueError(
@@ -92,5 +97,3 @@ class MomentumSAM(SharpnessAwareOptimizer):
                 "torch.optim.SGD, Adam or AdamW"
             )
         super().check_options(group)
-        if group.get("momentum") == 0:
-            raise ValueError("MomentumSAM goes along the momentum of SGD: momentum should be above 0")

@@ -32,6 +32,7 @@ class Nudge(Direction):
                 "NudgedSGD takes no nesterov=True: the paper nudges a step along the momentum buffer, and defines none "
                 "for another one"
             )
+        self._check_perturb(group)
 
 
 class NudgedSGD(SharpnessAwareOptimizer):
@@ -133,10 +134,13 @@ class NudgedSGD(SharpnessAwareOptimizer):
 
                 - a tensor ``[K, n]``, n elements of all parameters of the optimizer, in the order of its groups;
                 - K sequences of tensors, each of the parameters' shapes, in that order;
-                - an object with ``vectors`` (one of these) and ``values`` (K eigenvalues);
+                - an object with ``vectors`` (one of these) and ``values`` (K eigenvalues), such as what
+                  ``sharpkern.analysis.top_eigenvalues`` returns. Where it has ``params``, its vectors are flat in the
+                  order of these, which may be others: those of the optimizer that are not among them have zeros;
                 - a function that returns the loss, on its graph, or pairs (such a loss, number of samples), or an
                   iterable that makes such pairs: the top eigenvectors of its Hessian, those of ``sharpkern.analysis``
-                  (2 k asked for by magnitude, as in the paper). A weight decay is no part of such a loss: ``l2``;
+                  (2 k asked for by magnitude, as in the paper). A weight decay is no part of such a loss: ``l2``. It is
+                  called for each product: call ``model.eval()`` before, or norm statistics are updated each time;
                 - None: none any more.
             eigenvalues: of the directions; those of 0 or less are left out: there the loss is not sharp. Without them
                 all are taken. Of more than ``k`` the first ones are.
@@ -158,7 +162,7 @@ class NudgedSGD(SharpnessAwareOptimizer):
         if hasattr(directions, "vectors"):
             if eigenvalues is None:
                 eigenvalues = getattr(directions, "values", None)
-            directions = directions.vectors
+            directions = _ordered(directions, params)
         with torch.no_grad():
             step.refresh()
             rows = [] if directions is None else _rows(directions, params)
@@ -206,8 +210,22 @@ class NudgedSGD(SharpnessAwareOptimizer):
     def _take_numbers(self, loaded: dict[str, Any]) -> None:
         super()._take_numbers(loaded)
         scalars = self._step.scalars
-        there = any(self.state_names[0] in entry for entry in loaded["state"].values()) if self.k else False
+        entries = [entry for entry in loaded["state"].values() if isinstance(entry, dict)]  # others are a user's
+        there = any(self.state_names[0] in entry for entry in entries) if self.k else False
         scalars["directions"] = min(scalars["directions"], self.k) if there else 0
+
+
+def _ordered(found: Any, params: Sequence[Tensor]) -> Any:
+    """The vectors of an object, in the order of the optimizer's parameters where it tells its own."""
+    own = getattr(found, "params", None)
+    if own is None or not isinstance(found.vectors, Tensor) or found.vectors.dim() != 2:
+        return found.vectors
+    parts = dict(zip(own, found.vectors.split([p.numel() for p in own], 1), strict=True))
+    for p in set(own).difference(params):
+        if parts[p].any():
+            raise ValueError(f"the directions have a part along a parameter of shape {list(p.shape)} that is not here")
+    zeros = found.vectors.new_zeros
+    return torch.cat([parts[p] if p in parts else zeros(len(found.vectors), p.numel()) for p in params], 1)
 
 
 def _is_loss(directions: Any) -> bool:

@@ -64,7 +64,7 @@ class SAM(SharpnessAwareStep):
             other class is wrapped and its own ``step`` called after a fused restore.
         rho: radius of the ball, in units of the weights; a group may have its own.
         adaptive: elementwise scaling, see above; a group may have its own. Not with another p than 2.
-        p: of the ball's norm, above 1, up to ``math.inf``; one for all groups.
+        p: of the ball's norm, above 1, up to ``math.inf``; one for all groups. Not with ``perturb`` where it is not 2.
         policy: which steps take the second pass, a :mod:`sharpkern.policy`; every one without.
         perturb_eps: :math:`\epsilon`, against division by zero.
         model: when given, its buffers (norm statistics, spectral norm's vectors, observers, codebooks) are after a

@@ -36,7 +36,7 @@ class VaSSO(SharpnessAwareOptimizer):
         policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
-    State: ``opt.state[p]["grad_avg"]``, d in float32 (float64 for float64 parameters), parameter-shaped.
+    State: ``opt.state[p]["vasso_d"]``, d in float32 (float64 for float64 parameters), parameter-shaped.
 
     Raises:
         ValueError, TypeError: for arguments out of range, before anything changed.
@@ -45,7 +45,7 @@ class VaSSO(SharpnessAwareOptimizer):
     <https://arxiv.org/abs/2309.15639>`_.
     """
 
-    state_names = ("grad_avg",)
+    state_names = ("vasso_d",)
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class VaSSO(SharpnessAwareOptimizer):
     def passes(self, step: Step) -> Passes:
         """VaSSO: SAM along d = (1 - theta) d + theta g, which is kept."""
         if self.policy.decide(step):
-            step.combine("direction", "grad_avg", self.theta, 1 - self.theta)
+            step.combine("direction", "vasso_d", self.theta, 1 - self.theta)
             step.follow("direction")
             step.ascend()
             yield AGAIN
-            step.combine("grad_avg", "grad_avg", 1, 0, x="direction")
+            step.combine("vasso_d", "vasso_d", 1, 0, x="direction")
         else:
             yield AS_IS
         step.descend()

@@ -773,3 +773,22 @@ def test_a_state_dict_is_of_its_moment(method: Method) -> None:
     for i, entry in before["state"].items():
         assert_same_bits({k: torch.as_tensor(v) for k, v in kept["state"][i].items()},
                          {k: torch.as_tensor(v) for k, v in entry.items()})  # fmt: skip
+
+
+@every_method
+def test_names_of_a_wrapped_optimizers_state_are_its_own(method: Method) -> None:
+    """RMSprop's, whose ``grad_avg`` is what algorithms like to keep."""
+    data, (straight, opt) = batches(4), runs(method)
+    train(straight, opt, data[:2])
+    fresh, other = runs(method, seed=1)
+    fresh.load_state_dict(straight.state_dict())
+    other.load_state_dict(opt.state_dict())
+    train(straight, opt, data[2:])
+    train(fresh, other, data[2:])
+    assert_same_bits(weights(fresh), weights(straight))
+    assert_same_bits(state_of(other), state_of(opt))
+
+
+def runs(method: Method, seed: int = 0) -> tuple[nn.Module, Any]:
+    model = make_net(seed=seed)
+    return model, method.make(model.named_parameters(), torch.optim.RMSprop, 4, lr=1e-3, centered=True)

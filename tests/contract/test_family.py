@@ -72,7 +72,7 @@ def test_the_average_is_of_gradients_not_of_directions(name: str) -> None:
 
     for _ in range(8):
         opt.step(closure)
-        torch.testing.assert_close(opt.state[p]["grad_avg"], g, rtol=1e-14, atol=0)
+        torch.testing.assert_close(opt.state[p][METHODS[name].state[0]], g, rtol=1e-14, atol=0)
     for away in seen[1::2]:
         torch.testing.assert_close(away, 0.05 * g / g.norm(), rtol=1e-12, atol=0)
 
@@ -163,7 +163,7 @@ def test_a_plain_step_leaves_the_average_alone(name: str) -> None:
     averages = []
     for batch in batches(4):
         opt.step(make_closure(model, batch))
-        averages.append({name: opt.state[p]["grad_avg"].clone() for name, p in model.named_parameters()})
+        averages.append({n: opt.state[p][METHODS[name].state[0]].clone() for n, p in model.named_parameters()})
     assert_same_bits(averages[0], averages[1])
     assert_same_bits(averages[2], averages[3])
     assert not torch.equal(averages[1]["out.weight"], averages[2]["out.weight"])
@@ -338,3 +338,11 @@ def test_momentumsam_takes_every_rule_with_a_momentum() -> None:
     for cls, options in ((SGD, {"momentum": 0.5}), (Adam, {}), (AdamW, {"amsgrad": True})):
         model = make_net(f32)
         train(model, sk.MomentumSAM(model.parameters(), cls, lr=1e-3, **options), batches(2, f32))
+
+
+def test_loaded_options_are_checked_as_given_ones() -> None:
+    model = make_net()
+    opt = sk.MomentumSAM(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="momentum should be above 0"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.3).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.1

@@ -271,6 +271,21 @@ def test_a_state_dict_of_sgd_has_no_directions() -> None:
     assert opt.directions == 0
 
 
+def test_more_directions_than_saved() -> None:
+    model, fresh = make_net(), make_net(seed=1)
+    opt = sk.NudgedSGD(model.parameters(), lr=0.1, momentum=0.9, k=2)
+    opt.refresh(orthonormal(model.parameters(), 2))
+    train(model, opt, batches(2))
+    other = sk.NudgedSGD(fresh.parameters(), lr=0.1, momentum=0.9, k=4)
+    other.refresh(orthonormal(fresh.parameters(), 4))
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(opt.state_dict())
+    assert other.directions == 2
+    train(model, opt, batches(2))
+    train(fresh, other, batches(2))
+    assert_same_bits(weights(fresh), weights(model))
+
+
 def test_fewer_directions_than_saved() -> None:
     model, opt = made()
     opt.refresh(directions(model, 5))
@@ -348,3 +363,31 @@ def test_a_group_may_not_have_nesterov() -> None:
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "nesterov": True})
     with pytest.raises(ValueError, match="Invalid nudge: -1"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "nudge": -1})
+
+
+def test_eigenpairs_tell_their_order() -> None:
+    """Those of a model, for an optimizer whose groups have another one, or that has more parameters."""
+    analysis = pytest.importorskip("sharpkern.analysis")
+    model, (x, y) = make_net(), batches(1)[0]
+    params = list(model.parameters())
+    model.conv.weight.requires_grad_(False)
+    groups = [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.1}]
+    opt = sk.NudgedSGD(groups, lr=0.1, k=2)
+    found = analysis.top_eigenvalues(model, nn.functional.cross_entropy, [(x, y)], 2, which="LA")
+    opt.refresh(found)
+    for i in range(2):
+        parts = dict(zip(found.params, found.as_parameters(i), strict=True))
+        for p in params:
+            got = opt.state[p].get(f"eigenvector_{i}", torch.zeros_like(p))
+            assert torch.equal(got, parts.get(p, torch.zeros_like(p)))
+    with pytest.raises(ValueError, match="has a part|have a part"):
+        sk.NudgedSGD(params[:4], lr=0.1, k=2).refresh(found)
+
+
+def test_a_value_of_the_users_among_the_state_is_no_parameters() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.3)
+    base.state["note"] = 5  # type: ignore[index]
+    opt = sk.NudgedSGD(model.parameters(), lr=0.1)
+    opt.load_state_dict(base.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.3
