@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -233,8 +234,8 @@ def picture_of_eigenvalues(runs: Sequence[dict[str, Any]]) -> Figure:
     ):
         for run in group:
             for i, curve in enumerate(zip(*run["eigenvalues"], strict=True)):
-                axis.plot([max(value, 1e-3) for value in curve], color=f"C{i}", linewidth=1)
-        axis.set(yscale="log", title=f"lr {lr:g}, batch {batch_size}", xlabel="epoch")
+                axis.plot([x if x > 0 else math.nan for x in curve], color=f"C{i}", linewidth=1)
+        axis.set(yscale="log", title=f"lr {lr:.3g}, batch {batch_size}", xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("largest eigenvalues")
     return figure
@@ -251,7 +252,7 @@ def picture_of_steps(runs: Sequence[dict[str, Any]]) -> Figure:
             curves = [[100 * (losses[i] / losses[0] - 1) for losses in run["along"]] for run in group]
             axis.plot([statistics.mean(x) for x in zip(*curves, strict=True)], label=f"{stretch:g} steps")
         axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set(title=f"lr {lr:g}, batch {batch_size}", xlabel="epoch")
+        axis.set(title=f"lr {lr:.3g}, batch {batch_size}", xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("change of the loss, %")
     figure.axes[0].legend(frameon=False)
@@ -270,10 +271,10 @@ def picture_of_nudges(runs: Sequence[dict[str, Any]]) -> Figure:
     for axis, (title, curve) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (nudge, lr), group in by(runs, "nudge", "lr").items():
             means = [statistics.mean(x) for x in zip(*map(curve, group), strict=True)]
-            axis.plot(means, label=f"SGD, lr {lr:g}" if nudge is None else f"nudge {nudge:g}")
+            axis.plot(means, label=f"SGD, lr {lr:.3g}" if nudge is None else f"nudge {nudge:g}")
         axis.set(title=title, xlabel="epoch", yscale="linear" if "%" in title else "log")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
