@@ -11,7 +11,7 @@ import pytest
 for package in ("scipy", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(package)
 
-from examples.sharpest_directions import NUDGES, STRETCHES, main
+from examples.sharpest_directions import NUDGES, STRETCHES, main  # noqa: E402
 
 
 def test_sharpest_directions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,7 +25,7 @@ def test_sharpest_directions(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "batch-size": 20,
         "out": out,
     }
-    main([f"--{name}={value}" for name, value in tiny.items()])
+    main([f"--{name}={value}" for name, value in {**tiny, "out": out}.items()])
     record = json.loads((out / "sharpest_directions.json").read_text())
     assert [(run["lr"], run["batch_size"]) for run in record["sgd"]] == [
         (0.05 / 3, 20), (0.05, 20), (0.15000000000000002, 20), (0.05, 5), (0.05, 80)
