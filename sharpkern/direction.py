@@ -154,9 +154,9 @@ class PNorm(Direction):
 
     def __init__(self, p: float, options: tuple[str, ...]) -> None:
         check_real(p, "p")
-        if not p > 1:
-            raise ValueError(f"Invalid p: {p}")
         self.p, self.options = math.inf if p > 1e300 else float(p), options
+        if not self.p > 1:
+            raise ValueError(f"Invalid p: {p}")
         self.exponent = 1 / (self.p - 1)
 
     def check(self, group: Group) -> None:

@@ -107,7 +107,7 @@ class Method:
     def _arguments(self, steps: int, more: dict[str, Any]) -> dict[str, Any]:
         return {**self.options, **({"total_steps": steps} if self.of_length else {}), **more}
 
-    def _base(self, base: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def base_of(self, base: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """A base class and its options, of a class or of a name in RULES."""
         if isinstance(base, str):
             base, options = RULES[base]
@@ -122,14 +122,14 @@ class Method:
 
     def make(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
         """The optimizer, for a run of so many steps. ``base``: a class, or a name in RULES."""
-        base, more = self._base(base, more)
+        base, more = self.base_of(base, more)
         opt = self.cls(params, *(() if self.sgd_only else (base,)), **self._arguments(steps, more))
         self.prepare(opt)
         return opt
 
     def oracle(self, params: Any, base: Any = SGD, steps: int = 40, **more: Any) -> Any:
         """Its naive version, of the same arguments."""
-        base, more = self._base(base, more)
+        base, more = self.base_of(base, more)
         given = self._arguments(steps, more)
         own = {*inspect.signature(self.cls).parameters} - {*inspect.signature(SGD).parameters}
         groups = {key: given[key] for key in ("rho", "eta", "adaptive", "nudge") if key in given}

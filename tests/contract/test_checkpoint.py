@@ -201,7 +201,7 @@ def test_nothing_is_saved_copied_or_loaded_while_perturbed(method: Method, base:
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "wrapped-nadam"])
 @every_method
 def test_a_plain_torch_state_dict_loads_and_goes_back(method: Method, rule: str) -> None:
-    base, options = RULES[rule]
+    base, options = method.base_of(rule, {})
     model, twin = make_net(), make_net()
     own = base(twin.parameters(), **options)
     data = batches(8)
