@@ -200,7 +200,7 @@ def test_resume_in_two_processes(name: str, tmp_path: Path) -> None:
 # What is lost is told.
 
 # Of the classes whose next steps depend on more than the state of the parameters.
-COURSE = {"sssam": "steps", "aesam": "steps, ema", "looksam": "steps", "aelooksam": "steps, ema",
+COURSE = {"sssam": "steps", "esam": "steps", "aesam": "steps, ema", "looksam": "steps", "aelooksam": "steps, ema",
           "salr": "steps, history, lr_scale, sharpness", "nudged": "steps, directions"}  # fmt: skip
 
 
