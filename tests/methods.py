@@ -244,7 +244,8 @@ _LIST = [
     # With draws of no tensor among them.
     Method(
         "esam", sk.ESAM, dict(rho=0.05, beta=0.2, gamma=1.0, seed=35),
-        lambda o: {"eps": o.get("perturb_eps", 1e-7)} | {key: o[key] for key in ("beta", "gamma", "seed")}, NaiveESAM,
+        lambda o: {"perturb_eps": 1e-7} | {key: o[key] for key in ("beta", "gamma", "seed", "perturb_eps") if key in o},
+        NaiveESAM,
         every={"beta": 1.0, "perturb_eps": 1e-12}, never={"policy": sk.policy.Bernoulli(0.0)}, brief=True,
     ),
     Method("stablesam", sk.StableSAM, dict(rho=0.05), lambda o: {"mix": _stable}, like="sam"),

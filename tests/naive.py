@@ -273,8 +273,8 @@ class NaiveESAM(Naive):
     """ESAM (Du et al. 2022): a random share beta of the tensors is perturbed, by rho / beta; the second gradient is of
     the share gamma of the samples whose loss rose most. A closure returns their losses where gamma is below 1."""
 
-    def __init__(self, *args: Any, beta: float, seed: int, gamma: float, eps: float, **kwargs: Any) -> None:
-        super().__init__(*args, direction=lambda g, norm: {p: x / (norm + eps) for p, x in g.items()}, **kwargs)
+    def __init__(self, *args: Any, beta: float, seed: int, gamma: float, perturb_eps: float, **kwargs: Any) -> None:
+        super().__init__(*args, direction=lambda g, norm: {p: x / (norm + perturb_eps) for p, x in g.items()}, **kwargs)
         self.beta, self.seed, self.gamma = beta, seed, gamma
         self.draw()
 

@@ -204,7 +204,7 @@ def scenarios(draw: Any) -> Scenario:
     own, joins = draw(described), draw(st.lists(params(rule, 1, dtypes, flatten), max_size=2))
     count = len(own) + len(joins)
     policy = None
-    if method.name not in ("aesam", "aelooksam", "salr", "nudged"):
+    if method.name not in ("aesam", "aelooksam", "salr", "esam", "nudged"):
         total = draw(st.integers(2, 9))
         policies = [None, None, ("every", 2), ("always",), ("bernoulli", 0.5, 3), ("adaptive", total, 1.0, -1.0)]
         policy = draw(st.sampled_from(policies))

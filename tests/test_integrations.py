@@ -72,7 +72,7 @@ def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> An
         def training_step(self, batch: Batch, _: int) -> Tensor | None:
             if loop == "automatic":
                 loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-                if not self.optimizers().is_perturbed:
+                if method.one_gradient or not self.optimizers().is_perturbed:
                     self.log("loss", loss)
                 return loss
             return getattr(self, loop.replace(" ", "_"))(batch)
