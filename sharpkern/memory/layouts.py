@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import transfer
-from .layout import Layout
+from .layout import SCRATCH, Layout
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
 from .state import LayoutState, Names, check_shapes, of_parameters
@@ -167,7 +167,10 @@ class Layouts:
                 self._direction.scale(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
             ]
             layouts.append(Layout(params, labels, indices, scale, self.flatten, self._own_state))
+        kept = {name for old in self._layouts if self.away for name in SCRATCH if name in old.buffers}
         for layout in layouts:
+            for name in kept:  # also where no parameter has anything there
+                layout.buffer(name)
             for i, p in enumerate(layout.params):
                 if p in backups:
                     layout.take_over(i, *backups[p])

@@ -340,6 +340,22 @@ def test_momentumsam_takes_every_rule_with_a_momentum() -> None:
         train(model, sk.MomentumSAM(model.parameters(), cls, lr=1e-3, **options), batches(2, f32))
 
 
+def test_a_layout_of_the_second_pass_alone_has_what_the_first_one_kept() -> None:
+    """Nothing had a gradient in the first pass, and the parameter moves before the second one."""
+    p = nn.Parameter(torch.ones(3))
+    opt = sk.WSAM([p], lr=0.1, gamma=0.6)
+    a = 0.6 / 0.4
+    for missing in (False, True):
+        before = p.detach().clone()
+        p.grad = None if missing else torch.ones(3)
+        opt.first_step(zero_grad=True)
+        p.data = p.data.clone().to(torch.float64 if missing else torch.float32)
+        p.grad = torch.full((3,), 2.0, dtype=p.dtype)
+        opt.second_step(zero_grad=True)
+        g = 0.0 if missing else 1.0
+        torch.testing.assert_close(p.detach().float(), before - 0.1 * (g + a * (2.0 - g)))
+
+
 def test_loaded_options_are_checked_as_given_ones() -> None:
     model = make_net()
     opt = sk.MomentumSAM(model.parameters(), lr=0.1, momentum=0.9)
