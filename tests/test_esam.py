@@ -55,7 +55,7 @@ def test_two_hundred_steps(base: str, gamma: float) -> None:
     ours, theirs = make_net(), make_net()
     own = {"beta": 0.3, "gamma": gamma, "seed": 5}
     opt = sk.ESAM(split(ours, options), base_cls, 0.05, **own, **options)
-    naive = NaiveESAM(split(theirs, options), base_cls, {"rho": 0.05}, eps=1e-7, **own, **options)
+    naive = NaiveESAM(split(theirs, options), base_cls, {"rho": 0.05}, perturb_eps=1e-7, **own, **options)
     for batch in batches(50, size=11) * 4:
         loss, expected = opt.step(Losses(ours, batch)), naive.step(Losses(theirs, batch))
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
