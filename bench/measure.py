@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -156,7 +156,8 @@ class Run:
             commit += " with changes"
         name, versions = self.machine.describe()
         for package in filter(importlib.util.find_spec, ("pytorch_optimizer", "triton")):
-            versions = {package: importlib.metadata.version(package), **versions}
+            with suppress(importlib.metadata.PackageNotFoundError):  # on the path, but not installed
+                versions = {package: importlib.metadata.version(package), **versions}
         self.environment = {
             "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},

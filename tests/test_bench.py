@@ -183,16 +183,17 @@ def test_a_run_renders(run: Run) -> None:
 
 
 def test_the_pages_show_the_run_that_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """README and docs are as ``python -m bench.render bench/results/cpu.json --write`` leaves them."""
-    results = ROOT / "bench" / "results" / "cpu.json"
+    """README and docs are as ``python -m bench.render RESULTS --write`` leaves them, of the CPU's and the GPU's."""
+    results, gpu = (ROOT / "bench" / "results" / f"{name}.json" for name in ("cpu", "nvidia-h100-80gb-hbm3"))
     copies = [tmp_path / page.name for page in (render.PAGE, render.README)]
     texts = [page.read_text(encoding="utf-8") for page in (render.PAGE, render.README)]
     for copied, text in zip(copies, texts, strict=True):
         copied.write_text(text.replace("| ResNet-50 ", "| ResNet-51 "), encoding="utf-8")
     monkeypatch.setattr(render, "PAGE", copies[0])
     monkeypatch.setattr(render, "README", copies[1])
-    monkeypatch.setattr(sys, "argv", ["render", str(results), "--write"])
-    render.main()
+    for run in (results, gpu):
+        monkeypatch.setattr(sys, "argv", ["render", str(run), "--write"])
+        render.main()
     assert [copied.read_text(encoding="utf-8") for copied in copies] == texts
     # Five rows: every size once, with the first base that was timed there.
     rows = [

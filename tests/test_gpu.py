@@ -20,6 +20,7 @@ from models import assert_same_bits, weights
 from torch import Tensor, nn
 
 import sharpkern as sk
+from sharpkern.ops import schema
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -29,6 +30,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (AdamW, {"lr": 1e-2}),
 }
 HERE = Path(__file__).parent
+# What is launched; gather is the host's.
+OPS = {f"sharpkern::{name}" for name in schema.SCHEMAS if name != "gather"}
 CONTRACT = sorted(f"contract/{path.name}" for path in (HERE / "contract").glob("test_*.py"))
 
 
@@ -179,14 +182,19 @@ def test_launches_of_a_step(method: Method, base: str, kernels: str) -> None:
                 opt.first_step()
                 opt.second_step()
                 torch.cuda.synchronize()
+            events = profiled.events()
             names = [
                 e.name
-                for e in profiled.events()
+                for e in events
                 if e.device_type == torch.autograd.DeviceType.CUDA
                 and not e.is_user_annotation  # record_function around the step
                 and not e.name.startswith(("Memcpy", "Memset"))
             ]
-            assert len(names) == 3 + check, names
+            # One for each op, and nothing of torch's. tests/test_device.py tells which ops a step takes.
+            ops = [e.name for e in events if e.name.startswith("sharpkern::") and e.name in OPS]
+            assert len(names) == len(ops), (names, ops)
+            if method.name in ("sam", "asam"):
+                assert len(names) == 3 + check, names
 
 
 @every_base
