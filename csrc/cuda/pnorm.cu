@@ -78,7 +78,7 @@ norm_p_kernel(
         elements<T, 2>(n, work.gradient.aligned, [&](auto tile, int64_t i) {
           const auto g = tile.load(work.gradient.g, i);
           A powers = 0;
-          tile.each([&](int u, int v) { powers += work.peak.power(static_cast<A>(g.pack[u].x[v]), y); });
+          tile.each([&](int u, int v) { powers += work.peak.template power<false>(static_cast<A>(g.pack[u].x[v]), y); });
           sums[0] += static_cast<double>(powers);
         });
       });

@@ -217,7 +217,6 @@ def nudge_dots(
         count,
         values,
         dtype=dtype,
-        mixed=True,
         BUFFER=momentum_buffer.numel() > 0,
     )
 
@@ -266,7 +265,6 @@ def nudge_sgd(
         along.size(1),
         bits(max_norm),
         dtype=dtype,
-        mixed=True,
         BUFFER=momentum_buffer.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

@@ -151,5 +151,4 @@ def project(
         products,
         products.size(1),
         dtype=dtype,
-        mixed=True,
     )
