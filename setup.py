@@ -175,6 +175,11 @@ def extension():
         ]  # fmt: skip
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            if self.editable_mode:
+                self.build_temp = "build/editable"  # else a new folder every time, and all is compiled anew
+
         def build_extensions(self):
             if toolkit is not None:
                 built.extra_objects += compile_cuda(toolkit, Path(self.build_temp) / "csrc/cuda", include_paths())

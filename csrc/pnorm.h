@@ -52,48 +52,48 @@ SK_INLINE float exp2_of(float x) {
 }
 #endif
 
-// The largest magnitude m, in the arithmetic type, and how |g| / m is a product of normal numbers.
+// The largest magnitude m, in the arithmetic type.
 template <class A>
 struct Peak {
-  // What is below m 2^-kFar is multiplied by 2^kFar: its quotient by m may be no normal number.
+  // What is below m 2^-kFar is divided by m 2^-kFar: its quotient by m may be no normal number.
   static constexpr int kFar = sizeof(A) == 4 ? 100 : 1000;
+  static constexpr double kMuch = sizeof(A) == 4 ? 0x1p100 : 0x1p1000;  // 2^kFar
+  A largest;
   A far;
   A near;     // 1; another power of 2 where 1 / m would be no normal number
-  A lift;     // 2^kFar near
   A inverse;  // 1 / (near m)
 
-  SK_INLINE explicit Peak(double m) {
-    const double much = std::ldexp(1.0, kFar);
-    const double largest = static_cast<double>(static_cast<A>(m));
-    const double times = largest * much < 1 ? much : largest > much ? 1.0 / 16 : 1.0;
-    far = static_cast<A>(largest / much);
-    near = static_cast<A>(times);
-    lift = static_cast<A>(times * much);
-    inverse = static_cast<A>(1 / (largest * times));
-  }
+  SK_INLINE explicit Peak(double m)
+      : largest(static_cast<A>(m)),
+        far(static_cast<A>(m / kMuch)),
+        near(
+            static_cast<A>(
+                largest < 1 / kMuch ? kMuch
+                : largest > kMuch   ? 1.0 / 16
+                                    : 1.0)),
+        inverse(static_cast<A>(1 / (static_cast<double>(largest) * static_cast<double>(near)))) {}
   Peak() = default;
 
-  // (|g| / m)^y. 0 for g = 0, whatever y and m; NaN for what is not finite. kSmall: y may be below 1; else what is
-  // far is below 2^-kFar, and taken for 0 or as much.
-  template <bool kSmall>
+  // (|g| / m)^y. 0 for g = 0, whatever y and m; NaN for what is not finite.
   SK_INLINE A power(A g, A y) const {
     const A a = g < 0 ? -g : g;
-    A log_ratio;
-    if constexpr (kSmall) {
-      const bool is_far = a < far;
-      const A ratio = a * (where(is_far, lift) + where(!is_far, near)) * inverse;
-      log_ratio = log2_of(ratio) - where(is_far, A(kFar));
-    } else {
-      log_ratio = log2_of(a * near * inverse);
-    }
+    const bool is_far = a < far;
+    const A ratio = a * (where(is_far, A(kMuch)) + where(!is_far, A(1))) / largest;
+    const A log_ratio = log2_of(ratio) - where(is_far, A(kFar));
     return where(a > 0, exp2_of(y * log_ratio)) + (a - a);
+  }
+
+  // The same for y >= 1: what is far is below 2^-kFar, and taken for 0 or as much. No division.
+  SK_INLINE A large_power(A g, A y) const {
+    const A a = g < 0 ? -g : g;
+    return where(a > 0, exp2_of(y * log2_of(a * near * inverse))) + (a - a);
   }
 };
 
 // SAM in the ball of a p-norm: w + d sign(g) with d = s (|g| / m)^y, or with d = s where p is infinite.
 template <bool kSign, class A>
 SK_INLINE A ascend_p(A w, A g, A s, const Peak<A>& peak, A y) {
-  const A d = kSign ? s : s * peak.template power<true>(g, y);
+  const A d = kSign ? s : s * peak.power(g, y);
   return w + (where(g > 0, d) - where(g < 0, d)) + (g - g);
 }
 

@@ -161,9 +161,19 @@ class PNorm(Direction):
 
     def check(self, group: Group) -> None:
         check_number(group["rho"], "rho")
-        if "adaptive" in self.options and group["adaptive"] is not False:
-            raise ValueError(f"adaptive={group['adaptive']!r} goes with p=2 only, but p is {self.p}")
+        self._check_adaptive(group)
         self._check_perturb(group)
+
+    def _check_adaptive(self, group: Group) -> None:
+        if group.get("adaptive", False) is not False:
+            raise ValueError(f"adaptive={group['adaptive']!r} goes with p=2 only, but p is {self.p}")
+
+    def scaled(self, group: Group, name: str | None, param: Tensor) -> bool:
+        self._check_adaptive(group)  # it may have been written since
+        return False
+
+    def key(self, groups: Sequence[Group]) -> Any:
+        return super().key(groups), [group.get("adaptive") for group in groups]
 
 
 class Share(Part):

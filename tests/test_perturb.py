@@ -125,7 +125,9 @@ def test_where_nothing_is_perturbed_a_step_is_the_base_rules(how: str) -> None:
     ours, theirs = make_net(f32), make_net(f32)
     options = {"perturb": lambda name, p: False} if how == "predicate" else {}
     params = [{"params": list(ours.parameters()), "perturb": how == "predicate"}]
-    opt, base = sk.SAM(params, SGD, lr=0.1, **options), SGD(theirs.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="perturb= is false for every parameter: SAM takes its passes for nothing"):
+        opt = sk.SAM(params, SGD, lr=0.1, **options)
+    base = SGD(theirs.parameters(), lr=0.1)
     for batch in batches(3, f32):
         opt.step(make_closure(ours, batch))
         base.zero_grad()
@@ -312,3 +314,18 @@ def test_a_bad_choice_later_changes_nothing() -> None:
     assert len(opt.param_groups) == 1
     with pytest.raises((pickle.PicklingError, AttributeError), match="perturb"):  # it says what it could not pickle
         pickle.dumps(opt)
+
+
+def test_a_ball_that_scales_nothing_notices_a_group_that_asks_for_it_later() -> None:
+    model = make_net(f32)
+    opt = sk.SAM(model.parameters(), SGD, lr=0.1, p=3.0)
+    closure = make_closure(model, batches(1, f32)[0])
+    opt.step(closure)
+    before = weights(model)
+    opt.param_groups[0]["adaptive"] = True
+    with pytest.raises(ValueError, match="adaptive=True goes with p=2 only, but p is 3.0"):
+        opt.step(closure)
+    assert_same_bits(weights(model), before)
+    opt.param_groups[0]["adaptive"] = False
+    opt.step(closure)
+    assert weights(model)["gain"] != before["gain"]

@@ -24,7 +24,7 @@ SK_CLONES void add_powers(
     Sums<T>& sums, const T* g, int64_t n, Peak<arithmetic_t<T>> peak, arithmetic_t<T> q) {
   using A = arithmetic_t<T>;
   for_sums(0, n, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-    sums[j] += peak.template power<false>(static_cast<A>(g[i]), q);
+    sums[j] += peak.large_power(static_cast<A>(g[i]), q);
   });
 }
 

@@ -52,6 +52,10 @@ norm_max_kernel(Segments segments, double* partials, double* largest, NormOutput
   });
 }
 
+// A power of float64 takes more registers than four CTAs would leave.
+template <class T>
+constexpr int kPowerResident = sizeof(T) == 8 ? 2 : kResident;
+
 template <class T>
 struct Powering {
   Gradient<T> gradient;
@@ -59,7 +63,7 @@ struct Powering {
 };
 
 template <class T>
-SK_KERNEL(kResident)
+SK_KERNEL(kPowerResident<T>)
 norm_p_kernel(
     Segments segments, const double* largest, int64_t buffers, double q, double* partials, double* sq) {
   using A = arithmetic_t<T>;
@@ -78,7 +82,8 @@ norm_p_kernel(
         elements<T, 2>(n, work.gradient.aligned, [&](auto tile, int64_t i) {
           const auto g = tile.load(work.gradient.g, i);
           A powers = 0;
-          tile.each([&](int u, int v) { powers += work.peak.template power<false>(static_cast<A>(g.pack[u].x[v]), y); });
+          tile.each(
+              [&](int u, int v) { powers += work.peak.large_power(static_cast<A>(g.pack[u].x[v]), y); });
           sums[0] += static_cast<double>(powers);
         });
       });
@@ -96,12 +101,8 @@ struct Ascent {
   bool aligned;
 };
 
-// A power of float64 takes more registers than four CTAs would leave.
-template <class T>
-constexpr int kAscentResident = sizeof(T) == 8 ? 2 : kResident;
-
 template <class T, bool kSign>
-SK_KERNEL(kAscentResident<T>)
+SK_KERNEL(kPowerResident<T>)
 ascend_p_kernel(
     Segments segments, T* backup, int64_t* counters, const double* radius, Squares squares, DualNorm norm,
     bool skip_nonfinite) {
@@ -208,7 +209,7 @@ void ascend_p(
     using T = typename decltype(tag)::type;
     T* kept = buffer<T>(backup, dtype, 0, "backup");
     STD_TORCH_CHECK(kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
-    call.launch<kAscentResident<T>>(
+    call.launch<kPowerResident<T>>(
         "ascend_p", exponent == 0 ? ascend_p_kernel<T, true> : ascend_p_kernel<T, false>, kAnyGrid,
         call.segments(), kept, count, groups, squares, norm, skip_nonfinite);
   });

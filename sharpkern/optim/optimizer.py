@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_number, check_params, type_name, warn_half
+from ..checks import check_number, check_params, type_name, warn, warn_half
 from ..direction import Direction, Predicate
 from ..memory.layouts import check_aliases, entries
+from ..ops import schema
 from ..policy import Always, Policy, choose
 from ..rules import make_rule
 from .checkpoint import NUMBERS
@@ -71,11 +72,16 @@ class SharpnessAwareOptimizer(Driver):
         settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
-        params = [p for p, *_ in entries(self.param_groups)]
+        members = list(entries(self.param_groups))
+        params = [p for p, *_ in members]
         warn_half(params)
         self._bound()
         if any(p.is_meta for p in params):
             return  # they get memory before the first step, which does the rest
+        if self.direction.partial and params:
+            scales = {self.direction.scale(self.param_groups[g], name, p) for p, g, name, _ in members}
+            if scales == {schema.LEFT_OUT}:
+                warn(f"perturb= is false for every parameter: {type(self).__name__} takes its passes for nothing")
         self._step.share()
         if flatten:
             self._step.layouts.lay_out()

@@ -71,9 +71,14 @@ class Step(Measurements):
                 gradient a second pass counts.
             along: the sum that holds the squared norm of the gradient, measured now where it was not.
             keep_gradient: for ``dots`` and ``project``, and as the direction ``gradient`` of ``descend``.
+
+        Raises:
+            RuntimeError: for a kept gradient where the direction is not along it.
         """
-        self.norm(along)
         exponent = self._direction.exponent if length is None else 1.0
+        if keep_gradient and length is None and (exponent != 1 or self.layouts.scaled):
+            raise RuntimeError("ascend(keep_gradient=True) goes along the whole gradient, unscaled, in the 2-norm only")
+        self.norm(along)
         if exponent not in (0.0, 1.0):
             self.powers()
         keep, counts = not self.layouts.away, length is None and along == "first" and not self._counted
@@ -166,16 +171,19 @@ class Step(Measurements):
             self._step_fused(self.rule, first, last, direction)
         self.layouts.state_written()
 
-    def shift(self, direction: str) -> None:
-        r"""After ``descend`` :math:`w \leftarrow w - \eta\, (a\, g + b\, v)`, past the base rule: with the group's
+    def shift(self, direction: str, scale: float = 1.0) -> None:
+        r"""After ``descend`` :math:`w \leftarrow w - s\, \eta\, (a\, g + b\, v)`, past the base rule: with the group's
         learning rate, without momentum and decay. Where the descent was skipped nothing moves, and what it clipped is
         clipped by the same factor.
 
         Args:
             direction: v, as there; ``mix`` says how much of it.
+            scale: s, 0 or more.
         """
         plain = _plain_sgd()
-        lent = [{"lr": group["lr"], "maximize": bool(group.get("maximize"))} for group in self.layouts.param_groups]
+        lent = [
+            {"lr": scale * group["lr"], "maximize": bool(group.get("maximize"))} for group in self.layouts.param_groups
+        ]
         rows = [plain.values({**plain.defaults, **options}) for options in lent]
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
             layout.finish()  # in place: no backup is in use

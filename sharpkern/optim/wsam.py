@@ -23,8 +23,8 @@ class WSAM(SharpnessAwareOptimizer):
 
     Decoupled, the sharpness goes past the base rule's momentum and second moments, as AdamW's weight decay does;
     :math:`\eta` is the group's learning rate. Coupled with ``gamma=0.5`` this is :class:`sharpkern.SAM`, with
-    ``gamma=0`` the base optimizer either way, at the price of both passes. A step that a ``policy`` leaves without a
-    second pass is a plain one.
+    ``gamma=0`` the base optimizer either way, as decoupled with ``rho=0``, at the price of both passes. A step that a
+    ``policy`` leaves without a second pass is a plain one.
 
     Both gradients have to have one scale: not with ``torch.amp.GradScaler``, which takes it from the second one only.
 
@@ -81,8 +81,8 @@ class WSAM(SharpnessAwareOptimizer):
         if self.decouple:
             step.mix(constant=(0, 1))
             step.descend("gradient")
-            step.mix(constant=(a, -a))
-            step.shift("gradient")
+            step.mix(constant=(1, -1))  # without a radius it is 0, as a g_s - a g need not be in rounding
+            step.shift("gradient", a)
         else:
             step.mix(constant=(a, 1 - a))
             step.descend("gradient")

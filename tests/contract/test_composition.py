@@ -372,3 +372,22 @@ def test_a_direction_needs_a_buffer_and_coefficients(direction: str) -> None:
     with pytest.raises(RuntimeError, match=f"descend.'{direction}'. needs such a buffer, and mix"):
         stepped(model, Unmixed(model.parameters()), by_hand=False)
     assert_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("options", [{"adaptive": True}, {"p": 3.0}], ids=str)
+def test_a_kept_gradient_is_the_direction(options: dict[str, Any]) -> None:
+    """A scaled one is none: GSAM's decomposition, say, would be of another vector."""
+
+    class Keeping(sk.SAM):
+        def passes(self, step: Any) -> Any:
+            step.ascend(keep_gradient=True)
+            yield AGAIN
+            step.descend()
+
+    model = make_net(torch.float32)
+    opt = Keeping(model.parameters(), lr=0.1, **options)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="keep_gradient=True. goes along the whole gradient, unscaled"):
+        train(model, opt, batches(1, torch.float32))
+    assert_same_bits(weights(model), before)
+    assert not opt.is_perturbed

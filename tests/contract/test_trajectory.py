@@ -23,6 +23,7 @@ from methods import (
     every_deciding,
     every_method,
     is_slow,
+    over,
 )
 from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, train, weights
 from torch import Tensor, nn
@@ -212,6 +213,21 @@ def test_the_other_classes_at_their_limits_are_sam_or_the_base_rule(method: Meth
         assert_same_bits(weights(ours) | dict(ours.named_buffers()), weights(theirs) | dict(theirs.named_buffers()))
         assert int(opt.stats["second_passes"]) == 5 * second
         assert int(opt.stats["steps"]) == 5
+
+
+@over(METHODS[name] for name in ("asam", "sam-p", "sam-part", "esam", "wsam"))
+def test_without_a_radius_it_is_the_base_rule_to_the_bit(method: Method) -> None:
+    """The second gradient is the first one there."""
+    ours, theirs = make_net(torch.float32), make_net(torch.float32)
+    opt = method.make(ours.named_parameters(), "momentum", rho=0.0, model=ours, **method.every)
+    base, options = RULES["momentum"]
+    twin = sk.SAM(theirs.parameters(), base, model=theirs, **options)
+    for batch in batches(5, torch.float32):
+        opt.step(make_closure(ours, batch))
+        twin.zero_grad()
+        make_closure(theirs, batch)()
+        twin.step()
+    assert_same_bits(weights(ours), weights(theirs))
 
 
 @every_deciding

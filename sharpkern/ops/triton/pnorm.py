@@ -8,7 +8,6 @@ Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
+from .adam import divide
 from .norm import update_ema
 from .reduce import check_partials, check_sums, is_last, leave, total
 from .walk import (
@@ -43,15 +43,6 @@ from .walk import (
 )
 
 
-class Peak(NamedTuple):
-    """The largest magnitude m, and how |g| / m is a product of normal numbers; see csrc/pnorm.h."""
-
-    far: tl.tensor  # what is below m 2^-FAR is multiplied by 2^FAR: its quotient by m may be no normal number
-    near: tl.tensor  # 1; another power of 2 where 1 / m would be no normal number
-    lift: tl.tensor  # 2^FAR near
-    inverse: tl.tensor  # 1 / (near m)
-
-
 @triton.jit
 def largest_of(largest, n_buffers):
     """The largest magnitude of a gradient, from those in its flat buffers."""
@@ -62,27 +53,31 @@ def largest_of(largest, n_buffers):
 
 
 @triton.jit
-def peak_of(m, A: tl.constexpr):
+def power(g, largest, y, A: tl.constexpr):
+    """(|g| / m)^y; 0 for g = 0, whatever y and m, NaN for what is not finite."""
     FAR: tl.constexpr = 100 if tl.float32 == A else 1000
-    m = m.to(A).to(tl.float64)
-    much = tl.full((), 2.0**FAR, tl.float64)
-    times = tl.where(m * much < 1, much, tl.where(m > much, 1.0 / 16, 1.0).to(tl.float64))
-    return Peak((m / much).to(A), times.to(A), (times * much).to(A), (1 / (m * times)).to(A))
+    a = tl.abs(g)
+    # What is below m 2^-FAR is divided by m 2^-FAR: its quotient by m may be no normal number.
+    is_far = a < (largest * tl.full((), 2.0**-FAR, tl.float64)).to(A)
+    ratio = divide(a * tl.where(is_far, tl.full((), 2.0**FAR, A), tl.full((), 1, A)), largest.to(A), A)
+    log_ratio = tl.log2(tl.where(a > 0, ratio, 1)) - tl.where(is_far, tl.full((), FAR, A), tl.full((), 0, A))
+    return tl.where(a > 0, tl.exp2(y * log_ratio), 0) + (a - a)
 
 
 @triton.jit
-def power(g, peak, y, A: tl.constexpr, SMALL: tl.constexpr):
-    """(|g| / m)^y; 0 for g = 0, whatever y and m, NaN for what is not finite. SMALL: y may be below 1; else what is
-    far is below 2^-FAR, and taken for 0 or as much."""
+def inverse_of(largest, A: tl.constexpr):
+    """(near, 1 / (near m)): near is 1, another power of 2 where 1 / m would be no normal number."""
     FAR: tl.constexpr = 100 if tl.float32 == A else 1000
+    much = tl.full((), 2.0**FAR, tl.float64)
+    near = tl.where(largest * much < 1, much, tl.where(largest > much, 1.0 / 16, 1.0).to(tl.float64))
+    return near.to(A), (1 / (largest * near)).to(A)
+
+
+@triton.jit
+def large_power(g, near, inverse, y, A: tl.constexpr):
+    """The same for y >= 1: what is far is below 2^-FAR, and taken for 0 or as much. No division."""
     a = tl.abs(g)
-    if SMALL:
-        is_far = a < peak.far
-        ratio = a * tl.where(is_far, peak.lift, peak.near) * peak.inverse
-        log_ratio = tl.log2(tl.where(a > 0, ratio, 1)) - tl.where(is_far, FAR, 0).to(A)
-    else:
-        log_ratio = tl.log2(tl.where(a > 0, a * peak.near * peak.inverse, 1))
-    return tl.where(a > 0, tl.exp2(y * log_ratio), 0) + (a - a)
+    return tl.where(a > 0, tl.exp2(y * tl.log2(tl.where(a > 0, a * near * inverse, 1))), 0) + (a - a)
 
 
 @triton.jit
@@ -119,9 +114,9 @@ def norm_max_kernel(
 
 
 @triton.jit
-def add_powers(piece, sums, grad, peak, y, T: tl.constexpr, A: tl.constexpr):
+def add_powers(piece, sums, grad, near, inverse, y, T: tl.constexpr, A: tl.constexpr):
     # Beyond the end there are zeros, whose power is 0.
-    return sums + power(load(grad, piece, T).to(A), peak, y, A, False)
+    return sums + large_power(load(grad, piece, T).to(A), near, inverse, y, A)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "q"])
@@ -129,7 +124,7 @@ def norm_p_kernel(
     table, stride_row, stride_column, blocks, n_blocks, sq, partials, largest, n_buffers, q,
     T: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    peak = peak_of(largest_of(largest, n_buffers), A)
+    near, inverse = inverse_of(largest_of(largest, n_buffers), A)
     y = float64(q).to(A)
     sums = tl.zeros((BLOCK,), A)
     rest = tl.zeros((STEP,), A)
@@ -137,7 +132,7 @@ def norm_p_kernel(
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
         if at.grad != 0:
-            sums, rest = walk_sums(add_powers, at.grad, at, sums, rest, (at.grad, peak, y, T, A))
+            sums, rest = walk_sums(add_powers, at.grad, at, sums, rest, (at.grad, near, inverse, y, T, A))
         b += at.n
     leave(partials, sums, rest, 0, 1)
     if is_last(partials):
@@ -146,13 +141,13 @@ def norm_p_kernel(
 
 @triton.jit
 def move(
-    piece, param, grad, kept_param, go, s, peak, y, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr
+    piece, param, grad, kept_param, go, s, largest, y, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr
 ):  # fmt: skip
     old = load(param, piece, T)
     g = load(grad, piece, T).to(A)
     d = s + (g - g)
     if not SIGN:
-        d = s * power(g, peak, y, A, True)
+        d = s * power(g, largest, y, A)
     d = tl.where(g < 0, -d, tl.where(g == 0, 0, d))
     store(kept_param, old, piece, T)
     # A skipped perturbation must not show the gradient.
@@ -175,7 +170,6 @@ def ascend_p_kernel(
         m = largest_of(largest, n_largest)
         root = tl.exp(tl.log(sum_buffers(powers, n_powers)) / (y + 1))
         scale = tl.exp(-y * tl.log(root + float64(eps) / m))
-    peak = peak_of(m, A)
     b, end = share(n_blocks)
     while b < end:
         at = stretch(table, stride_row, stride_column, blocks, b, end)
@@ -188,7 +182,7 @@ def ascend_p_kernel(
             tl.store(at.cells + BACKUP * at.stride, (grad != 0).to(tl.int64))
         if grad != 0:
             walk(move, param | grad | kept_param, at,
-                 (param, grad, kept_param, go, s, peak, float64(exponent).to(A), T, A, SIGN))  # fmt: skip
+                 (param, grad, kept_param, go, s, m, float64(exponent).to(A), T, A, SIGN))  # fmt: skip
         b += at.n
     if COUNT:
         if tl.program_id(0) == 0:
