@@ -119,4 +119,5 @@ def combine(
         IN_PLACE=out.data_ptr() == v.data_ptr(),
         PASSES=passes,
         dtype=dtype,
+        mixed=True,
     )

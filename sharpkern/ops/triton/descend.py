@@ -110,6 +110,7 @@ def launch_rule(
     if direction.numel() or coefficients.numel():
         check(coefficients, table, torch.float64, "coefficients", 2)
     buffers = (*state.values(), *optional.values())
+    in_state = (*buffers, direction) if direction.dtype != dtype else buffers
     launch(
         kernel,
         table,
@@ -125,6 +126,7 @@ def launch_rule(
         coefficients,
         bits(max_norm),
         dtype=dtype,
+        mixed=any(buffer.numel() for buffer in in_state),
         V=ELEMENT[direction.dtype] if direction.numel() else None,
         MIXED=coefficients.numel() > 0,
         BACKED=backup.numel() > 0,

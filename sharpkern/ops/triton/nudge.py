@@ -217,6 +217,7 @@ def nudge_dots(
         count,
         values,
         dtype=dtype,
+        mixed=True,
         BUFFER=momentum_buffer.numel() > 0,
     )
 
@@ -265,6 +266,7 @@ def nudge_sgd(
         along.size(1),
         bits(max_norm),
         dtype=dtype,
+        mixed=True,
         BUFFER=momentum_buffer.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

@@ -151,4 +151,5 @@ def project(
         products,
         products.size(1),
         dtype=dtype,
+        mixed=True,
     )
