@@ -47,6 +47,7 @@ SLOW = {
     "test_bench.py": r"test_quick_run|test_command_line\b|test_gpu_check",
     "test_experiments.py": r"test_script\b|test_subset\[.*[^0]\]",
     "test_kernels.py": r"test_report|test_a_bad_cuda_file",
+    "test_package.py": r"test_triton_on_the_cpu_is|test_without_the_extension_a_device",
 }
 
 

@@ -22,9 +22,10 @@ ELSEWHERE = {"test_buffers.py", "test_callers.py", "test_tools.py"}
 CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} - ELSEWHERE)
 # The reference and Triton are no part of this.
 OURS = "not reference and not triton"
-# Of the contract, in the first tier: where marks and tables have a say, with one rule.
-MARKED = f"{OURS} and momentum and not flat and (moved_between or some_passes or exception or interrupt or groups or " \
-    "by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
+# Of the contract, in the first tier: where marks and tables have a say, with one rule, of classes whose kernels differ.
+OTHERS = "not adaptive and not sssam and not aelooksam and not part and not friendlysam and not wsam"
+MARKED = f"{OURS} and {OTHERS} and momentum and not flat and (moved_between or some_passes or exception or interrupt " \
+    "or groups or by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
 
 
 @pytest.fixture(scope="module")

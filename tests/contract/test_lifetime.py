@@ -21,7 +21,6 @@ f32 = torch.float32
 @pytest.fixture
 def without_gc() -> Iterator[None]:
     """What dies here dies because nobody holds it."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
