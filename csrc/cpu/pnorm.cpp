@@ -29,33 +29,43 @@ SK_CLONES void add_powers(
 }
 
 template <class T, bool kSign>
-SK_INLINE T perturbed(T w, T g, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y) {
-  using A = arithmetic_t<T>;
-  return static_cast<T>(ascend_p<kSign>(static_cast<A>(w), static_cast<A>(g), s, peak, y));
-}
-
-template <class T, bool kSign>
 SK_CLONES void move(
     T* w, T* backup, const T* g, int64_t n, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y,
     bool stream) {
-  int64_t i = 0;
-  if (stream) {
-    for (; i + kBurst <= n; i += kBurst) {
-      alignas(64) T kept[kBurst];
+  using A = arithmetic_t<T>;
+  // Of half types in three loops: in one, with a power between two conversions, none would be vectorised.
+  const auto burst = [&](int64_t i, int64_t count, T* kept) __attribute__((always_inline)) {
+    alignas(64) A x[kBurst];
+    alignas(64) A d[kBurst];
 #pragma omp simd
-      for (int64_t j = 0; j < kBurst; ++j) {
-        kept[j] = w[i + j];
-        w[i + j] = perturbed<T, kSign>(kept[j], g[i + j], s, peak, y);
-      }
-      stream_burst(backup + i, kept);
+    for (int64_t j = 0; j < count; ++j) {
+      kept[j] = w[i + j];
+      x[j] = static_cast<A>(w[i + j]);
+      d[j] = static_cast<A>(g[i + j]);
     }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      x[j] = ascend_p<kSign>(x[j], d[j], s, peak, y);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      w[i + j] = static_cast<T>(x[j]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kBurst <= n; i += kBurst) {
+    if (stream) {
+      alignas(64) T kept[kBurst];
+      burst(i, kBurst, kept);
+      stream_burst(backup + i, kept);
+    } else {
+      burst(i, kBurst, backup + i);
+    }
+  }
+  if (stream) {
     stream_end();
   }
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) {
-    backup[j] = w[j];
-    w[j] = perturbed<T, kSign>(w[j], g[j], s, peak, y);
-  }
+  burst(i, n - i, backup + i);
 }
 
 void norm_max(
