@@ -6,6 +6,8 @@ tests/test_integrations.py has the packages themselves.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from loops import MICRO, STEPS, Batch, assert_same, data, every_way, make, mean_
 from methods import BY_HAND, CLIPPED, METHODS, RULES, TURNS, Method, over
 from models import assert_same_bits, relative_error, weights
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 
 @pytest.fixture(autouse=True)
@@ -328,26 +331,18 @@ def _process(rank: int) -> None:
     def check(method: Method, base: str, loop: str, expected: nn.Module) -> None:
         model = _net()
         parallel = nn.parallel.DistributedDataParallel(model)
-        opt = method.make(model.named_parameters(), base, STEPS)
-
-        def backward(batch: Batch) -> Tensor:
-            loss = _loss(parallel, batch, rank)
-            if not method.by_hand:  # it compares losses
-                dist.all_reduce(loss)
-                loss /= 2
-            return loss
-
+        opt = method.make(model.named_parameters(), base, STEPS, model=parallel)
         for batch in data():
             if loop == "closure":
-                opt.step(lambda batch=batch: backward(batch))
+                opt.step(lambda batch=batch: _loss(parallel, batch, rank))
                 continue
             opt.zero_grad()
             with parallel.no_sync() if loop == "no_sync" else contextlib.nullcontext():
-                backward(batch)
+                _loss(parallel, batch, rank)
             if opt.first_step(zero_grad=True):
-                backward(batch)
+                _loss(parallel, batch, rank)
             opt.second_step()
-        flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+        flat = parameters_to_vector(model.parameters()).detach()
         gathered = [torch.empty_like(flat) for _ in range(2)]
         dist.all_gather(gathered, flat)
         assert torch.equal(*gathered), f"{method}, {loop}: the processes drifted apart"
@@ -357,8 +352,39 @@ def _process(rank: int) -> None:
         expected = _one_process(method, base)
         for loop in ("closure", "by hand") if method.by_hand else ("closure",):
             check(method, base, loop, expected)
+    _salr(rank)
     sam = METHODS["sam"]
     check(sam, "momentum", "no_sync", _each_along_its_own(sam.options["rho"], *RULES["momentum"]))
+
+
+def _salr(rank: int) -> None:
+    """What one process meets is the others', too; who is not told of them says so."""
+    model = _net()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    opt = METHODS["salr"].make(model.named_parameters(), model=parallel, **METHODS["salr"].every)
+    opt.step(lambda: _loss(parallel, data()[0], rank))
+    before, sharpness = parameters_to_vector(model.parameters()).detach(), float(opt.stats["sharpness"])
+    calls = itertools.count()
+
+    def infinite() -> Any:
+        """Of one process, at the end of a branch."""
+        loss = _loss(parallel, data()[1], rank)
+        return loss * math.inf if rank == 1 and next(calls) == 3 else loss
+
+    opt.step(infinite)
+    assert float(opt.stats["sharpness"]) == sharpness
+    after = parameters_to_vector(model.parameters()).detach()
+    assert not torch.equal(before, after)
+    both = after.clone()
+    dist.all_reduce(both)
+    assert torch.equal(both, 2 * after)
+    opt = METHODS["salr"].make(model.named_parameters(), **METHODS["salr"].every)
+    opt.zero_grad()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.step(lambda: _loss(model, data()[0], rank))
+    assert [str(w.message)[:26] for w in seen] == ["SALR in several processes "]
 
 
 def test_data_parallel(tmp_path: Path) -> None:

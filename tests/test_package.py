@@ -28,6 +28,7 @@ LAYERS = {
     "checks": 4,
     "policy": 5,
     "direction": 5,
+    "distributed": 5,
     "rules": 5,
     "analysis": 5,
     "optim": 6,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable, which imports torch._dynamo at once
+from torch.amp.grad_scaler import GradScaler
 
 from .checkpoint import Checkpoints
 from .step import AGAIN, AS_IS, DONE, Passes, Step, Wish
@@ -102,7 +103,7 @@ class Driver(Checkpoints):
             raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
 
     @uncompiled
-    def first_step(self, zero_grad: bool = False) -> bool:
+    def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> bool:
         """After the first backward: measure the gradient and perturb the weights, where the policy wants it. An
         algorithm of one gradient perturbs before it.
 
@@ -111,6 +112,10 @@ class Driver(Checkpoints):
 
         Args:
             zero_grad: reset the gradients afterwards, when a second backward is wanted.
+            scaler: that scaled the losses, where it did: the gradients are measured unscaled. They are unscaled in
+                place where another backward is wanted, and scaled as before where none is, so that the same may follow:
+                ``scaler.unscale_(opt)`` and clipping, if wanted; ``second_step()``, which unscales them otherwise, or
+                ``scaler.step(opt)``.
 
         Returns:
             True when the weights are perturbed and a second backward is wanted; False when ``second_step`` is to
@@ -118,7 +123,8 @@ class Driver(Checkpoints):
 
         Raises:
             RuntimeError: when a first pass is pending already, for a sparse gradient, or for an algorithm of more
-                passes; nothing changed.
+                passes; for a scaler with ``skip_nonfinite=False`` or before its update. No weight changed.
+            TypeError: for what is no scaler.
         """
         self._refuse_by_hand()
         if self._step.is_open:
@@ -126,7 +132,13 @@ class Driver(Checkpoints):
                 "first_step() was called twice: call second_step(), step() or restore() in between (a GradScaler does "
                 "not step after an overflow: restore() after scaler.step())"
             )
-        again = self._run(None, begin=True) is AGAIN
+        unscaler = self._bound().unscaler
+        unscaler.begin(scaler, self._step.settings.skip_nonfinite, self)
+
+        def measure() -> bool:
+            return self._run(None, begin=True) is AGAIN
+
+        again = measure() if self.one_gradient else unscaler.measuring(measure)
         if again and zero_grad:
             self.zero_grad()
         return again
@@ -151,13 +163,16 @@ class Driver(Checkpoints):
             self.zero_grad()
 
     @uncompiled
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: GradScaler | None = None) -> Any:
         """One optimizer step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. It is called once a pass, with
                 gradients reset before each call: those that are there already are not used, and a warning says so
                 once. A closure that leaves no gradient trains nothing, which a warning says once, too.
+            scaler: with a closure that calls ``scaler.scale(loss).backward()`` and returns the loss itself: gradients
+                are unscaled in place after each call, a step that overflowed in any pass is skipped, and the scaler
+                hears of it; ``scaler.update()`` is left to the caller.
 
         Returns:
             The loss of the first call; None without a closure.
@@ -172,14 +187,19 @@ class Driver(Checkpoints):
         that takes one pass it is the step.
 
         Raises:
-            RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two.
+            RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two; for a scaler
+                without a closure, with ``skip_nonfinite=False``, or before its update.
+            TypeError: for what is no scaler.
         """
         step, loss = self._bound(), None
+        if scaler is not None and (closure is None or step.is_open):
+            raise RuntimeError("step(scaler=) goes with a closure of all passes; by hand: first_step(scaler=)")
         if step.is_open:
             self._refuse_by_hand()
             if closure is not None:
                 loss = self._evaluate(closure)
             if step.is_open:  # else the closure cancelled it
+                step.unscaler.unscale_last()
                 with torch.no_grad():
                     step.refresh()
                     step.collect()
@@ -192,6 +212,8 @@ class Driver(Checkpoints):
             closure = self.adapt(closure)
             step.warn_of_discarded_gradients()
             step.reset_gradients()
+            step.unscaler.begin(scaler, step.settings.skip_nonfinite)
+            closure = step.unscaler.unscaling(closure)
             if self.one_gradient:
                 losses: list[Any] = []
                 self._run(lambda: losses.append(closure()), begin=True)

@@ -36,8 +36,8 @@ class ESAM(SharpnessAwareOptimizer):
     samples, of shape [samples]; ``closure(index)`` those of the samples ``index`` only, an int64 tensor. A step calls
     it three times: for the first gradient, that of the mean; without gradients at :math:`w + e`; and for the second
     gradient, of :math:`B^+` only, which takes a share :math:`\gamma` of a forward and backward pass. It returns the
-    mean of the first losses. With ``gamma=1``, and to finish a step that ``first_step`` began, a closure is that of
-    any optimizer.
+    mean of the first losses; under ``step(closure, scaler=)`` the losses are not scaled, the step does it. With
+    ``gamma=1``, and to finish a step that ``first_step`` began, a closure is that of any optimizer.
 
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
@@ -174,7 +174,7 @@ class ESAM(SharpnessAwareOptimizer):
                 index = self.select(first[0], after)
                 losses = self._check_losses(closure(index), index.numel(), trained=True)
             loss = losses.mean()
-            loss.backward()
+            self._step.unscaler.scaled(loss).backward()
             return loss.detach()
 
         return backward

@@ -24,8 +24,6 @@ class GSAM(SharpnessAwareOptimizer):
     :math:`g_s` of norm 1e-12 or less is projected on as if it were zero. With ``alpha=0`` this is
     :class:`sharpkern.SAM`. A step that a ``policy`` leaves without a second pass is a plain one.
 
-    Both gradients have to have one scale: not with ``torch.amp.GradScaler``, which takes it from the second one only.
-
     A step takes two forward and backward passes, five launches and, with SGD and momentum in float32, 56 bytes a
     parameter.
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed import group_of
 from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
@@ -136,12 +138,20 @@ class Measurements(Gradients):
         device = self.layouts[0].device
         return torch.stack([self.scalars.row(name, device).sum() for name in sums]).sum().isfinite()
 
-    def read(self, *values: Any) -> list[float]:
-        """Numbers or tensors of one element, read on the host in one go."""
+    def read(self, *values: Any, mean: bool = False) -> list[float]:
+        """Numbers or tensors of one element, read on the host in one go.
+
+        Args:
+            mean: over the processes that average their gradients, where ``model=`` tells of them: one all-reduce.
+        """
         like = self.scalars.row("first", self.layouts[0].device)
         wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
-        numbers = [x.detach().reshape(()).to(like) for x in wide]
-        read: list[float] = self._receiver.read(torch.stack(numbers)).tolist()
+        numbers = torch.stack([x.detach().reshape(()).to(like) for x in wide])
+        group = group_of(self.settings.model) if mean else None
+        if group is not None:
+            dist.all_reduce(numbers, group=group)
+            numbers /= group.size()
+        read: list[float] = self._receiver.read(numbers).tolist()
         return read
 
     def dots(self) -> None:

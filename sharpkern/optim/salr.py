@@ -13,11 +13,18 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..direction import Nowhere
+from ..distributed import group_of, processes
 from ..memory.scalars import Sum
 from ..policy import refuse
 from ..rules import FusedRule
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, Passes, Step, Wish
+
+ALONE = (
+    "SALR in several processes compares the losses of each process by itself, so that their learning rates differ: "
+    "give model= the model under DistributedDataParallel. Where the processes train apart, or the closure returns the "
+    "mean of their losses, it does no harm"
+)
 
 
 class SALR(SharpnessAwareOptimizer):
@@ -68,6 +75,9 @@ class SALR(SharpnessAwareOptimizer):
     Raises:
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return one
             number, before anything changed.
+
+    Under ``DistributedDataParallel``, which ``model=`` has to be, S is of the mean loss of all processes: one
+    all-reduce of three numbers a measurement.
 
     ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, the
     ratio (1 before).
@@ -132,8 +142,10 @@ class SALR(SharpnessAwareOptimizer):
         step.rewind()
         step.put_gradients(grads)
         highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
-        low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms))
-        return (low - high if self.param_groups[0].get("maximize") else high - low), bool(finite)
+        if processes() > 1 and group_of(step.settings.model) is None:
+            step.warn_once(ALONE)
+        low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms), mean=True)
+        return (low - high if self.param_groups[0].get("maximize") else high - low), finite == 1
 
     def branch(self, step: Step, length: float, norms: Sequence[str]) -> Generator[Wish, Any, Any]:
         """The loss after steps of a length along the gradient: along the one at w, and one for each of the sums."""

@@ -21,8 +21,6 @@ class StableSAM(SharpnessAwareOptimizer):
     leaves at learning rates that SGD stands. Both norms are over all parameters of all groups together. A :math:`g_s`
     of norm 1e-12 or less is a gradient of zero. A step that a ``policy`` leaves without a second pass is a plain one.
 
-    Both gradients have to have one scale: not with ``torch.amp.GradScaler``, which takes it from the second one only.
-
     A step takes two forward and backward passes, five launches and, with SGD and momentum in float32, 44 bytes a
     parameter: SAM's, and a launch for one number. No state of its own.
 

@@ -25,6 +25,7 @@ from ..memory.state import Names
 from ..rules import FusedRule, WrappedRule
 from ..rules.fused import SGDRule
 from .measure import Measurements, ops
+from .unscaler import Unscaler
 
 
 class Wish(Enum):
@@ -60,6 +61,7 @@ class Step(Measurements):
         self._sums = "last", "last"  # of the last descent: the first and the last norm of its gradients
         self._counted = False  # whether this step counts in the statistics already
         self._buffers: Buffers | None = None  # of the model, as the first pass left them
+        self.unscaler = Unscaler(self.layouts, id(arguments[0]))
 
     # Moving.
 
@@ -334,6 +336,7 @@ class Step(Measurements):
 
     def finish(self) -> None:
         """No step is open: the weights are at home, wherever its algorithm left them; no gradient is held."""
+        was_open = self.is_open
         try:
             self.back()
             self.passes, self.loss, self._measured = None, None, None
@@ -342,6 +345,8 @@ class Step(Measurements):
             self.unwatch()
             self.choose_witness()
         finally:
+            if was_open:
+                self.unscaler.end()
             if self._buffers is not None:
                 self._buffers.restore()
                 self._buffers = None

@@ -23,8 +23,6 @@ class VaSSO(SharpnessAwareOptimizer):
     ``policy`` leaves without a second pass not: that one is plain. A parameter whose first gradient comes in a later
     step has a d of zeros before it.
 
-    Gradients of all steps have to have one scale: not with ``torch.amp.GradScaler``, whose scale changes.
-
     A step takes two forward and backward passes, seven launches (two of them for a number) and, with SGD and momentum
     in float32, 64 bytes a parameter. It holds d twice, 8 bytes a parameter: a step may be given up.
 

@@ -26,8 +26,6 @@ class WSAM(SharpnessAwareOptimizer):
     ``gamma=0`` the base optimizer either way, as decoupled with ``rho=0``, at the price of both passes. A step that a
     ``policy`` leaves without a second pass is a plain one.
 
-    Both gradients have to have one scale: not with ``torch.amp.GradScaler``, which takes it from the second one only.
-
     A step takes two forward and backward passes. Decoupled: seven launches and, with SGD and momentum in float32, 68
     bytes a parameter; coupled: five and 52. The first gradient is held, 4 bytes a parameter; no state of its own. An
     interrupt may come between the two launches of a decoupled step: the base optimizer's part is taken then.
