@@ -22,10 +22,11 @@ ELSEWHERE = {"test_buffers.py", "test_callers.py", "test_tools.py"}
 CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} - ELSEWHERE)
 # The reference and Triton are no part of this.
 OURS = "not reference and not triton"
-# Of the contract, in the first tier: where marks and tables have a say, with one rule, of classes whose kernels differ.
-OTHERS = "not adaptive and not sssam and not aelooksam and not part and not friendlysam and not wsam"
-MARKED = f"{OURS} and {OTHERS} and momentum and not flat and (moved_between or some_passes or exception or interrupt " \
-    "or groups or by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
+# Of the contract: classes whose kernels differ.
+CLASSES = f"{OURS} and not adaptive and not sssam and not aelooksam and not part"
+# In the first tier fewer, where marks and tables have a say, with one rule.
+MARKED = f"{CLASSES} and not friendlysam and not wsam and momentum and not flat and (moved_between or some_passes " \
+    "or exception or interrupt or groups or by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_some_of_the_contract_as_on_a_device(library: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONTRACT)
 def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
-    pytest_through(library, f"tests/contract/{file}", "-k", OURS, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
+    pytest_through(library, f"tests/contract/{file}", "-k", CLASSES, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ slow = pytest.mark.slow
 OP_SETS = [("sam", "nesterov"), ("sssam", "adamw-amsgrad"), ("asam", "adamw"), ("looksam", "momentum"),
            ("aelooksam", "adamw"), ("sam-p", "momentum")]  # fmt: skip
 # With what the plain PyTorch of the reference has to be right: each class, each kind of rule.
-RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+# In float32 with the rounding of torch's own passes, which differs from processor to processor.
+RTOL = {torch.float64: 1e-12, torch.float32: 5e-5}
 
 
 def cases() -> Iterator[Any]:
