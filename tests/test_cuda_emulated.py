@@ -24,6 +24,8 @@ CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} 
 OURS = "not reference and not triton"
 # Of the contract: classes whose kernels differ.
 CLASSES = f"{OURS} and not adaptive and not sssam and not aelooksam and not part"
+# What is the same for every rule and every dtype.
+FEWER = {"test_checkpoint.py": "momentum", "test_moves.py": "momentum", "test_trajectory.py": "not float32"}
 # In the first tier fewer, where marks and tables have a say, with one rule.
 MARKED = f"{CLASSES} and not friendlysam and not wsam and momentum and not flat and (moved_between or some_passes " \
     "or exception or interrupt or groups or by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
@@ -69,13 +71,15 @@ def test_some_of_the_contract_as_on_a_device(library: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONTRACT)
 def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
-    pytest_through(library, f"tests/contract/{file}", "-k", CLASSES, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
+    chosen = f"{CLASSES} and {FEWER[file]}" if file in FEWER else CLASSES
+    pytest_through(library, f"tests/contract/{file}", "-k", chosen, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
 
 
 @pytest.mark.slow
 def test_trajectories(library: Path) -> None:
     """On lists of tensors, without tables that go up: every rule, and steps in half precision."""
-    pytest_through(library, "tests/contract/test_trajectory.py", "-k", f"{OURS} and not wrapped and (float32 or half)")
+    chosen = f"{CLASSES} and not wrapped and (float32 or half)"
+    pytest_through(library, "tests/contract/test_trajectory.py", "-k", chosen)
 
 
 # Whether the emulation notices what it is there to notice.
