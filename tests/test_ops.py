@@ -815,6 +815,15 @@ def test_the_direction_of_a_p_norm(dtype: torch.dtype, p: float, name: str) -> N
 
 
 @every_backend
+@pytest.mark.parametrize("m", [1e-40, 1e-38, 3e38])
+def test_the_norm_of_a_gradient_whose_inverse_is_no_normal_number(m: float, name: str) -> None:
+    g = m * torch.tensor([1.0, -0.5, 0.25, 0.0] * 20)
+    largest, norm, _ = ascend_p(g, 3.0, name)
+    assert largest == g.abs().max().item()
+    assert norm == pytest.approx(along_p(g, 3.0)[1], rel=1e-5)
+
+
+@every_backend
 @pytest.mark.parametrize("p", [1.01, 3.0, INF])
 def test_the_direction_of_little_or_nothing(p: float, name: str) -> None:
     """Zeros do not move, whatever the others do; a gradient of zeros moves nothing; eps bounds one that vanishes."""

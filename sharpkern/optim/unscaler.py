@@ -66,7 +66,9 @@ class Unscaler:
             raise RuntimeError("scaler.update() is due between two steps, also where the first one was cancelled")
         self.scaler = scaler
         self._ids = {self._key} if wrapper is None else {self._key, id(wrapper)}
-        self._early, self._as_is = self._is_unscaled(), False
+        self._early, self._as_is = self._is_unscaled(scaler), False
+        if self._early:
+            self._used = scaler._per_optimizer_states
 
     def end(self) -> None:
         """No step is open."""
@@ -116,7 +118,7 @@ class Unscaler:
         scaler = self.scaler
         if scaler is None or (self._early and self._as_is):
             return
-        if self._early or not self._is_unscaled():
+        if self._early or not self._is_unscaled(scaler):
             self._unscale(scaler, 1)
         self._used = scaler._per_optimizer_states
 
@@ -127,7 +129,7 @@ class Unscaler:
         scaler.unscale_(self._passes[i])  # type: ignore[arg-type]
         self._used = scaler._per_optimizer_states
 
-    def _is_unscaled(self, scaler: GradScaler | None = None) -> bool:
+    def _is_unscaled(self, scaler: GradScaler) -> bool:
         """Whether somebody unscaled the optimizer's gradients since the last update."""
-        known = (scaler or self.scaler)._per_optimizer_states  # type: ignore[union-attr]
+        known = scaler._per_optimizer_states
         return any(known[key]["stage"] is OptState.UNSCALED for key in self._ids if key in known)

@@ -57,10 +57,8 @@ def test_a_closure_of_scaled_losses(method: Method, base: str) -> None:
     assert_same_bits(state_of(opt), state_of(plain))
 
 
-@pytest.mark.parametrize("end", ["scaler.step", "unscale_, scaler.step", "second_step", "unscale_, second_step"])
-@every_by_hand
-def test_by_hand(method: Method, end: str) -> None:
-    """Whatever ends the step, and whether the user unscales, to clip."""
+def trained_by_hand(method: Method, end: str, early: bool = False) -> None:
+    """As without a scaler; the user may unscale, early before the first pass, else before the end."""
     model, twin = make_net(f32), make_net(f32)
     opt, plain = (method.make(net.named_parameters(), "momentum") for net in (model, twin))
     scaler = scaler_of()
@@ -68,6 +66,8 @@ def test_by_hand(method: Method, end: str) -> None:
         closure = scaled(model, scaler, batch)
         opt.zero_grad()
         closure()
+        if early:
+            scaler.unscale_(opt)
         if opt.first_step(zero_grad=True, scaler=scaler):
             closure()
         if "unscale_" in end:
@@ -80,23 +80,17 @@ def test_by_hand(method: Method, end: str) -> None:
     assert_same_bits(opt.stats, plain.stats)
 
 
+@pytest.mark.parametrize("end", ["scaler.step", "unscale_, scaler.step", "second_step", "unscale_, second_step"])
+@every_by_hand
+def test_by_hand(method: Method, end: str) -> None:
+    """Whatever ends the step, and whether the user unscales, to clip."""
+    trained_by_hand(method, end)
+
+
 @pytest.mark.parametrize("end", ["scaler.step", "second_step"])
 @over(METHODS[name] for name in ("sam", "aesam", "gsam", "momentumsam"))
 def test_a_first_gradient_that_the_user_unscaled(method: Method, end: str) -> None:
-    model, twin = make_net(f32), make_net(f32)
-    opt, plain = (method.make(net.named_parameters(), "momentum") for net in (model, twin))
-    scaler = scaler_of()
-    for batch in batches(8, f32):
-        closure = scaled(model, scaler, batch)
-        opt.zero_grad()
-        closure()
-        scaler.unscale_(opt)
-        if opt.first_step(zero_grad=True, scaler=scaler):
-            closure()
-        scaler.step(opt) if end == "scaler.step" else opt.second_step()
-        scaler.update()
-    train_by_hand(twin, plain, batches(8, f32))
-    assert_same_bits(weights(model), weights(twin))
+    trained_by_hand(method, end, early=True)
 
 
 @every_call
@@ -336,9 +330,8 @@ def test_who_skips_nothing_goes_with_no_scaler(how: str) -> None:
     assert not opt.is_perturbed
 
 
-@pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("call", [0, 1])
-def test_a_step_that_was_given_up_is_tried_again(call: int, update: bool) -> None:
+def test_a_step_that_was_given_up_is_tried_again(call: int) -> None:
     """After an update, where any gradient was unscaled."""
     model, twin = make_net(f32), make_net(f32)
     opt, plain = (sk.GSAM(net.parameters(), lr=0.1) for net in (model, twin))
@@ -352,27 +345,29 @@ def test_a_step_that_was_given_up_is_tried_again(call: int, update: bool) -> Non
 
     with pytest.raises(MemoryError):
         opt.step(failing, scaler=scaler)
-    if call == 1 and not update:
+    if call == 1:
         with pytest.raises(RuntimeError, match="update.. is due"):
             opt.step(failing, scaler=scaler)
-    if call == 1:
         scaler.update()
     opt.step(failing, scaler=scaler)
     plain.step(scaled(twin, torch.amp.GradScaler(enabled=False), batches(1, f32)[0]))
     assert_same_bits(weights(model), weights(twin))
 
 
-@pytest.mark.parametrize("by_user", [False, True])
-@over(METHODS[name] for name in ("momentumsam", "sam"))
-def test_a_second_step_before_the_update_is_refused(method: Method, by_user: bool) -> None:
+@pytest.mark.parametrize("unscaled", ["", "early", "late"])
+@over(METHODS[name] for name in ("momentumsam", "sam", "sssam"))
+def test_a_second_step_before_the_update_is_refused(method: Method, unscaled: str) -> None:
+    """It would be taken for one whose gradients the user unscaled."""
     model = make_net(f32)
-    opt = method.make(model.named_parameters(), "momentum")
+    opt = method.make(model.named_parameters(), "momentum", **(method.never or {}))
     scaler = scaler_of()
     closure = scaled(model, scaler, batches(1, f32)[0])
     closure()
-    opt.first_step(zero_grad=True, scaler=scaler)
-    closure()
-    if by_user:
+    if unscaled == "early":
+        scaler.unscale_(opt)
+    if opt.first_step(zero_grad=True, scaler=scaler):
+        closure()
+    if unscaled == "late":
         scaler.unscale_(opt)
     opt.second_step()
     before = weights(model)
