@@ -109,7 +109,7 @@ def norm(
         if grad.numel():
             total += _wide(grad).square().sum(dtype=sq.dtype)
     sq[buffer] = total
-    _update_ema(ema, sq, decay, coefficient)
+    update_ema(ema, sq, decay, coefficient)
 
 
 def norm_scaled(
@@ -135,10 +135,10 @@ def norm_scaled(
                 a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
             total += a.square().sum(dtype=sq.dtype)
     sq[buffer] = total
-    _update_ema(ema, sq, decay, coefficient)
+    update_ema(ema, sq, decay, coefficient)
 
 
-def _update_ema(ema: Tensor, sq: Tensor, decay: float, coefficient: float) -> None:
+def update_ema(ema: Tensor, sq: Tensor, decay: float, coefficient: float) -> None:
     if not ema.numel():
         return
     n = sq.sum()

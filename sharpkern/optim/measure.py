@@ -17,6 +17,7 @@ from ..memory.scalars import BASE, Scalars, merged, of_state
 from ..memory.state import Names
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
+from ..ops.reference import update_ema
 from ..rules import FusedRule, Rule
 from .gradients import Gradients
 
@@ -75,6 +76,16 @@ class Measurements(Gradients):
 
     # Measuring.
 
+    @property
+    def spread(self) -> bool:
+        """Whether other processes have a part of the numbers that are measured."""
+        return False
+
+    def _complete(self, *sums: str) -> None:
+        """The parts of these sums were measured, each where it lies: now every device has all of them."""
+        for name in sums:
+            self.scalars.share(name)
+
     def norm(self, into: str = "first", *, ema: tuple[float, float] | None = None) -> None:
         r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales; that
         in the ball of a p-norm too, beside the sum ``largest`` that the ascent needs there. Measured once: a policy may
@@ -101,7 +112,7 @@ class Measurements(Gradients):
         for i in reversed(range(len(self.layouts))):
             layout = self.layouts[i]
             statistics, decay, coefficient = layout.empty, 0.0, 0.0
-            if ema and i == 0:
+            if ema and i == 0 and not self.spread:
                 self.scalars.share(into)
                 statistics, (decay, coefficient) = self.scalars["ema"], ema
             sq, scratch = self.scalars.row(into, layout.device), (layout.partials, statistics)
@@ -114,9 +125,11 @@ class Measurements(Gradients):
                 ops.norm_max.default(sq, self.scalars.row("largest", layout.device), *scratch, *walk, **numbers)
             else:
                 ops.norm.default(sq, *scratch, *walk, **numbers)
-        self.scalars.share(into)
+        self._complete(into)
         if peaked:
-            self.scalars.share("largest")
+            self._complete("largest")
+        if ema and self.spread:
+            update_ema(self.scalars["ema"], self.scalars.row(into, self.layouts[0].device), *ema)
         self._measured, self._plain = into, not scaled
 
     def powers(self) -> None:
@@ -127,7 +140,7 @@ class Measurements(Gradients):
             _, *walk = layout.walk
             q = self._direction.exponent + 1
             ops.norm_p.default(powers[i], layout.partials, *walk, largest, q=q, dtype=layout.dtype)
-        self.scalars.share("powers")
+        self._complete("powers")
 
     def fired(self) -> bool:
         """AE-SAM's decision of this step, read on the host."""
@@ -162,8 +175,7 @@ class Measurements(Gradients):
             kept = layout.buffer("gradient")
             _, *walk = layout.walk
             ops.dots.default(sums, layout.partials, kept, *walk, dtype=layout.dtype)
-        self.scalars.share("last")
-        self.scalars.share("dot")
+        self._complete("last", "dot")
         self._measured, self._plain = "last", True
 
     def project(self, into: str) -> None:
@@ -177,7 +189,7 @@ class Measurements(Gradients):
             _, *walk = layout.walk
             ops.project.default(*head, kept, *walk, products, dtype=layout.dtype)
             self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
-        self.scalars.share(into)
+        self._complete(into)
         self.layouts.count_own()
 
     def combine(self, into: str, v: str, a: float, b: float, *, x: str | None = None) -> None:
@@ -207,7 +219,7 @@ class Measurements(Gradients):
             ops.combine.default(*head, first, layout.buffer(v), *walk, *rest, dtype=layout.dtype)
             if keeps:
                 self.layouts.states[i].expose(self.layouts.state, names, layout.table.touched)
-        self.scalars.share(total)
+        self._complete(total)
         if keeps:
             self.layouts.count_own()
 
@@ -243,8 +255,7 @@ class Measurements(Gradients):
             momentum = layout.buffers.get("momentum_buffer", layout.empty)
             head = (sq, along, layout.partials, params, grads, momentum, state.step, layout.rows(directions))
             ops.nudge_dots.default(*head, *walk, values, dtype=layout.dtype)
-        for name in ("first", *products):
-            self.scalars.share(name)
+        self._complete("first", *products)
         self._measured, self._plain = "first", True
 
     def has(self, name: str) -> bool:
