@@ -8,13 +8,19 @@ import torch.distributed as dist
 from torch import nn
 
 
+def parallel_model(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | None:
+    """A model under DistributedDataParallel, compiled or not; None for another one."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
 def group_of(model: nn.Module | None) -> Any:
     """The process group over which a model under DistributedDataParallel averages its gradients; None for another
     model, and for one process."""
-    model = getattr(model, "_orig_mod", model)  # compiled
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
+    parallel = parallel_model(model)
+    if parallel is None:
         return None
-    group = model.process_group
+    group = parallel.process_group
     return group if group.size() > 1 else None
 
 

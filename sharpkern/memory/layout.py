@@ -182,6 +182,13 @@ class Layout:
             self.view("backup", i).copy_(self.segments[i])
             self.table.mark(i)
 
+    def keep_rows(self, rows: Sequence[bool]) -> None:
+        """Keep the weights of these parameters, too: none of them has moved where they are not kept yet."""
+        for i, (wanted, marked) in enumerate(zip(rows, self.table.touched(), strict=True)):
+            if wanted and not marked:
+                self.view("backup", i).copy_(self.segments[i])
+                self.table.mark(i)
+
     def complete_kept_gradient(self) -> None:
         """Of parameters that have a gradient now, but had none when the first one was kept, that one was zero."""
         for i in self.table.unmarked_with_gradient():

@@ -46,6 +46,8 @@ class AESAM(SharpnessAwareStep):
         p: of the ball's norm, as in :class:`sharpkern.SAM`; n is the squared 2-norm whatever it is.
         perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A gradient that is
             not finite leaves the statistics alone, and ``first_step`` returns False for it.
+        m_sharpness: as in :class:`sharpkern.SAM`. Where it is not "global", n is the mean of the squared norms of the
+            processes' gradients: another statistic, larger than that of the mean gradient.
         perturb: as in :class:`sharpkern.SAM`; n is then of the parameters that are perturbed.
         **base_kwargs: options of the base optimizer.
 
@@ -94,7 +96,7 @@ class AELookSAM(LookSAM):
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer, rho, alpha: as in :class:`sharpkern.LookSAM`.
         total_steps, lambda_start, lambda_end, decay: as in :class:`sharpkern.AESAM`.
-        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.LookSAM`.
+        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.LookSAM`.
         **base_kwargs: options of the base optimizer.
 
     Raises:

@@ -6,6 +6,7 @@ A step is open while its algorithm is under way; whether weights are away the la
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable, which imports torch._dynamo at once
 from torch.amp.grad_scaler import GradScaler
 
+from ..policy import Scheduled
 from .checkpoint import Checkpoints
 from .step import AGAIN, AS_IS, DONE, Passes, Step, Wish
 
@@ -61,6 +63,7 @@ class Driver(Checkpoints):
                         if begin != self.one_gradient and not through:
                             step.warn_without_gradients(NO_GRADIENT[closure is not None])
                     if begin:
+                        step.share_first()
                         step.passes = self.passes(step)
                         if not isinstance(step.passes, Generator):
                             raise TypeError(f"{type(self).__name__}.passes should be a generator: it has no yield")
@@ -73,6 +76,7 @@ class Driver(Checkpoints):
                     if wish is AGAIN and not self.one_gradient:
                         step.freeze()
                     elif wish is AS_IS:
+                        step.join()
                         step.count_plain()
                     if wish is AGAIN or (closure is None and not through):
                         step.release()
@@ -132,6 +136,12 @@ class Driver(Checkpoints):
                 "first_step() was called twice: call second_step(), step() or restore() in between (a GradScaler does "
                 "not step after an overflow: restore() after scaler.step())"
             )
+        apart = self._step.apart
+        if apart and not apart.taken:
+            raise RuntimeError(
+                "with m_sharpness the first forward and backward belong into `with opt.first_pass():`, which leaves "
+                "out the exchange of gradients"
+            )
         unscaler = self._bound().unscaler
         unscaler.begin(scaler, self._step.settings.skip_nonfinite, self)
 
@@ -142,6 +152,24 @@ class Driver(Checkpoints):
         if again and zero_grad:
             self.zero_grad()
         return again
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Around the first forward and backward of a step by hand, where ``m_sharpness`` is not "global": gradients are
+        not exchanged there when another pass may follow. Elsewhere, and around a step's closure, it does nothing.
+
+        Example::
+
+            with opt.first_pass():
+                loss_fn(parallel(x), y).backward()
+            if opt.first_step(zero_grad=True):
+                loss_fn(parallel(x), y).backward()
+            opt.second_step(zero_grad=True)
+        """
+        apart = self._step.apart
+        if apart is None or self._step.is_open:
+            return nullcontext()
+        policy = self.policy
+        return apart.first_pass(not isinstance(policy, Scheduled) or policy.second_pass(self._step.t))
 
     @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
@@ -219,7 +247,7 @@ class Driver(Checkpoints):
                 self._run(lambda: losses.append(closure()), begin=True)
                 (loss,) = losses
             else:
-                step.loss = loss = self._evaluate(closure)
+                step.loss = loss = self._evaluate(closure, first=True)
                 self._run(closure, begin=True)
         elif self.one_pass:
             self._run(None, begin=True, through=True)
@@ -238,10 +266,10 @@ class Driver(Checkpoints):
         """What a new step calls once a pass; an algorithm may ask another kind of closure of its user."""
         return closure
 
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+    def _evaluate(self, closure: Callable[[], Any], first: bool = False) -> Any:
         """What a closure returns; where it raises, the weights are given back."""
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.first_pass() if first else nullcontext():
                 return closure()
         except BaseException:
             self.restore()

@@ -48,8 +48,9 @@ class ESAM(SharpnessAwareOptimizer):
         gamma: :math:`\gamma`, in (0, 1].
         seed: of the draws.
         perturb_eps: :math:`\epsilon`.
-        policy, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. With ``model`` the pass
-            without gradients leaves no trace in its buffers either. An adaptive policy looks at the whole gradient.
+        policy, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`. With ``model``
+            the pass without gradients leaves no trace in its buffers either. An adaptive policy looks at the whole
+            gradient.
         perturb: tensors that may be drawn, as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 

@@ -18,8 +18,10 @@ from ..memory.state import Names
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
 from ..ops.reference import update_ema
+from ..policy import Scheduled
 from ..rules import FusedRule, Rule
 from .gradients import Gradients
+from .msharpness import make_msharpness
 
 ops = torch.ops.sharpkern
 FIRED = schema.EMA.index("fired")  # the last one
@@ -33,6 +35,7 @@ class Settings:
     model: nn.Module | None
     max_norm: float
     skip_nonfinite: bool
+    m_sharpness: Any
 
 
 class Measurements(Gradients):
@@ -56,8 +59,11 @@ class Measurements(Gradients):
         self._measured: str | None = None
         self._plain = False
         self._mixed = False  # whether the coefficients are of this gradient
+        self._followed: str | None = None  # the direction that stands for the gradients
         self._tables: dict[tuple[str, torch.device], GroupTable] = {}
         self._receiver = Receiver()
+        self.apart = make_msharpness(settings.model, settings.m_sharpness, isinstance(opt.policy, Scheduled))
+        self._common = False  # whether the sum "first" is everybody's, where the first gradient was not
 
     @property
     def t(self) -> int:
@@ -66,6 +72,9 @@ class Measurements(Gradients):
 
     def collect(self) -> None:
         """Take the gradients that are there now; nothing of the parameters changes, nothing of them is measured."""
+        if self.apart and self.apart.settle(self.layouts):
+            self._norm("first")
+            self._common = True
         self._measured, self._mixed = None, False
         super().collect()
 
@@ -79,7 +88,7 @@ class Measurements(Gradients):
     @property
     def spread(self) -> bool:
         """Whether other processes have a part of the numbers that are measured."""
-        return False
+        return self.apart is not None and self.apart.local
 
     def _complete(self, *sums: str) -> None:
         """The parts of these sums were measured, each where it lies: now every device has all of them."""
@@ -129,7 +138,8 @@ class Measurements(Gradients):
         if peaked:
             self._complete("largest")
         if ema and self.spread:
-            update_ema(self.scalars["ema"], self.scalars.row(into, self.layouts[0].device), *ema)
+            sq = self.scalars.row(into, self.layouts[0].device)
+            update_ema(self.scalars["ema"], self.apart.mean(sq) if self.apart else sq, *ema)
         self._measured, self._plain = into, not scaled
 
     def powers(self) -> None:
@@ -230,15 +240,33 @@ class Measurements(Gradients):
         Args:
             name: ``direction``, of the parameters that have a gradient; its norm is known. Or state, of those that are
                 trained and have such state.
+
+        Raises:
+            RuntimeError: for a direction of each process's own where one may lack gradients that another one has.
         """
+        if self.spread and self.apart and self.apart.looks_for_parameters:
+            raise RuntimeError(
+                f"{self._owner} averages what each process goes along: with m_sharpness= all of them need gradients of "
+                "the same parameters, find_unused_parameters=False"
+            )
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
             layout.follow(name, layout.table.has_gradient() if name in SCRATCH else state.trained(name))
         self._measured, self._plain = ("first", True) if name in SCRATCH else (None, False)
+        self._followed = name if name in SCRATCH else None
 
     def _checked_sums(self) -> tuple[str, str]:
         """The first and the last of the sums that say whether the gradients of all passes so far are finite."""
         last = self.plain_norm()
-        return "first" if self.layouts.away else last, last
+        reduced = not self.spread or self._common
+        return "first" if self.layouts.away and reduced else last, last
+
+    def reduce_first(self) -> None:
+        """The sum ``first`` of each process's own gradient becomes the mean of all: one number, in one collective."""
+        if self.apart and not self._common:
+            mean = self.apart.mean(self.scalars.row("first", self.layouts[0].device))
+            for device in self.layouts.devices:
+                self.scalars.row("first", device).copy_(mean)
+            self._common = True
 
     def products_along(self, directions: Names, products: Names, rows: list[list[float | Tensor]]) -> None:
         r"""The sums ``first`` :math:`= \|g\|_2^2` and ``products``, of SGD's next momentum buffer with each of the
@@ -278,6 +306,8 @@ class Measurements(Gradients):
                 there, measured now where it was not. q is 0 where the denominator's root is up to ``schema.NORM_MIN``.
         """
         names = [self.plain_norm() if name == "last" else name for name in (numerator, denominator)]
+        if self.spread and any(slope) and "first" in names:
+            self.reduce_first()
         for device, coefficients in self.scalars.coefficients.items():
             x, y = (self.scalars.row(name, device) for name in names)
             ops.mix.default(coefficients, x, y, constant=constant, slope=slope, root=root)

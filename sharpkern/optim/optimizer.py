@@ -17,7 +17,7 @@ from ..checks import check_number, check_params, type_name, warn, warn_half
 from ..direction import Direction, Predicate
 from ..memory.layouts import check_aliases, entries
 from ..ops import schema
-from ..policy import Always, Policy, choose
+from ..policy import Adaptive, Always, Policy, Scheduled, choose
 from ..rules import make_rule
 from .checkpoint import NUMBERS
 from .driver import Driver
@@ -51,6 +51,7 @@ class SharpnessAwareOptimizer(Driver):
         skip_nonfinite: bool = True,
         flatten: bool = False,
         perturb: Predicate | None = None,
+        m_sharpness: Any = "global",
         **base_kwargs: Any,
     ) -> None:
         check_number(perturb_eps, "perturb_eps", positive=True)  # 0 would make a zero gradient NaN
@@ -65,11 +66,13 @@ class SharpnessAwareOptimizer(Driver):
         if "p" in base_kwargs:
             raise TypeError(f"{type(self).__name__} takes no p=: SAM and AESAM move in the ball of a p-norm")
         self.policy = choose(policy, Always)
+        if m_sharpness != "global":
+            self._check_m_sharpness()
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
         self.direction.check(own)
         max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
-        settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite))
+        settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite), m_sharpness)
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
         members = list(entries(self.param_groups))
@@ -93,10 +96,28 @@ class SharpnessAwareOptimizer(Driver):
         own = [p for p in signature.parameters.values() if p.name != "self"]
         if cls.__init__.__module__.startswith("sharpkern.") and "kwargs" in signature.parameters:
             shared = inspect.signature(SharpnessAwareOptimizer.__init__).parameters
+            one = cls.closure_only or cls.one_gradient or cls.one_pass  # gradient that processes need alike
             left_out = {*signature.parameters, *cls.refused, *(() if cls.direction.partial else ("perturb",))}
+            left_out |= {"m_sharpness"} if one else set()
             rest = [p for p in shared.values() if p.kind == p.KEYWORD_ONLY and p.name not in left_out]
             own = [*own[:-1], *rest, shared["base_kwargs"]]
         cls.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+
+    def _check_m_sharpness(self) -> None:
+        """Raise TypeError where a first gradient of each process's own has no meaning."""
+        name = type(self).__name__
+        if self.closure_only:
+            raise TypeError(
+                f"{name} takes no m_sharpness=: its learning rate is one number, and S of each process's own gradient "
+                "would be another one in each"
+            )
+        if self.one_gradient or self.one_pass:
+            raise TypeError(f"{name} takes no m_sharpness=: a step has one gradient, which all processes need")
+        if not isinstance(self.policy, (Scheduled, Adaptive)):
+            raise TypeError(
+                "m_sharpness= goes with a policy that decides the same in every process, a Scheduled or Adaptive one, "
+                f"but got {type_name(self.policy)}"
+            )
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise for a group whose options are out of range."""

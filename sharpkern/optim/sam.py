@@ -77,6 +77,12 @@ class SAM(SharpnessAwareStep):
             parameter itself, asked when the optimizer lays them out. The norm is over those; what the others' first
             gradients are, finite or not, is not looked at. All are updated. A group option ``perturb=False`` leaves a
             group out, too. SAM-ON: ``perturb=sharpkern.norm_layers(model)``.
+        m_sharpness: whose gradient the weights move along before the second pass, where ``model`` is under
+            ``DistributedDataParallel``. "global": that of the joint batch, :math:`g = \frac1R \sum_r g_r`. "rank": each
+            process its own, :math:`e_r = \rho\, g_r / \|g_r\|`, and the step is along
+            :math:`\frac1R \sum_r \nabla L_r(w + e_r)`: the paper's m-sharpness, and half of the communication; a first
+            gradient that is not finite moves nothing there. Or a process group: its processes share one. By hand
+            ``first_pass`` is needed.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -122,7 +128,8 @@ class ASAM(SharpnessAwareStep):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
         rho: radius; a group may have its own.
         eta: added to the magnitude, so that a zero weight can move; a group may have its own.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness: as in
+            :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -168,7 +175,7 @@ class SSSAM(SAM):
         p: the probability (0.5), or a function of the step's number (from 0), such as
             ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
         seed: of the draws (0).
-        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb: as in
+        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness: as in
             :class:`sharpkern.SAM`. A policy takes the place of ``p`` and ``seed``.
         **base_kwargs: options of the base optimizer.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Step(Measurements):
         self._sums = "last", "last"  # of the last descent: the first and the last norm of its gradients
         self._counted = False  # whether this step counts in the statistics already
         self._buffers: Buffers | None = None  # of the model, as the first pass left them
-        self.unscaler = Unscaler(self.layouts, id(arguments[0]))
+        self.unscaler = Unscaler(self.layouts, id(arguments[0]), self.apart)
 
     # Moving.
 
@@ -111,6 +111,10 @@ class Step(Measurements):
             if keep:
                 layout.table.after_ascent()
             layout.written()
+        if counts and self.apart and self.apart.local:
+            kept_for = "gradient" if keep_gradient else self._followed
+            if kept_for:
+                self.apart.keep(self.layouts, kept_for, partial(self.scalars.row, "first"))
         # An autocast region around the passes keeps low-precision copies of the weights.
         torch.clear_autocast_cache()
 
@@ -131,6 +135,8 @@ class Step(Measurements):
         for layout, places in zip(self.layouts, self.layouts.places, strict=True):
             layout.table.leave_out(~kept[places])
         self._measured = None
+        if self.apart and self.apart.local and self.apart.may_miss:
+            return True  # others may have a gradient that is left in
         return not self.has_gradients or any(layout.table.any_left_in() for layout in self.layouts)
 
     def rewind(self) -> None:
@@ -326,6 +332,16 @@ class Step(Measurements):
         self.scalars["t"] += 1
         self.scalars["plain_steps"] += plain
 
+    def share_first(self) -> None:
+        """The gradients of a first pass are those of the processes that share it."""
+        if self.apart and self.apart.begin(self.layouts):
+            self.collect()
+
+    def join(self) -> None:
+        """No second pass follows: the gradients become those of all processes."""
+        if self.apart and self.apart.join(self.layouts):
+            self.collect()
+
     def freeze(self) -> None:
         """Every pass from here on computes with the buffers of the model as the first pass left them."""
         if self._buffers is not None:
@@ -340,7 +356,10 @@ class Step(Measurements):
         try:
             self.back()
             self.passes, self.loss, self._measured = None, None, None
-            self._counted = self._mixed = False
+            self._counted = self._mixed = self._common = False
+            self._followed = None
+            if self.apart:
+                self.apart.end()
             self.layouts.finish()
             self.unwatch()
             self.choose_witness()

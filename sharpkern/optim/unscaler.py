@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..checks import type_name
 from ..memory.layouts import Group, Layouts
+from .msharpness import MSharpness
 
 
 class _Pass:
@@ -31,10 +32,11 @@ class Unscaler:
     Args:
         layouts: its parameters.
         key: its id, by which a scaler knows it.
+        apart: whose first gradients may be this process's own.
     """
 
-    def __init__(self, layouts: Layouts, key: int) -> None:
-        self._layouts, self._key, self._ids = layouts, key, {key}
+    def __init__(self, layouts: Layouts, key: int, apart: MSharpness | None = None) -> None:
+        self._layouts, self._key, self._ids, self._apart = layouts, key, {key}, apart
         self._passes: list[_Pass] = []  # they stay: a scaler knows them by their id
         # Where a scaler notes what it did since its last update: as it was when gradients were unscaled.
         self._used: Any = None
@@ -127,6 +129,9 @@ class Unscaler:
         while len(self._passes) <= i:
             self._passes.append(_Pass(self._layouts))
         scaler.unscale_(self._passes[i])  # type: ignore[arg-type]
+        if self._apart and self._apart.local and i == 0:  # a scale is lowered by all processes
+            for found in scaler._found_inf_per_device(self._passes[i]).values():  # type: ignore[arg-type]
+                self._apart.any(found)
         self._used = scaler._per_optimizer_states
 
     def _is_unscaled(self, scaler: GradScaler) -> bool:

@@ -1,0 +1,451 @@
+"""m-sharpness: processes under DistributedDataParallel that move along gradients of their own, held to one process that
+takes the parts of each batch one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from methods import METHODS, TURNS, Method
+from models import assert_same_bits, relative_error, weights
+from naive import Gradients, dot
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+import sharpkern as sk
+
+STEPS = 12
+Batch = tuple[Tensor, Tensor]
+MEMBERS = [(m, base) for m, base in TURNS if m.two_passes]
+SGD = torch.optim.SGD
+
+
+class Net(nn.Module):
+    """Without batch norm, whose statistics are those of a process's own batch. A part of a batch that is told so takes
+    another head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.heads = nn.Linear(6, 9), nn.ModuleList(nn.Linear(9, 3) for _ in range(2))
+
+    def forward(self, x: Tensor, head: int = 0) -> Tensor:
+        return self.heads[head](self.trunk(x).tanh())
+
+
+def net() -> nn.Module:
+    return Net().double()
+
+
+def used(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Without the other head."""
+    return [(name, p) for name, p in model.named_parameters() if "heads.1" not in name]
+
+
+def data(steps: int = STEPS) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return [(x * (1 + i % 3), torch.randint(0, 3, (8,), generator=generator)) for i, x in enumerate(rows)]
+
+
+def part(batch: Batch, ranks: Sequence[int], processes: int = 2) -> Batch:
+    rows = [i for i in range(8) if i % processes in ranks]
+    return batch[0][rows], batch[1][rows]
+
+
+def loss_of(model: nn.Module, batch: Batch, head: int = 0) -> Tensor:
+    loss = nn.functional.cross_entropy(model(batch[0], head), batch[1])
+    loss.backward()
+    return loss.detach()
+
+
+def mean(parts: Sequence[Gradients]) -> Gradients:
+    """What a part lacks is zero there."""
+    return {p: sum(g.get(p, 0 * p.detach()) for g in parts) / len(parts) for p in {k: 0 for g in parts for k in g}}
+
+
+def step_in_parts(naive: Any, method: Method, closures: Sequence[Callable[[], Tensor]]) -> None:
+    """w <- base(w, mean_r grad L_r(w + e_r)), e_r along the gradient of part r; other gradients are means, too."""
+    if method.name == "esam":
+        naive.draw()
+    firsts, norms = [], []
+    for closure in closures:
+        naive.base.zero_grad()
+        closure()
+        firsts.append(naive.gradients())
+        norms.append(naive.norm() ** 2)
+    n = sum(norms) / len(norms)
+    fired = naive.fires(naive.t, n)
+    naive.t += 1
+    naive.decisions.append(fired)
+    g, g_s = mean(firsts), None
+    if fired:
+        old, seconds, averages = naive.weights(), [], []
+        for first, closure in zip(firsts, closures, strict=True):
+            for p in naive.params():
+                p.grad = first[p].clone() if p in first else None
+            naive.move(lambda group: group["rho"])
+            averages.append(getattr(naive, "next", {}))
+            naive.base.zero_grad()
+            closure()
+            naive.put_back(old)
+            seconds.append(naive.gradients())
+        g_s, naive.next = mean(seconds), mean(averages)
+        if method.name == "stablesam":  # the mean of the squared norms, one number
+            g = {p: x * (n / dot(g, g)) ** 0.5 for p, x in g.items()}
+    for p in naive.params():
+        p.grad = None
+    naive.descend(g, g_s)
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    return dict(lambda_start=2.0, lambda_end=0.0) if method.triggered else {}
+
+
+def expected(method: Method, base: str, parts: Sequence[Sequence[int]] = ((0,), (1,)), processes: int = 2) -> Any:
+    model = net()
+    naive = method.oracle(used(model), base, STEPS, **options_of(method))
+    for batch in data():
+        step_in_parts(naive, method, [partial(loss_of, model, part(batch, ranks, processes)) for ranks in parts])
+    if method.triggered:
+        assert 0 < sum(naive.decisions) < STEPS
+    return model, naive
+
+
+def assert_on_every_rank(model: nn.Module, what: str) -> None:
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, flat)
+    assert all(torch.equal(flat, other) for other in gathered), f"{what}: the processes drifted apart"
+
+
+def by_hand(opt: Any, backward: Callable[[], Any], scaler: Any = None) -> None:
+    opt.zero_grad()
+    with opt.first_pass():
+        backward()
+    if opt.first_step(zero_grad=True, scaler=scaler):
+        backward()
+    opt.second_step()
+
+
+class Counted:
+    """Collectives: of whole gradients, DDP's among them, and of a few numbers."""
+
+    def __init__(self, parallel: DistributedDataParallel) -> None:
+        self.gradients = self.numbers = 0
+        parallel.register_comm_hook(None, lambda state, bucket: self._exchange(bucket))
+
+    def _exchange(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.gradients += bucket.is_last()
+        work = self.real(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[Counted]:
+        self.gradients = self.numbers = 0
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.numel() > 8:
+                self.gradients += 1
+            else:
+                self.numbers += 1
+            return self.real(tensor, *args, **kwargs)
+
+        with mock.patch.object(dist, "all_reduce", counted):
+            yield self
+
+    real = staticmethod(dist.all_reduce)
+
+
+def _every_class(rank: int) -> None:
+    for method, base in MEMBERS:
+        twin, naive = expected(method, base)
+        for loop in ("closure", "by hand"):
+            model = _trained()
+            parallel = DistributedDataParallel(model, gradient_as_bucket_view=loop == "closure")
+            flatten = loop == "by hand" and base != "wrapped"
+            opt = method.make(
+                used(model), base, STEPS, model=parallel, m_sharpness="rank", flatten=flatten, **options_of(method)
+            )
+            for batch in data():
+                backward = partial(loss_of, parallel, part(batch, (rank,)))
+                opt.step(backward) if loop == "closure" else by_hand(opt, backward)
+            assert_on_every_rank(model, f"{method}, {loop}")
+            assert relative_error(model, twin) < 1e-11, f"{method}, {loop}"
+            assert int(opt.stats["second_passes"]) == sum(naive.decisions), f"{method}, {loop}"
+    _counts(rank)
+    _bad_gradients(rank)
+    _scaler(rank)
+    _other_heads(rank)
+    _static_graph(rank)
+    _errors(rank)
+    _long(rank)
+    _join(rank)
+
+
+def _trained() -> nn.Module:
+    """Without the other head."""
+    model = net()
+    for p in model.heads[1].parameters():
+        p.requires_grad_(False)
+    return model
+
+
+def _counts(rank: int) -> None:
+    """The table of docs/loops/ddp.md: collectives of gradients and of a few numbers, a step."""
+    table: list[tuple[Any, dict[str, Any], str, list[tuple[int, int]]]] = [
+        (sk.SAM, {}, "global", [(2, 0)] * 2),
+        (sk.SAM, {}, "rank", [(1, 0)] * 2),
+        (sk.SSSAM, dict(p=lambda t: 1 - t), "rank", [(1, 0)] * 2),
+        (sk.AESAM, dict(total_steps=2, lambda_start=-9, lambda_end=-9), "rank", [(1, 1)] * 2),
+        (sk.AESAM, dict(total_steps=2, lambda_start=9, lambda_end=9), "rank", [(1, 1)] * 2),
+        (sk.AESAM, dict(total_steps=2, lambda_start=9, lambda_end=9), "global", [(1, 0)] * 2),
+        (sk.LookSAM, dict(k=2), "rank", [(2, 0), (1, 0)]),
+        (sk.GSAM, {}, "rank", [(2, 0)] * 2),
+        (sk.StableSAM, {}, "rank", [(1, 1)] * 2),
+        (sk.SALR, {}, "global", [(11, 1), (1, 0)]),
+    ]
+    for cls, options, m, counts in table:
+        parallel = DistributedDataParallel(_trained())
+        counted = Counted(parallel)
+        opt = cls(parallel.module.parameters(), SGD, lr=0.1, model=parallel, m_sharpness=m, **options)
+        for batch, expected_counts in zip(data(2), counts, strict=True):
+            with counted.here():
+                opt.step(partial(loss_of, parallel, part(batch, (rank,))))
+            found = counted.gradients, counted.numbers
+            assert found == expected_counts, f"{cls.__name__}, {m}: {found}, expected {expected_counts}"
+
+
+def _bad_gradients(rank: int) -> None:
+    """A first gradient that is bad in one process moves nothing there, and the step is taken; where it goes into the
+    step, or the last one is bad, every process skips it."""
+    for name, call, taken in [("sam", 0, True), ("sam", 1, False), ("looksam", 0, False), ("aesam", 0, False)]:
+        method, model, calls = METHODS[name], _trained(), iter(range(9))
+        parallel = DistributedDataParallel(model)
+        opt = method.make(used(model), "momentum", STEPS, model=parallel, m_sharpness="rank")
+        twin = _trained()
+        naive = method.oracle(used(twin), "momentum", STEPS)
+
+        def closure(model: nn.Module, rank: int, call: int | None) -> Tensor:
+            x, y = part(data()[0], (rank,))
+            loss = nn.functional.cross_entropy(model(x), y)
+            (loss * (float("nan") if rank == 1 and call == 0 else 1)).backward()
+            return loss.detach()
+
+        opt.step(lambda: closure(parallel, rank, next(calls) - call))  # noqa: B023
+        assert_on_every_rank(model, name)
+        assert int(opt.stats["skipped_steps"]) == (not taken), (name, call)
+        if not taken:
+            assert_same_bits(weights(model), weights(_trained()))
+            continue
+        firsts = []
+        for r in range(2):
+            naive.base.zero_grad()
+            closure(twin, r, None)
+            if r == 0:
+                old = naive.weights()
+                naive.move(lambda group: group["rho"])
+                naive.base.zero_grad()
+                closure(twin, r, None)
+                naive.put_back(old)
+            firsts.append(naive.gradients())
+        naive.descend(mean(firsts))
+        assert relative_error(model, twin) < 1e-11
+
+
+def _scaler(rank: int) -> None:
+    """An overflow in the first pass of one process lowers the scale in all of them, once."""
+    for loop in ("closure", "by hand"):
+        model = _trained()
+        parallel = DistributedDataParallel(model)
+        opt = sk.SAM(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        calls = iter(range(9))
+
+        def backward() -> Tensor:
+            b = part(data()[0], (rank,))
+            loss = nn.functional.cross_entropy(parallel(b[0]), b[1])  # noqa: B023
+            scaler.scale(loss * (float("inf") if rank == 1 and next(calls) == 0 else 1)).backward()  # noqa: B023
+            return loss.detach()
+
+        if loop == "closure":
+            opt.step(backward, scaler=scaler)
+        else:
+            by_hand(opt, backward, scaler)
+        scaler.update()
+        assert scaler.get_scale() == 512.0, (rank, loop)
+        assert_on_every_rank(model, loop)
+
+
+def _other_heads(rank: int) -> None:
+    """Processes take different parts of the model, which DDP is told of: what one lacks is zero there."""
+    aesam = METHODS["aesam"]
+    with pytest.raises(ValueError, match="find_unused_parameters=True go with"):
+        model = net()
+        aesam.make(
+            model.parameters(), model=DistributedDataParallel(model, find_unused_parameters=True), m_sharpness="rank"
+        )
+    with pytest.raises(RuntimeError, match="FriendlySAM averages"):
+        parallel = DistributedDataParallel(_trained(), find_unused_parameters=True)
+        opt = sk.FriendlySAM(parallel.parameters(), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+        opt.step(lambda: loss_of(parallel, part(data()[0], (rank,))))
+    for name in ("sam", "looksam", "gsam", "esam"):
+        method = METHODS[name]
+        model, twin = net(), net()
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        more = options_of(method)
+        opt = method.make(model.named_parameters(), "momentum", 8, model=parallel, m_sharpness="rank", **more)
+        naive = method.oracle(twin.named_parameters(), "momentum", 8, **more)
+        for t, batch in enumerate(data(8)):
+            heads = [0, 0] if t < 2 else [t % 2, 1 - t % 2] if t % 3 else [1, 1]
+            opt.step(partial(loss_of, parallel, part(batch, (rank,)), heads[rank]))
+            closures = [partial(loss_of, twin, part(batch, (r,)), heads[r]) for r in range(2)]
+            step_in_parts(naive, method, closures)
+        assert_on_every_rank(model, name)
+        assert relative_error(model, twin) < 1e-11, name
+
+
+def _static_graph(rank: int) -> None:
+    """torch synchronises the first steps of a static graph; from the third one on passes are apart."""
+    model, twin = _trained(), _trained()
+    parallel = DistributedDataParallel(model, static_graph=True)
+    method = METHODS["looksam"]
+    opt = method.make(used(model), "momentum", model=parallel, m_sharpness="rank", k=1)
+    naive = method.oracle(used(twin), "momentum", k=1)
+    for t, batch in enumerate(data(5)):
+        opt.step(partial(loss_of, parallel, part(batch, (rank,))))
+        parts = ((0, 1),) if t < 2 else ((0,), (1,))
+        step_in_parts(naive, method, [partial(loss_of, twin, part(batch, ranks)) for ranks in parts])
+    assert relative_error(model, twin) < 1e-11
+
+
+def _errors(rank: int) -> None:
+    """An exception in each pass leaves weights and the exchange of gradients as they were."""
+    model = _trained()
+    parallel = DistributedDataParallel(model)
+    opt = sk.LookSAM(used(model), SGD, lr=0.1, k=1, model=parallel, m_sharpness="rank")
+    before, batch = weights(model), part(data()[0], (rank,))
+    with pytest.raises(RuntimeError, match="first_pass"):
+        opt.first_step()
+    for last in range(2):
+        calls = iter(range(9))
+
+        def closure() -> Tensor:
+            loss = loss_of(parallel, batch)
+            if next(calls) == last:  # noqa: B023
+                raise KeyError
+            return loss
+
+        with pytest.raises(KeyError):
+            opt.step(closure)
+        assert parallel.require_backward_grad_sync
+        assert_same_bits(weights(model), before)
+    opt.step(lambda: loss_of(parallel, batch))
+    assert_on_every_rank(model, "after errors")
+    alone = [dist.new_group([r]) for r in range(2)]
+    with pytest.raises(TypeError, match="process group"):  # torch's mark for a group of others
+        sk.SAM(model.parameters(), SGD, lr=0.1, model=parallel, m_sharpness=alone[1 - rank])
+    with pytest.raises(ValueError, match="not of this one and others of the model"):
+        single = DistributedDataParallel(_trained(), process_group=alone[rank])
+        sk.SAM(single.parameters(), SGD, lr=0.1, model=single, m_sharpness=dist.group.WORLD)
+    with pytest.raises(TypeError, match="decides the same"):
+        sk.SAM(model.parameters(), SGD, lr=0.1, model=parallel, m_sharpness="rank", policy=_OfItsOwn())
+
+
+class _OfItsOwn(sk.policy.Policy):
+    def decide(self, step: Any) -> bool:
+        return True
+
+
+def _long(rank: int) -> None:
+    """The same decisions and the same bits after a thousand steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    parallel = DistributedDataParallel(model)
+    opt = sk.AESAM(model.parameters(), SGD, lr=0.05, momentum=0.9, total_steps=1000, model=parallel, m_sharpness="rank")
+    torch.manual_seed(rank)
+    for _ in range(1000):
+        x = torch.randn(4, 6)
+
+        def closure() -> Tensor:
+            loss = nn.functional.cross_entropy(parallel(x), (x[:, 0] > 0).long())  # noqa: B023
+            loss.backward()
+            return loss.detach()
+
+        opt.step(closure)
+    assert_on_every_rank(model, "1000 steps")
+    assert 200 < int(opt.stats["second_passes"]) < 800
+
+
+def _join(rank: int) -> None:
+    """Processes whose data end early: with joint gradients they keep the others company."""
+    for cls, more in ((sk.SAM, {}), (sk.AESAM, dict(total_steps=5))):
+        model = _trained()
+        parallel = DistributedDataParallel(model)
+        opt = cls(used(model), SGD, lr=0.1, model=parallel, **more)
+        with Join([parallel]):
+            for batch in data(3 + 2 * rank):
+                opt.step(partial(loss_of, parallel, part(batch, (rank,))))
+        assert_on_every_rank(model, "Join")
+        apart = cls(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank", **more)
+        with Join([parallel]), pytest.raises(RuntimeError, match="Join"):
+            apart.step(lambda: loss_of(parallel, part(data()[0], (rank,))))  # noqa: B023
+
+
+def _quiet(rank: int, function: Callable[[int], None]) -> None:
+    warnings.simplefilter("error")
+    function(rank)
+
+
+def test_each_process_along_its_own_gradient(tmp_path: Path) -> None:
+    processes.run(_quiet, tmp_path, _every_class)
+
+
+def _groups(rank: int) -> None:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    for name in ("sam", "aesam", "looksam"):
+        method = METHODS[name]
+        twin, naive = expected(method, "momentum", ((0, 1), (2, 3)), 4)
+        model = _trained()
+        parallel = DistributedDataParallel(model)
+        opt = method.make(
+            used(model), "momentum", STEPS, model=parallel, m_sharpness=pairs[rank // 2], **options_of(method)
+        )
+        for batch in data():
+            opt.step(partial(loss_of, parallel, part(batch, (rank,), 4)))
+        assert_on_every_rank(model, name)
+        assert relative_error(model, twin) < 1e-11, name
+        assert int(opt.stats["second_passes"]) == sum(naive.decisions), name
+
+
+@pytest.mark.slow
+def test_each_pair_along_its_own_gradient(tmp_path: Path) -> None:
+    processes.run(_quiet, tmp_path, _groups, processes=4)
+
+
+def test_refused() -> None:
+    """Before anything changed: what has no meaning, and who cannot."""
+    model = net()
+    for value, error, words in [
+        ("ranks", ValueError, "Invalid m_sharpness: 'ranks'"),
+        (2, TypeError, "process group, but got int"),
+        ("rank", ValueError, "under DistributedDataParallel, whose exchange can be left out, but got .*Net"),
+    ]:
+        with pytest.raises(error, match=words):
+            sk.SAM(model.parameters(), SGD, lr=0.1, model=model, m_sharpness=value)
+    for cls, words in [(sk.SALR, "S of each"), (sk.MomentumSAM, "one gradient"), (sk.NudgedSGD, "one gradient")]:
+        base = () if cls is sk.NudgedSGD else (SGD,)
+        with pytest.raises(TypeError, match=words):
+            cls(model.parameters(), *base, lr=0.1, momentum=0.9, m_sharpness="rank")
+    with sk.SAM(model.parameters(), SGD, lr=0.1).first_pass():
+        pass
