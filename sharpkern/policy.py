@@ -162,7 +162,7 @@ class Adaptive(Policy):
 
     def decide(self, step: Any) -> bool:
         # The launch that finishes the norm updates the statistics on the device; the answer is all that the host reads.
-        if not step.has_gradients:
+        if not step.has_gradients and not step.spread:
             return False
         if step.t >= self.total_steps:
             step.warn_once(

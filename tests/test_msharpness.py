@@ -4,6 +4,7 @@ takes the parts of each batch one after the other."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -122,17 +123,22 @@ def expected(method: Method, base: str, parts: Sequence[Sequence[int]] = ((0,), 
     return model, naive
 
 
-def assert_on_every_rank(model: nn.Module, what: str) -> None:
-    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+def assert_on_every_rank(model: nn.Module, what: str, opt: Any = None) -> None:
+    tensors = list(model.parameters())
+    if opt is not None:
+        tensors += [x for p in model.parameters() for x in opt.state.get(p, {}).values() if isinstance(x, Tensor)]
+    flat = nn.utils.parameters_to_vector(tensors).detach()
     gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, flat)
     assert all(torch.equal(flat, other) for other in gathered), f"{what}: the processes drifted apart"
 
 
-def by_hand(opt: Any, backward: Callable[[], Any], scaler: Any = None) -> None:
+def by_hand(opt: Any, backward: Callable[[], Any], scaler: Any = None, unscales: bool = False) -> None:
     opt.zero_grad()
     with opt.first_pass():
         backward()
+    if unscales:
+        scaler.unscale_(opt)
     if opt.first_step(zero_grad=True, scaler=scaler):
         backward()
     opt.second_step()
@@ -180,7 +186,7 @@ def _every_class(rank: int) -> None:
             for batch in data():
                 backward = partial(loss_of, parallel, part(batch, (rank,)))
                 opt.step(backward) if loop == "closure" else by_hand(opt, backward)
-            assert_on_every_rank(model, f"{method}, {loop}")
+            assert_on_every_rank(model, f"{method}, {loop}", opt)
             assert relative_error(model, twin) < 1e-11, f"{method}, {loop}"
             assert int(opt.stats["second_passes"]) == sum(naive.decisions), f"{method}, {loop}"
     _counts(rank)
@@ -265,10 +271,10 @@ def _bad_gradients(rank: int) -> None:
 
 def _scaler(rank: int) -> None:
     """An overflow in the first pass of one process lowers the scale in all of them, once."""
-    for loop in ("closure", "by hand"):
+    for loop in ("closure", "by hand", "unscaled by the user"):
         model = _trained()
         parallel = DistributedDataParallel(model)
-        opt = sk.SAM(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+        opt = sk.AESAM(used(model), SGD, total_steps=9, lr=0.1, model=parallel, m_sharpness="rank")
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         calls = iter(range(9))
 
@@ -281,10 +287,27 @@ def _scaler(rank: int) -> None:
         if loop == "closure":
             opt.step(backward, scaler=scaler)
         else:
-            by_hand(opt, backward, scaler)
+            by_hand(opt, backward, scaler, unscales="unscaled" in loop)
         scaler.update()
         assert scaler.get_scale() == 512.0, (rank, loop)
-        assert_on_every_rank(model, loop)
+        assert int(opt.stats["skipped_steps"]) == 1
+        opt.step(backward, scaler=scaler)
+        scaler.update()
+        assert_on_every_rank(model, loop, opt)
+    # A process without any gradient of this optimizer takes part in that.
+    parallel = DistributedDataParallel(net(), find_unused_parameters=True)
+    opt = sk.SAM(parallel.module.heads[0].parameters(), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def of_head() -> Tensor:
+        x, y = part(data()[0], (rank,))
+        loss = nn.functional.cross_entropy(parallel(x, rank), y)
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    opt.step(of_head, scaler=scaler)
+    scaler.update()
+    assert_on_every_rank(parallel.module, "a head of one process", opt)
 
 
 def _other_heads(rank: int) -> None:
@@ -321,6 +344,9 @@ def _static_graph(rank: int) -> None:
     parallel = DistributedDataParallel(model, static_graph=True)
     method = METHODS["looksam"]
     opt = method.make(used(model), "momentum", model=parallel, m_sharpness="rank", k=1)
+    for _ in range(2):  # steps that come to nothing are none of the first ones
+        with pytest.raises(ZeroDivisionError):
+            opt.step(lambda: 1 / 0)
     naive = method.oracle(used(twin), "momentum", k=1)
     for t, batch in enumerate(data(5)):
         opt.step(partial(loss_of, parallel, part(batch, (rank,))))
@@ -337,6 +363,12 @@ def _errors(rank: int) -> None:
     before, batch = weights(model), part(data()[0], (rank,))
     with pytest.raises(RuntimeError, match="first_pass"):
         opt.first_step()
+    with pytest.raises(RuntimeError, match="within first_pass"), opt.first_pass():
+        opt.step(lambda: loss_of(parallel, batch))
+    with pytest.raises(KeyError), opt.first_pass():
+        raise KeyError
+    with pytest.raises(RuntimeError, match="first_pass"):
+        opt.first_step()
     for last in range(2):
         calls = iter(range(9))
 
@@ -351,7 +383,9 @@ def _errors(rank: int) -> None:
         assert parallel.require_backward_grad_sync
         assert_same_bits(weights(model), before)
     opt.step(lambda: loss_of(parallel, batch))
-    assert_on_every_rank(model, "after errors")
+    assert_on_every_rank(model, "after errors", opt)
+    _exchanged_all_the_same(rank)
+    _loops(rank)
     alone = [dist.new_group([r]) for r in range(2)]
     with pytest.raises(TypeError, match="process group"):  # torch's mark for a group of others
         sk.SAM(model.parameters(), SGD, lr=0.1, model=parallel, m_sharpness=alone[1 - rank])
@@ -360,6 +394,83 @@ def _errors(rank: int) -> None:
         sk.SAM(single.parameters(), SGD, lr=0.1, model=single, m_sharpness=dist.group.WORLD)
     with pytest.raises(TypeError, match="decides the same"):
         sk.SAM(model.parameters(), SGD, lr=0.1, model=parallel, m_sharpness="rank", policy=_OfItsOwn())
+
+
+def _exchanged_all_the_same(rank: int) -> None:
+    """A first pass whose exchange was not left out is none of one's own."""
+    model = _trained()
+    parallel = DistributedDataParallel(model)
+    opt = sk.SAM(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+    batch, before = part(data()[0], (rank,)), weights(model)
+
+    def turning_it_on() -> Tensor:
+        parallel.require_backward_grad_sync = True
+        return loss_of(parallel, batch)
+
+    with pytest.raises(RuntimeError, match="were exchanged"):
+        opt.step(turning_it_on)
+    loss = nn.functional.cross_entropy(parallel(batch[0]), batch[1])
+    with pytest.raises(RuntimeError, match="were exchanged"), opt.first_pass():
+        loss.backward()
+    assert_same_bits(weights(model), before)
+    group = sk.SAM(used(model), SGD, lr=0.1, model=parallel, m_sharpness=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match=r"save its state_dict"):
+        copy.deepcopy(group)
+    # What DDP leaves to each process is averaged by nobody.
+    model = _trained()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["trunk.bias"])
+    parallel = DistributedDataParallel(model)
+    for cls, refused in ((sk.SAM, False), (sk.GSAM, True)):
+        opt = cls(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank")
+        opt.zero_grad()
+        before = weights(model)
+        with pytest.raises(RuntimeError, match=r"'trunk.bias' is none") if refused else contextlib.nullcontext():
+            opt.step(partial(loss_of, parallel, batch))
+        if refused:
+            assert_same_bits(weights(model), before)
+
+
+def _loops(rank: int) -> None:
+    """A base step after a first pass of one's own, a step that is cancelled in its first pass, a process that has no
+    gradient, parameters without one in all processes."""
+    batch = part(data()[0], (rank,))
+    model = _trained()
+    parallel = DistributedDataParallel(model)
+    for cls, more in ((sk.SAM, {}), (sk.GSAM, {}), (sk.AESAM, dict(total_steps=9, lambda_start=9, lambda_end=9))):
+        opt = cls(used(model), SGD, lr=0.1, model=parallel, m_sharpness="rank", **more)
+        opt.zero_grad()
+        with opt.first_pass():
+            loss_of(parallel, batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is told of a step of the base rule alone
+            opt.step()
+        assert_on_every_rank(model, "a base step", opt)
+
+        def cancelling() -> Tensor:
+            opt.restore()  # noqa: B023
+            return loss_of(parallel, batch)
+
+        opt.step(cancelling)
+        assert_on_every_rank(model, "restore() in a first pass", opt)
+    model = net()  # its other head takes no part
+    parallel = DistributedDataParallel(model)
+    opt = sk.AESAM(
+        model.parameters(), SGD, total_steps=9, lambda_start=9, lambda_end=9, lr=0.1, weight_decay=0.1, model=parallel,
+        m_sharpness="rank",
+    )  # fmt: skip
+    before = weights(model)
+    opt.step(lambda: loss_of(parallel, batch))
+    assert_on_every_rank(model, "a head without gradients", opt)
+    assert_same_bits(weights(model.heads[1]), {k[8:]: w for k, w in before.items() if k.startswith("heads.1")})
+    opt.zero_grad()
+    with opt.first_pass():
+        if rank == 0:
+            loss_of(parallel, batch)
+        else:
+            parallel(batch[0])
+    assert not opt.first_step()
+    opt.second_step()
+    assert_on_every_rank(model, "a process without gradients", opt)
 
 
 class _OfItsOwn(sk.policy.Policy):

@@ -271,6 +271,11 @@ class Checkpoints(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling an optimizer")
         step, state = self._step, super().__getstate__()
+        if not isinstance(step.settings.m_sharpness, str):
+            raise RuntimeError(
+                "an optimizer with m_sharpness= of a process group cannot be copied or pickled, for the group cannot: "
+                "save its state_dict()"
+            )
         if step.owns_state:
             # Views of one flat buffer: pickled as they are, each would carry the whole buffer along.
             clones: defaultdict[Any, Any] = defaultdict(dict)

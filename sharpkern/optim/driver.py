@@ -60,7 +60,8 @@ class Driver(Checkpoints):
                     if collect:
                         step.refresh()
                         step.collect()
-                        if begin != self.one_gradient and not through:
+                        alone = step.apart is not None and step.apart.local  # others may have some
+                        if begin != self.one_gradient and not through and not alone:
                             step.warn_without_gradients(NO_GRADIENT[closure is not None])
                     if begin:
                         step.share_first()
@@ -137,7 +138,7 @@ class Driver(Checkpoints):
                 "not step after an overflow: restore() after scaler.step())"
             )
         apart = self._step.apart
-        if apart and not apart.taken:
+        if apart and (apart.inside or not apart.taken):
             raise RuntimeError(
                 "with m_sharpness the first forward and backward belong into `with opt.first_pass():`, which leaves "
                 "out the exchange of gradients"
@@ -155,7 +156,7 @@ class Driver(Checkpoints):
 
     def first_pass(self) -> AbstractContextManager[None]:
         """Around the first forward and backward of a step by hand, where ``m_sharpness`` is not "global": gradients are
-        not exchanged there when another pass may follow. Elsewhere, and around a step's closure, it does nothing.
+        not exchanged there when another pass may follow. Elsewhere, and in a step's closure, it does nothing.
 
         Example::
 
@@ -220,6 +221,8 @@ class Driver(Checkpoints):
             TypeError: for what is no scaler.
         """
         step, loss = self._bound(), None
+        if step.apart and step.apart.inside:
+            raise RuntimeError("step() within first_pass(), which is for the first forward and backward by hand")
         if scaler is not None and (closure is None or step.is_open):
             raise RuntimeError("step(scaler=) goes with a closure of all passes; by hand: first_step(scaler=)")
         if step.is_open:
@@ -256,6 +259,7 @@ class Driver(Checkpoints):
                 try:
                     step.refresh()
                     step.collect()
+                    step.join()
                     step.count_base_step()
                     step.descend()
                 finally:

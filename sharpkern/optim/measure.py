@@ -35,7 +35,7 @@ class Settings:
     model: nn.Module | None
     max_norm: float
     skip_nonfinite: bool
-    m_sharpness: Any
+    m_sharpness: Any = "global"
 
 
 class Measurements(Gradients):

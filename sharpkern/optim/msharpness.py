@@ -78,6 +78,7 @@ class MSharpness:
         self.may_miss = model.find_unused_parameters or model.static_graph
         # torch asserts that a static graph is synchronised at first.
         self._synchronised_steps = 2 if model.static_graph else 0
+        self.inside = False  # whether the first pass is under way
         self.taken = False  # whether first_pass() was around the pass whose gradients are there
         self.local = False  # whether those are not everybody's
         self._kept: str | None = None  # the flat buffer that is being averaged
@@ -86,22 +87,37 @@ class MSharpness:
 
     @contextmanager
     def first_pass(self, wanted: bool) -> Iterator[None]:
-        """Around forward and backward of the first pass.
+        """Around forward and backward of the first pass; within itself it does nothing.
 
         Args:
             wanted: whether another pass may follow; else the gradient is everybody's, as of the model.
+
+        Raises:
+            RuntimeError: in torch's Join, and where gradients were exchanged for all that.
         """
+        if self.inside:
+            yield
+            return
         if self._model._join_config.enable:
             raise RuntimeError(
                 "m_sharpness= in torch's Join: a process whose data have ended takes no part in the collectives of a "
                 "step. Leave out the surplus batches, or take the joint gradient"
             )
         alone = wanted and not self._synchronised_steps
+        self.inside, self.taken, self.local = True, False, alone
+        try:
+            with self._model.no_sync() if alone else nullcontext():
+                yield
+                # The second one tells of the last forward.
+                if alone and (self._model.require_backward_grad_sync or self._model.require_forward_param_sync):
+                    raise RuntimeError(
+                        "m_sharpness: gradients of the first pass were exchanged, because the exchange was turned on "
+                        "within it, or the forward pass was not within first_pass()"
+                    )
+            self.taken = True
+        finally:
+            self.inside, self.local = False, alone and self.taken
         self._synchronised_steps = max(0, self._synchronised_steps - 1)
-        self.taken, self.local = False, alone
-        with self._model.no_sync() if alone else nullcontext():
-            yield
-        self.taken = True
 
     def begin(self, layouts: Layouts) -> bool:
         """The gradients become those of the processes that share them. Returns whether they changed."""
@@ -141,7 +157,7 @@ class MSharpness:
             flat /= group.size()
             dist.all_reduce(flat, group=group)
             *means, present = flat.split([p.numel() for p in params] + [len(params)])
-            had = present.tolist() if self.may_miss else [1.0] * len(params)  # waits for the device
+            had = present.tolist() if any(missing) else missing  # waits for the device
             for p, mean, anywhere in zip(params, means, had, strict=True):
                 if p.grad is not None:
                     p.grad.copy_(mean.view_as(p))
@@ -158,6 +174,12 @@ class MSharpness:
         """
         self._kept = name
         for layout in layouts:
+            for p, label in zip(layout.params, layout.names, strict=True):
+                if p not in self._exchanged:
+                    raise RuntimeError(
+                        f"m_sharpness: {label} is none of the parameters that DistributedDataParallel exchanges, and "
+                        "this optimizer averages what goes along the first gradient"
+                    )
             buffer, having = layout.buffer(name), layout.table.has_gradient()
             share = (first(layout.device).sum() * 0 + 1) / self.everybody.size()
             for i, had in enumerate(having):
@@ -174,7 +196,7 @@ class MSharpness:
         one."""
         if self._kept is None:
             return False
-        self._wait()
+        self.wait()
         for layout, rows in zip(layouts, self._rows, strict=True):
             having = [count > 0 for count in rows.tolist()]
             layout.keep_rows(having)
@@ -184,11 +206,13 @@ class MSharpness:
 
     def end(self) -> None:
         """No step is open."""
-        self._wait()
-        self.taken = self.local = False
+        self.wait()
+        if not self.inside:
+            self.taken = self.local = False
         self._kept, self._rows = None, []
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Nothing is being averaged."""
         works, self._works = self._works, []
         for work in works:
             work.wait()

@@ -293,6 +293,8 @@ class Step(Measurements):
 
     def refresh(self) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass."""
+        if self.apart:
+            self.apart.wait()  # buffers may be laid out anew
         self.layouts.refresh(self.is_open)
         self.share()
 

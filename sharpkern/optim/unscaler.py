@@ -106,6 +106,9 @@ class Unscaler:
             return measure()
         if not self._early:
             self._unscale(scaler, 0)
+        else:
+            for key in self._ids & scaler._per_optimizer_states.keys():
+                self._agree(scaler, key)
         again = measure()
         if not again and not self._early:
             grads = [p.grad for group in self._layouts.param_groups for p in group["params"] if p.grad is not None]
@@ -129,10 +132,22 @@ class Unscaler:
         while len(self._passes) <= i:
             self._passes.append(_Pass(self._layouts))
         scaler.unscale_(self._passes[i])  # type: ignore[arg-type]
-        if self._apart and self._apart.local and i == 0:  # a scale is lowered by all processes
-            for found in scaler._found_inf_per_device(self._passes[i]).values():  # type: ignore[arg-type]
-                self._apart.any(found)
+        if i == 0:
+            self._agree(scaler, id(self._passes[i]))
         self._used = scaler._per_optimizer_states
+
+    def _agree(self, scaler: GradScaler, key: int) -> None:
+        """Where gradients are each process's own, all note the overflow of one: they lower the scale together."""
+        device = next((p.device for group in self._layouts.param_groups for p in group["params"]), None)
+        if self._apart is None or not self._apart.local or device is None:
+            return
+        found = scaler._per_optimizer_states[key]["found_inf_per_device"]
+        flags = [torch.zeros((), device=device), *(flag.reshape(()).to(device) for flag in found.values())]
+        flag = torch.stack(flags).max()  # one number, whatever this process has met
+        self._apart.any(flag)
+        for each in found.values():
+            each.copy_(flag)
+        found.setdefault(device, flag.reshape(1))
 
     def _is_unscaled(self, scaler: GradScaler) -> bool:
         """Whether somebody unscaled the optimizer's gradients since the last update."""
