@@ -17,15 +17,15 @@ import emulation
 import pytest
 
 HERE = Path(__file__).parent
-# What is about callers, buffers of the model and other tools' files does not depend on a kernel.
-ELSEWHERE = {"test_buffers.py", "test_callers.py", "test_tools.py"}
-CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} - ELSEWHERE)
+# What is about callers, buffers of the model, arguments, lifetimes and other tools' files does not depend on a kernel.
+ELSEWHERE = {"buffers", "callers", "composition", "family", "lifetime", "methods", "options", "scaler", "tools"}
+CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} - {f"test_{x}.py" for x in ELSEWHERE})
 # The reference and Triton are no part of this.
 OURS = "not reference and not triton"
 # Of the contract: classes whose kernels differ.
 CLASSES = f"{OURS} and not adaptive and not sssam and not aelooksam and not part"
-# What is the same for every rule and every dtype.
-FEWER = {"test_checkpoint.py": "momentum", "test_moves.py": "momentum", "test_trajectory.py": "not float32"}
+# The rules' own kernels are held to their trajectories; all else is the same for every rule.
+ONE_RULE = "not adamw and not wrapped"
 # In the first tier fewer, where marks and tables have a say, with one rule.
 MARKED = f"{CLASSES} and not friendlysam and not wsam and momentum and not flat and (moved_between or some_passes " \
     "or exception or interrupt or groups or by_hand or dtype or frozen or restore or cleared)"  # fmt: skip
@@ -71,7 +71,7 @@ def test_some_of_the_contract_as_on_a_device(library: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONTRACT)
 def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
-    chosen = f"{CLASSES} and {FEWER[file]}" if file in FEWER else CLASSES
+    chosen = f"{CLASSES} and {'not float32' if file == 'test_trajectory.py' else ONE_RULE}"
     pytest_through(library, f"tests/contract/{file}", "-k", chosen, "-m", "not slow", SHARPKERN_TEST_REMOTE="1")
 
 
