@@ -294,6 +294,15 @@ def _loss(model: nn.Module, batch: Batch, rank: int | None = None) -> Tensor:
     return loss.detach()
 
 
+def _micro(model: nn.Module, batch: Batch, rank: int, i: int, exchange: Any) -> Tensor:
+    """Of half of a process's batch; its gradients are exchanged, or not."""
+    x, y = (t[rank::2][2 * i : 2 * i + 2] for t in batch)
+    with exchange:
+        loss = nn.functional.cross_entropy(model(x), y) / 2
+        loss.backward()
+    return loss
+
+
 def _one_process(method: Method, base: str) -> nn.Module:
     model = _net()
     opt = method.make(model.named_parameters(), base, STEPS)
@@ -336,6 +345,11 @@ def _process(rank: int) -> None:
             if loop == "closure":
                 opt.step(lambda batch=batch: _loss(parallel, batch, rank))
                 continue
+            if loop == "accumulate":
+                opt.accumulate(lambda batch=batch: _micro(parallel, batch, rank, 0, parallel.no_sync()))
+                opt.accumulate(lambda batch=batch: _micro(parallel, batch, rank, 1, contextlib.nullcontext()))
+                opt.step()
+                continue
             opt.zero_grad()
             with parallel.no_sync() if loop == "no_sync" else contextlib.nullcontext():
                 _loss(parallel, batch, rank)
@@ -350,7 +364,7 @@ def _process(rank: int) -> None:
 
     for method, base in TURNS:
         expected = _one_process(method, base)
-        for loop in ("closure", "by hand") if method.by_hand else ("closure",):
+        for loop in ("closure", "accumulate", "by hand")[: 3 if method.by_hand else 2]:
             check(method, base, loop, expected)
     _salr(rank)
     sam = METHODS["sam"]

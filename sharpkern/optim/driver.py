@@ -107,6 +107,10 @@ class Driver(Checkpoints):
         if self.closure_only:
             raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
 
+    def _refuse_accumulated(self, what: str) -> None:
+        if self._step.micro_batches:
+            raise RuntimeError(f"{what} after accumulate(): step() takes all passes of it, restore() drops it")
+
     @uncompiled
     def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> bool:
         """After the first backward: measure the gradient and perturb the weights, where the policy wants it. An
@@ -132,6 +136,7 @@ class Driver(Checkpoints):
             TypeError: for what is no scaler.
         """
         self._refuse_by_hand()
+        self._refuse_accumulated("first_step()")
         if self._step.is_open:
             raise RuntimeError(
                 "first_step() was called twice: call second_step(), step() or restore() in between (a GradScaler does "
@@ -183,6 +188,7 @@ class Driver(Checkpoints):
             RuntimeError: without a ``first_step`` before it.
         """
         self._refuse_by_hand()
+        self._refuse_accumulated("second_step()")
         if not self._step.is_open:
             raise RuntimeError("second_step() was called before first_step()")
         self.step()
@@ -190,6 +196,82 @@ class Driver(Checkpoints):
             self.restore()  # a scaler within a wrapper's step met an overflow, and did not step
         if zero_grad:
             self.zero_grad()
+
+    @uncompiled
+    def accumulate(self, closure: Callable[[], Any]) -> Any:
+        """Add the gradient of a micro-batch. ``step()`` without a closure takes the step of all of them: to the bit
+        that of ``step(closure)`` with a closure that calls theirs in their order.
+
+        The first one of a step resets the gradients, as ``step(closure)`` does. Closures are kept, with what they refer
+        to, until the step is done or dropped: by ``restore()``, ``zero_grad()`` or an exception in any of them. An
+        algorithm that takes one pass keeps none; one of one gradient has its weights away from the first micro-batch to
+        the step.
+
+        Args:
+            closure: computes the loss of the micro-batch, calls backward and returns the loss, divided by their number
+                where the step is to be of the mean. It resets no gradients. It is called now, and once more for each
+                further pass: it must not depend on what changes meanwhile, such as the variables of a loop.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``, within such a closure, where the gradients were
+                changed since the last one (clipped, unscaled, reset), which further passes would not see, with
+                ``m_sharpness``, and for an algorithm whose passes are not sums over micro-batches.
+        """
+        step = self._bound()
+        micro_batches, keep = step.micro_batches, not (self.one_gradient or self.one_pass)
+        if not callable(closure):
+            raise TypeError(f"closure should be a function, but got {closure!r}")
+        if step.apart:
+            raise RuntimeError(
+                "accumulate() with m_sharpness: call step(closure) with a closure that goes over the micro-batches"
+            )
+        if not micro_batches:
+            self._refuse_open("accumulate()")
+            step.warn_of_discarded_gradients()
+            step.reset_gradients()
+            if self.one_gradient:
+                self._run(None, begin=True)
+        elif keep:
+            self._check_accumulated()
+        loss = self._evaluate(lambda: micro_batches.take(closure, keep))
+        step.choose_witness()
+        return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What ``scaler.step(opt)`` asks first: no. It unscaled the gradients of the first pass and no other's."""
+        if self._step.micro_batches.kept:
+            self.restore()
+            raise RuntimeError("scaler.step() after accumulate(): call step(scaler=scaler), which unscales each pass")
+        return False
+
+    def _check_accumulated(self) -> None:
+        """Drop what was accumulated, and raise, where another pass would not have the gradients that are there."""
+        try:
+            self._step.check_unchanged()
+        except RuntimeError:
+            self.restore()
+            raise
+
+    def _accumulated(self, closure: Callable[[], Any] | None, scaler: GradScaler | None) -> Callable[[], Any] | None:
+        """A closure for all passes of the step that ``accumulate`` began, its first call done; ``closure`` is one more
+        micro-batch. None where that dropped them."""
+        step = self._step
+        try:
+            if closure is not None:
+                self.accumulate(closure)
+            elif not (self.one_gradient or self.one_pass):
+                self._check_accumulated()
+            if not step.micro_batches:
+                return None
+            step.unscaler.begin(scaler, step.settings.skip_nonfinite)
+        except BaseException:
+            self.restore()
+            raise
+        return step.micro_batches.closure()
 
     @uncompiled
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: GradScaler | None = None) -> Any:
@@ -206,6 +288,9 @@ class Driver(Checkpoints):
         Returns:
             The loss of the first call; None without a closure.
 
+        After ``accumulate`` this is the step of all its micro-batches, of which a closure is one more (one that does
+        nothing will do); it returns the sum of what they returned in the first pass, where those are numbers.
+
         After ``first_step`` this finishes the step with the gradients that are there. A closure is called once
         before, at the perturbed weights; gradients are not reset then, so that one that does nothing will do (trainers
         pass such a one).
@@ -217,13 +302,20 @@ class Driver(Checkpoints):
 
         Raises:
             RuntimeError: for a sparse gradient; within a closure of an algorithm of more passes than two; for a scaler
-                without a closure, with ``skip_nonfinite=False``, or before its update.
+                without a closure or micro-batches, with ``skip_nonfinite=False``, or before its update.
             TypeError: for what is no scaler.
         """
         step, loss = self._bound(), None
         if step.apart and step.apart.inside:
             raise RuntimeError("step() within first_pass(), which is for the first forward and backward by hand")
-        if scaler is not None and (closure is None or step.is_open):
+        accumulated = bool(step.micro_batches)
+        if accumulated:
+            closure = self._accumulated(closure, scaler)
+            if closure is None:
+                return None
+            if step.is_open:  # the weights are away already
+                loss, closure = closure(), None
+        elif scaler is not None and (closure is None or step.is_open):
             raise RuntimeError("step(scaler=) goes with a closure of all passes; by hand: first_step(scaler=)")
         if step.is_open:
             self._refuse_by_hand()
@@ -240,10 +332,11 @@ class Driver(Checkpoints):
                     self.restore()
                     raise RuntimeError(f"{type(self).__name__} takes more passes than two: call step(closure)")
         elif closure is not None:
-            closure = self.adapt(closure)
-            step.warn_of_discarded_gradients()
-            step.reset_gradients()
-            step.unscaler.begin(scaler, step.settings.skip_nonfinite)
+            if not accumulated:
+                closure = self.adapt(closure)
+                step.warn_of_discarded_gradients()
+                step.reset_gradients()
+                step.unscaler.begin(scaler, step.settings.skip_nonfinite)
             closure = step.unscaler.unscaling(closure)
             if self.one_gradient:
                 losses: list[Any] = []
@@ -307,6 +400,8 @@ class Driver(Checkpoints):
                 None under ``flatten`` has each pass copy the gradients there, which takes 8.
         """
         step = self._bound()
+        if step.micro_batches.resetting():
+            self.restore()
         if set_to_none is None:
             set_to_none = not step.layouts.flatten
         if set_to_none or not step.layouts.flatten or not len(step.layouts):

@@ -150,6 +150,15 @@ class ESAM(SharpnessAwareOptimizer):
         rises = before - after if self.param_groups[0].get("maximize") else after - before
         return rises.argsort(descending=True, stable=True)[:count].sort().values
 
+    def accumulate(self, closure: Callable[[], Any]) -> Any:
+        """As in every class, with ``gamma=1``."""
+        if self.gamma < 1:
+            raise RuntimeError(
+                f"ESAM with gamma={self.gamma} compares the losses of all samples of a step, which are not accumulated "
+                "one micro-batch at a time: call step(closure), or take gamma=1"
+            )
+        return super().accumulate(closure)
+
     def adapt(self, closure: Callable[..., Any]) -> Callable[[], Any]:
         """Of a closure that returns losses of samples one that calls backward."""
         if self.gamma == 1:

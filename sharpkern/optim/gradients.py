@@ -106,8 +106,18 @@ class Gradients:
             self._looks = 0
             self.warn_once(
                 "step(closure) resets the gradients before it calls the closure: those that were there are not used. "
-                "Accumulate inside of the closure, or step by hand with first_step() and second_step(). Where another "
-                "loss left them (a GAN, two optimizers) it does no harm: zero_grad() before this step says so"
+                "Accumulate inside of the closure, with accumulate(), or by hand with first_step() and second_step(). "
+                "Where another loss left them (a GAN, two optimizers) it does no harm: zero_grad() before this step "
+                "says so"
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise where the gradients are not those that were noted: another pass's would not be changed in that way."""
+        mark, noted = None if self._witness is None else _mark(self._witness), self._noted
+        if mark != noted and not (mark and noted and mark[0] != noted[0]):  # moved together with its parameter
+            raise RuntimeError(
+                "the gradients were changed after accumulate(), which another pass would not see: max_grad_norm= clips "
+                "and step(scaler=scaler) unscales, in each pass as it should be; restore() drops what was accumulated"
             )
 
     def warn_without_gradients(self, message: str) -> None:

@@ -24,6 +24,7 @@ from ..memory import transfer
 from ..memory.state import Names
 from ..rules import FusedRule, WrappedRule
 from ..rules.fused import SGDRule
+from .accumulation import MicroBatches
 from .measure import Measurements, ops
 from .unscaler import Unscaler
 
@@ -62,6 +63,7 @@ class Step(Measurements):
         self._counted = False  # whether this step counts in the statistics already
         self._buffers: Buffers | None = None  # of the model, as the first pass left them
         self.unscaler = Unscaler(self.layouts, id(arguments[0]), self.apart)
+        self.micro_batches = MicroBatches()
 
     # Moving.
 
@@ -362,6 +364,7 @@ class Step(Measurements):
             self._followed = None
             if self.apart:
                 self.apart.end()
+            self.micro_batches.drop()
             self.layouts.finish()
             self.unwatch()
             self.choose_witness()

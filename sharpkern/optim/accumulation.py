@@ -1,0 +1,91 @@
+"""Micro-batches whose gradients add up to that of a step: their closures, called once more in every further pass."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class MicroBatches:
+    """Of the step that is being accumulated; false where none was begun."""
+
+    def __init__(self) -> None:
+        self._closures: list[Callable[[], Any]] = []
+        self._losses: list[Any] = []  # of the first pass: one a micro-batch, whether its closure is kept or not
+        self._running: int | None = None  # the number of the closure that is being called
+
+    def __bool__(self) -> bool:
+        return self._running is not None or bool(self._losses)
+
+    @property
+    def kept(self) -> bool:
+        """Whether closures may be called in further passes."""
+        return bool(self._closures)
+
+    def drop(self) -> None:
+        """There are none any more."""
+        self._closures, self._losses = [], []
+
+    def take(self, closure: Callable[[], Any], keep: bool) -> Any:
+        """Call the closure of one more micro-batch in the first pass; keep it where there may be others."""
+        closures, losses = self._closures, self._losses
+        loss = self._call(len(losses), closure)  # which may drop them: others are in their place then
+        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        if keep:
+            closures.append(closure)
+        return loss
+
+    def closure(self) -> Callable[[], Any]:
+        """A closure of all of them, whose first call is done.
+
+        Raises:
+            RuntimeError: within one of theirs.
+        """
+        self.check_between()
+        closures, losses, calls = self._closures, self._losses, itertools.count()
+        return lambda: total(losses if next(calls) == 0 else [self._call(i, c) for i, c in enumerate(closures)])
+
+    def resetting(self) -> bool:
+        """Gradients are about to be reset: whether those of earlier micro-batches are dropped with it.
+
+        Raises:
+            RuntimeError: within a closure, where the others of its pass would be lost.
+        """
+        if self._running:
+            raise RuntimeError(
+                "the closure of a micro-batch resets the gradients, also those of the ones before it: leave "
+                "zero_grad() out of what accumulate() calls"
+            )
+        return self._running is None and bool(self._losses)
+
+    def check_between(self) -> None:
+        """Raise within a closure."""
+        if self._running is not None:
+            raise RuntimeError("step() or accumulate() was called within a closure that accumulate() took")
+
+    def _call(self, number: int, closure: Callable[[], Any]) -> Any:
+        self.check_between()
+        self._running = number
+        try:
+            return closure()
+        finally:
+            self._running = None
+
+
+def total(losses: list[Any]) -> Any:
+    """Their sum; None where any of them is no number. The last one may be None: of a closure that did nothing, which
+    trainers hand to ``step``."""
+    losses = losses[:-1] if losses and losses[-1] is None else losses
+    if not losses or not all(map(_is_number, losses)):
+        return None
+    return functools.reduce(operator.add, (loss.detach() if isinstance(loss, Tensor) else loss for loss in losses))
+
+
+def _is_number(loss: Any) -> bool:
+    return loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, numbers.Number)
