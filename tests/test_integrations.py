@@ -5,19 +5,21 @@ test_loops.py has what they do in stand-ins.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from loops import MICRO, STEPS, Batch, Run, assert_same, data, every_way, make, mean_loss, plain
-from methods import BY_HAND, CLIPPED, METHODS, Method, every_method, over
-from models import relative_error
+from methods import METHODS, Method, every_method, over
+from models import assert_same_bits, relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -225,21 +227,26 @@ def test_fabric(method: Method, loop: str, tmp_path: Path) -> None:
 # Accelerate.
 
 
-def accelerated(method: Method, micro: int = 1) -> tuple[Any, ...]:
+def accelerated(method: Method, micro: int = 1, ours: bool = True, **more: Any) -> tuple[Any, ...]:
+    """A model and its optimizer, and what ``prepare`` makes of them: of sharpkern.integrations, or of Accelerate."""
     accelerate = pytest.importorskip("accelerate")
+    if ours:
+        accelerate = pytest.importorskip("sharpkern.integrations.accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro)
-    model, opt = make(method)
+    accelerator.scaler = more.pop("scaler", None)
+    model, opt = make(method, **more)
     return (model, opt), accelerator, *accelerator.prepare(model, opt, loader(micro), SCHEDULE(opt))
 
 
+@pytest.mark.parametrize("ours", [False, True])
 @every_way("closure", "by hand")
-def test_accelerate(method: Method, loop: str) -> None:
-    run, accelerator, model, opt, batches, scheduler = accelerated(method)
+def test_accelerate(method: Method, loop: str, ours: bool) -> None:
+    run, accelerator, model, opt, batches, scheduler = accelerated(method, ours=ours)
     for batch in batches:
         backward = lambda batch=batch: mean_loss(model, [batch], accelerator.backward)  # noqa: E731
         if loop == "by hand":
             backward()
-            if opt.optimizer.first_step(zero_grad=True):
+            if (opt if ours else opt.optimizer).first_step(zero_grad=True):
                 backward()
             opt.step()
             opt.zero_grad()
@@ -249,40 +256,112 @@ def test_accelerate(method: Method, loop: str) -> None:
     assert_same(run, plain(method, schedule=SCHEDULE))
 
 
+def accelerated_closure(accelerator: Any, model: Any, batch: Batch) -> Tensor:
+    """Of a micro-batch: Accelerate divides the loss for the backward."""
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    accelerator.backward(loss)
+    return loss / MICRO
+
+
 @every_method
 def test_accelerate_accumulates(method: Method) -> None:
-    """The loss of a micro-batch is divided by Accelerate."""
-    run, accelerator, model, opt, batches, scheduler = accelerated(method, MICRO)
-    micro_batches: list[Batch] = []
-
-    def accumulate() -> Tensor:
-        losses = []
-        for x, y in micro_batches:
-            losses.append(nn.functional.cross_entropy(model(x), y))
-            accelerator.backward(losses[-1])
-        return sum(loss.detach() / MICRO for loss in losses)
-
+    """In steps of a closure a micro-batch; and, with gradients clipped, in the passes of the optimizer."""
+    run, accelerator, model, opt, batches, scheduler = accelerated(method, MICRO, max_grad_norm=0.5)
+    losses = []
     for batch in batches:
         with accelerator.accumulate(model):
-            micro_batches.append(batch)
-            opt.step(accumulate)
+            losses.append(opt.step(functools.partial(accelerated_closure, accelerator, model, batch)))
             scheduler.step()
-            if accelerator.sync_gradients:
-                micro_batches.clear()
-    assert_same(run, plain(method, MICRO, SCHEDULE))
+            opt.zero_grad()
+    expected = plain(method, MICRO, SCHEDULE, max_grad_norm=0.5)
+    assert_same(run, expected)
+    first = mean_loss(make(method)[0], data(MICRO)[:MICRO])
+    if not method.one_gradient:
+        torch.testing.assert_close(losses[MICRO - 1].detach(), first)
+
+
+def test_a_variable_of_the_loop_is_refused() -> None:
+    """Its value would be that of the last micro-batch in every other pass."""
+    _, accelerator, model, opt, batches, _ = accelerated(METHODS["sam"], MICRO)
+    with pytest.raises(RuntimeError, match="reads 'batch', which has another value"):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                opt.step(lambda: accelerated_closure(accelerator, model, batch))  # noqa: B023
+
+
+def scaled_backward(scaler: Any, loss: Tensor) -> None:
+    scaler.scale(loss).backward()
+
+
+def scaler_of(scale: float = 2.0**10) -> Any:
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+
+
+@pytest.mark.parametrize("loop", ["closure", "by hand"])
+@over([METHODS[name] for name in ("sam", "aesam", "gsam")])
+def test_accelerate_with_a_scaler(method: Method, loop: str) -> None:
+    """It skips the third step, which overflows in its last pass; nor does the scheduler step there."""
+    micro, scaler, plain_scaler = MICRO if loop == "closure" else 1, scaler_of(), scaler_of()
+    run, accelerator, model, opt, batches, scheduler = accelerated(method, micro, scaler=scaler, **method.every)
+    twin, other = make(method, **method.every)
+    expected = SCHEDULE(other)
+    for net in (run[0], twin):
+        overflowing(net, 6 * micro - 1)
+    for batch in batches:
+        with accelerator.accumulate(model):
+            closure = functools.partial(accelerated_closure, accelerator, model, batch)
+            if loop == "closure":
+                opt.step(closure)
+            else:
+                closure()
+                if opt.first_step(zero_grad=True):
+                    closure()
+                opt.step()
+            scheduler.step()
+            opt.zero_grad()
+        assert not run[1].is_perturbed
+    for i in range(STEPS):
+        taken = data(micro)[i * micro : (i + 1) * micro]
+        backward = functools.partial(scaled_backward, plain_scaler)
+        other.step(functools.partial(mean_loss, twin, taken, backward), scaler=plain_scaler)
+        plain_scaler.update()
+        if i != 2:
+            expected.step()
+    assert_same_bits(dict(run[0].state_dict()), dict(twin.state_dict()))
+    assert scheduler.scheduler.state_dict()["last_epoch"] == STEPS - 1
+    assert scaler.get_scale() == plain_scaler.get_scale()
+
+
+def test_accelerates_own_scaler_refuses_micro_batches() -> None:
+    """Of an optimizer that Accelerate prepared without sharpkern.integrations."""
+    _, accelerator, model, opt, batches, _ = accelerated(METHODS["sam"], ours=False, scaler=scaler_of())
+    opt.optimizer.accumulate(functools.partial(accelerated_closure, accelerator, model, next(iter(batches))))
+    with pytest.raises(RuntimeError, match=r"call step\(scaler=scaler\)"):
+        opt.step()
 
 
 @few
 def test_accelerate_resumes(method: Method, tmp_path: Path) -> None:
-    for part in (data()[: STEPS // 2], data()[STEPS // 2 :]):
-        run, accelerator, model, opt, _, scheduler = accelerated(method)
+    for part in (data(MICRO)[: STEPS * MICRO // 2], data(MICRO)[STEPS * MICRO // 2 :]):
+        run, accelerator, model, opt, _, scheduler = accelerated(method, MICRO)
         if (tmp_path / "state").exists():
             accelerator.load_state(str(tmp_path / "state"))
-        for batch in part:
-            opt.step(lambda batch=batch, model=model: mean_loss(model, [batch]))
+        for i, batch in enumerate(part):
+            accelerator.gradient_state._set_sync_gradients((i + 1) % MICRO == 0)
+            opt.step(functools.partial(accelerated_closure, accelerator, model, batch))
             scheduler.step()
         accelerator.save_state(str(tmp_path / "state"))
-    assert_same(run, plain(method, schedule=SCHEDULE))
+    assert_same(run, plain(method, MICRO, SCHEDULE))
+
+
+def test_accelerate_prepares_other_optimizers_as_ever() -> None:
+    module = pytest.importorskip("sharpkern.integrations.accelerate")
+    accelerator, model = module.Accelerator(cpu=True), nn.Linear(2, 1)
+    assert not isinstance(accelerator.prepare(torch.optim.SGD(model.parameters())), module.PreparedOptimizer)
+    with pytest.raises(RuntimeError, match="takes its steps itself"):
+        module.adopt(
+            SimpleNamespace(optimizer=make(METHODS["sam"])[1]), SimpleNamespace(distributed_type=module.REFUSED[0])
+        )
 
 
 # The Trainer of transformers.
@@ -295,33 +374,25 @@ class Examples(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": nn.functional.cross_entropy(self.model(x), labels)}
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.model(x)
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
-def transformers_trainer(method: Method, recipe: bool = True, micro: int = 1, **options: Any) -> tuple[Run, Any]:
+def transformers_trainer(
+    method: Method, ours: bool = True, micro: int = 1, own: dict[str, Any] | None = None, **options: Any
+) -> tuple[Run, Any]:
+    """``own``: arguments of the optimizer."""
     transformers = pytest.importorskip("transformers")
+    base = transformers.Trainer
+    if ours:
+        base = pytest.importorskip("sharpkern.integrations.transformers").SharpnessAwareTrainer
 
-    class Ordered(transformers.Trainer):  # type: ignore[misc, name-defined]
+    class Ordered(base):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class TwoPasses(Ordered):
-        """The recipe of docs/loops/transformers.md."""
-
-        micro_batches: tuple[Any, ...] = ()
-
-        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self.micro_batches += (inputs,)
-            if self.accelerator.sync_gradients:
-                if self.optimizer.optimizer.first_step(zero_grad=True):
-                    for inputs in self.micro_batches:
-                        super().training_step(model, inputs, num_items_in_batch)
-                self.micro_batches = ()
-            return loss
-
-    model, opt = make(method)
+    model, opt = make(method, **(own or {}))
     arguments = transformers.TrainingArguments(
         **{
             "output_dir": "trainer",
@@ -337,7 +408,7 @@ def transformers_trainer(method: Method, recipe: bool = True, micro: int = 1, **
             **options,
         }
     )
-    trainer = (TwoPasses if recipe else Ordered)(
+    trainer = Ordered(
         model=Examples(model),
         args=arguments,
         train_dataset=[{"x": x, "labels": y} for x, y in data(micro)],
@@ -347,42 +418,90 @@ def transformers_trainer(method: Method, recipe: bool = True, micro: int = 1, **
     return (model, opt), trainer
 
 
-@pytest.mark.parametrize("micro", [1, MICRO])
-@over(BY_HAND)
-def test_transformers(method: Method, micro: int) -> None:
-    run, trainer = transformers_trainer(method, micro=micro)
+@every_method
+def test_transformers(method: Method) -> None:
+    """The gradient of the last pass is clipped, where it is to be."""
+    micro, max_grad_norm = (1, 0.0) if method in list(METHODS.values())[::4] else (MICRO, 0.1)
+    run, trainer = transformers_trainer(method, micro=micro, max_grad_norm=max_grad_norm)
     trainer.train()
     assert trainer.state.global_step == STEPS
-    assert_same(run, plain(method, micro, SCHEDULE))
+    assert_same(run, plain(method, micro, SCHEDULE, max_grad_norm=max_grad_norm or None))
 
 
-@over(CLIPPED)
-def test_transformers_clips(method: Method) -> None:
-    """The gradient of the last pass."""
-    run, trainer = transformers_trainer(method, max_grad_norm=0.1)
+def test_transformers_logs_the_first_pass() -> None:
+    """Its loss and its gradient's norm; the optimizer's own clipping stays."""
+    run, trainer = transformers_trainer(
+        METHODS["sam"],
+        micro=MICRO,
+        own={"max_grad_norm": 0.1},
+        max_grad_norm=1.0,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
     trainer.train()
-    expected = plain(method, schedule=SCHEDULE, max_grad_norm=0.1)
-    assert relative_error(run[0], expected[0]) < 1e-12
-    assert run[1].stats["second_passes"] == expected[1].stats["second_passes"]
+    model, opt = make(METHODS["sam"], max_grad_norm=0.1)
+    scheduler = SCHEDULE(opt)
+    for i, log in zip(range(STEPS), trainer.state.log_history, strict=False):
+        taken = data(MICRO)[i * MICRO : (i + 1) * MICRO]
+        loss = opt.step(lambda taken=taken: mean_loss(model, taken))
+        scheduler.step()
+        assert log["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert log["grad_norm"] == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-5)
+    assert_same(run, (model, opt))
+
+
+def test_transformers_smooths_labels() -> None:
+    """Its loss takes the labels out of the inputs, which the second pass needs, too."""
+    run, trainer = transformers_trainer(METHODS["sam"])
+    trainer.label_smoother = pytest.importorskip("transformers.trainer_pt_utils").LabelSmoother(0.1)
+    trainer.train()
+    model, opt = make(METHODS["sam"])
+    scheduler = SCHEDULE(opt)
+    for x, y in data():
+
+        def closure(x: Tensor = x, y: Tensor = y) -> None:
+            nn.functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+
+        opt.step(closure)
+        scheduler.step()
+    assert relative_error(run[0], model) < 1e-6  # it sums in float32
+    assert relative_error(run[0], plain(METHODS["sam"], schedule=SCHEDULE)[0]) > 1e-4
+
+
+@over([METHODS[name] for name in ("sam", "aesam", "gsam")])
+def test_transformers_with_a_scaler(method: Method) -> None:
+    """As with fp16, without float16: the gradients of all passes are unscaled, then clipped."""
+    run, trainer = transformers_trainer(method, micro=MICRO, max_grad_norm=0.1)
+    trainer.accelerator.scaler = scaler_of()
+    trainer.train()
+    assert_same(run, plain(method, MICRO, SCHEDULE, max_grad_norm=0.1))
+    assert trainer.accelerator.scaler.get_scale() == 2.0**13
 
 
 @few
 def test_transformers_resumes(method: Method) -> None:
-    _, trainer = transformers_trainer(method, save_strategy="steps", save_steps=STEPS // 2)
+    _, trainer = transformers_trainer(method, micro=MICRO, save_strategy="steps", save_steps=STEPS // 2)
     trainer.train()
-    run, trainer = transformers_trainer(method)
+    run, trainer = transformers_trainer(method, micro=MICRO)
     with torch.no_grad():
         for p in run[0].parameters():
             p.zero_()
     trainer.train(resume_from_checkpoint=f"trainer/checkpoint-{STEPS // 2}")
-    assert_same(run, plain(method, schedule=SCHEDULE))
+    assert_same(run, plain(method, MICRO, SCHEDULE))
 
 
-def test_a_trainer_of_transformers_without_the_recipe_is_told() -> None:
-    (_, opt), trainer = transformers_trainer(METHODS["sam"], recipe=False)
+def test_a_trainer_of_transformers_without_ours_is_told() -> None:
+    (_, opt), trainer = transformers_trainer(METHODS["sam"], ours=False)
     with pytest.warns(UserWarning, match="is a step of SGD alone"):
         trainer.train()
     assert int(opt.stats["base_steps"]) == STEPS
+
+
+def test_ours_takes_our_optimizers_only() -> None:
+    _, trainer = transformers_trainer(METHODS["sam"])
+    trainer.optimizer, trainer.lr_scheduler = torch.optim.SGD(trainer.model.parameters()), None
+    with pytest.raises(TypeError, match="one of sharpkern"):
+        trainer.train()
 
 
 # ignite.

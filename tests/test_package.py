@@ -32,8 +32,9 @@ LAYERS = {
     "rules": 5,
     "analysis": 5,
     "optim": 6,
-    "__init__": 7,
-    "__main__": 8,
+    "integrations": 7,
+    "__init__": 8,
+    "__main__": 9,
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import numbers
 import operator
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,7 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._closures: list[Callable[[], Any]] = []
+        self._variables: list[dict[str, Any]] = []  # what each closure read, by name
         self._losses: list[Any] = []  # of the first pass: one a micro-batch, whether its closure is kept or not
         self._running: int | None = None  # the number of the closure that is being called
 
@@ -30,24 +33,32 @@ class MicroBatches:
 
     def drop(self) -> None:
         """There are none any more."""
-        self._closures, self._losses = [], []
+        self._closures, self._variables, self._losses = [], [], []
 
     def take(self, closure: Callable[[], Any], keep: bool) -> Any:
         """Call the closure of one more micro-batch in the first pass; keep it where there may be others."""
-        closures, losses = self._closures, self._losses
+        closures, variables, losses = self._closures, self._variables, self._losses
         loss = self._call(len(losses), closure)  # which may drop them: others are in their place then
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         if keep:
             closures.append(closure)
+            variables.append(dict(_variables(closure)))
         return loss
 
     def closure(self) -> Callable[[], Any]:
         """A closure of all of them, whose first call is done.
 
         Raises:
-            RuntimeError: within one of theirs.
+            RuntimeError: within one of theirs, and where one reads a variable that has another value now.
         """
         self.check_between()
+        for closure, before in zip(self._closures, self._variables, strict=True):
+            for name, value in _variables(closure):
+                if not (value is before[name] or (isinstance(value, (int, float, str)) and value == before[name])):
+                    raise RuntimeError(
+                        f"a closure that accumulate() took reads {name!r}, which has another value now that it is to "
+                        "be called for the next pass: give it its own, with functools.partial or as a default argument"
+                    )
         closures, losses, calls = self._closures, self._losses, itertools.count()
         return lambda: total(losses if next(calls) == 0 else [self._call(i, c) for i, c in enumerate(closures)])
 
@@ -89,3 +100,38 @@ def total(losses: list[Any]) -> Any:
 
 def _is_number(loss: Any) -> bool:
     return loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, numbers.Number)
+
+
+def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of what a function reads around it, as a loop's variables, and does not write itself."""
+    function = closure
+    while not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+        within = (getattr(function, name, None) for name in ("__wrapped__", "func", "__func__"))
+        function = next((f for f in within if callable(f)), None)
+        if function is None:
+            return
+    code = function.__code__
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    for name in _reads(code):
+        if name not in cells:
+            yield name, function.__globals__.get(name)
+        else:
+            try:
+                yield name, cells[name].cell_contents
+            except ValueError:  # it has none
+                yield name, None
+
+
+@functools.lru_cache(256)
+def _reads(code: types.CodeType) -> tuple[str, ...]:
+    """Variables around a function that it reads, and does not write itself."""
+    read, codes = set(code.co_freevars), [code]
+    written: set[str] = set()
+    for part in codes:  # of functions and comprehensions within it, too
+        codes += [constant for constant in part.co_consts if isinstance(constant, types.CodeType)]
+        for instruction in dis.get_instructions(part):
+            if instruction.opname.endswith(("_GLOBAL", "_DEREF")):
+                stores = instruction.opname.startswith(("STORE", "DELETE"))
+                (written if stores else read).add(str(instruction.argval))
+    own = {name for part in codes for name in part.co_cellvars}
+    return tuple(sorted(read - written - own))

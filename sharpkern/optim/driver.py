@@ -210,7 +210,7 @@ class Driver(Checkpoints):
         Args:
             closure: computes the loss of the micro-batch, calls backward and returns the loss, divided by their number
                 where the step is to be of the mean. It resets no gradients. It is called now, and once more for each
-                further pass: it must not depend on what changes meanwhile, such as the variables of a loop.
+                further pass: it must not read what changes meanwhile, such as the variables of a loop.
 
         Returns:
             What the closure returned.
@@ -268,10 +268,10 @@ class Driver(Checkpoints):
             if not step.micro_batches:
                 return None
             step.unscaler.begin(scaler, step.settings.skip_nonfinite)
+            return step.micro_batches.closure()
         except BaseException:
             self.restore()
             raise
-        return step.micro_batches.closure()
 
     @uncompiled
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: GradScaler | None = None) -> Any:

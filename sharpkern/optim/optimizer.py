@@ -6,6 +6,7 @@ paper: verbs of the step (``measure.py``, ``step.py``), and a yield where it nee
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -118,6 +119,17 @@ class SharpnessAwareOptimizer(Driver):
                 "m_sharpness= goes with a policy that decides the same in every process, a Scheduled or Adaptive one, "
                 f"but got {type_name(self.policy)}"
             )
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that the gradient of the last pass is clipped to; None where it is not."""
+        return None if math.isinf(self._step.settings.max_norm) else self._step.settings.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float | None) -> None:
+        if norm is not None:
+            check_number(norm, "max_grad_norm", positive=True)
+        max_norm = math.inf if norm is None else float(norm)
+        self._step.settings = dataclasses.replace(self._step.settings, max_norm=max_norm)
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise for a group whose options are out of range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import pickle
@@ -296,6 +297,47 @@ def test_gradients_that_only_the_first_pass_would_have_are_refused(method: Metho
         act()
     assert_same_bits(weights(model), before)
     accumulated_step(model, opt)
+
+
+LOOP: Any = None  # a variable of a module's loop
+
+
+def test_variables_of_a_loop_are_not_what_they_were() -> None:
+    """A closure that reads them would see the last micro-batch each time; what it writes itself may change."""
+    global LOOP
+    model, opt = make(SAM)
+    micro_batches, total, i = data(MICRO)[:MICRO], 0.0, -1
+    before = weights(model)
+
+    def of_free(x: Any = None) -> Any:
+        return micro_closure(model, batch)()
+
+    def of_index() -> Any:
+        return micro_closure(model, micro_batches[i])()
+
+    def of_global() -> Any:
+        return next(micro_closure(model, b)() for b in [LOOP])
+
+    loops = [(of_free, "batch"), (functools.partial(of_free, 3), "batch"), (of_index, "i"), (of_global, "LOOP")]
+    for closure, name in loops:
+        for i, batch in enumerate(micro_batches):  # noqa: B007
+            LOOP = batch
+            opt.accumulate(closure)
+        with pytest.raises(RuntimeError, match=f"reads '{name}', which has another value"):
+            opt.step()
+        assert_same_bits(weights(model), before)
+
+    def own(batch: Batch) -> Any:
+        nonlocal total
+        total += float(micro_closure(model, batch)().detach())
+        return torch.tensor(total)
+
+    for batch in micro_batches:
+        opt.accumulate(functools.partial(own, batch))
+    opt.step()
+    twin, other = make(SAM)
+    other.step(of_all(twin))
+    assert_same_bits(weights(model), weights(twin))
 
 
 def test_the_step_of_a_scaler_is_refused() -> None:
