@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from loops import MICRO, STEPS, Batch, Run, assert_same, data, every_way, make, mean_loss, plain
@@ -53,10 +55,13 @@ def loader(micro: int = 1) -> Any:
 # Lightning.
 
 
-def lightning_trainer(**options: Any) -> Any:
+def lightning_trainer(ours: bool = True, **options: Any) -> Any:
+    """``ours``: with the callback of sharpkern.integrations."""
     lightning = pytest.importorskip("lightning")
+    callbacks = [pytest.importorskip("sharpkern.integrations.lightning").SharpnessAware()] if ours else []
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False)
-    return lightning.Trainer(**{"max_epochs": 1, "accelerator": "cpu", "num_sanity_val_steps": 0, **quiet, **options})
+    more = {"max_epochs": 1, "accelerator": "cpu", "num_sanity_val_steps": 0, "callbacks": callbacks}
+    return lightning.Trainer(**{**more, **quiet, **options})
 
 
 def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> Any:
@@ -74,14 +79,14 @@ def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> An
         def training_step(self, batch: Batch, _: int) -> Tensor | None:
             if loop == "automatic":
                 loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-                if method.one_gradient or not self.optimizers().is_perturbed:
-                    self.log("loss", loss)
+                self.log("loss", loss)
                 return loss
             return getattr(self, loop.replace(" ", "_"))(batch)
 
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
             if loop == "automatic":
                 self.losses.append(float(self.trainer.callback_metrics["loss"]))
+                assert self.losses[-1] / self.trainer.accumulate_grad_batches == float(outputs["loss"])
 
         def by_hand(self, batch: Batch) -> None:
             opt = self.optimizers()
@@ -99,10 +104,17 @@ def lightning_module(method: Method, loop: str = "automatic", **more: Any) -> An
             self.lr_schedulers().step()
 
         def accumulating(self, batch: Batch) -> None:
+            opt = self.optimizers()
+
+            def closure() -> Tensor:
+                loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1]) / MICRO
+                self.manual_backward(loss)
+                return loss
+
+            opt.accumulate(closure)
             self.micro_batches.append(batch)
             if len(self.micro_batches) == MICRO:
-                opt = self.optimizers()
-                opt.step(lambda: mean_loss(self.model, self.micro_batches, self.manual_backward))
+                opt.step()
                 self.lr_schedulers().step()
                 self.micro_batches.clear()
 
@@ -122,7 +134,9 @@ def lightning_run(method: Method, loop: str, micro: int = 1, **options: Any) -> 
 def test_lightning(method: Method, loop: str) -> None:
     """Steps, schedulers and logs count one a step; what is logged is the loss of the first pass."""
     micro = MICRO if loop == "accumulating" else 1
-    module, trainer = lightning_run(method, loop, micro)
+    module, trainer = lightning_run(
+        method, loop, micro, ours=method.name not in ("sam", "sssam") or loop == "automatic"
+    )
     assert_same((module.model, module.opt), plain(method, micro, SCHEDULE))
     assert trainer.global_step == STEPS
     if loop == "automatic":
@@ -134,32 +148,102 @@ def test_lightning(method: Method, loop: str) -> None:
         assert module.losses == losses
 
 
+def test_lightning_without_ours() -> None:
+    """A closure of one batch is all that a step takes; what it logs is of the last pass."""
+    method = METHODS["sam"]
+    module, trainer = lightning_module(method), lightning_trainer(ours=False)
+    module.on_train_batch_end = lambda *_: None
+    trainer.fit(module, loader())
+    assert_same((module.model, module.opt), plain(method, schedule=SCHEDULE))
+
+
+@pytest.mark.parametrize("precision", ["double", "scaled"])
+@every_method
+def test_lightning_accumulates_and_clips(method: Method, precision: str) -> None:
+    """In the passes of the optimizer, with a gradient scaler or without; the last step of an epoch may be shorter."""
+    module = lightning_module(method)
+    trainer = lightning_trainer(accumulate_grad_batches=MICRO, gradient_clip_val=0.3)
+    if precision == "scaled":
+        trainer.strategy.precision_plugin = scaled_precision()
+    taken = data(MICRO)[:-1]
+    trainer.fit(module, DataLoader(taken, batch_size=None))
+    model, opt = make(method, max_grad_norm=0.3)
+    scheduler = SCHEDULE(opt)
+    for i in range(0, len(taken), MICRO):
+
+        def closure(part: list[Batch] = taken[i : i + MICRO]) -> Tensor:
+            losses = []
+            for x, y in part:
+                losses.append(nn.functional.cross_entropy(model(x), y) / MICRO)
+                losses[-1].backward()
+            return sum(loss.detach() for loss in losses)
+
+        opt.step(closure)
+        scheduler.step()
+    assert_same((module.model, module.opt), (model, opt))
+    assert trainer.global_step == STEPS
+
+
 @few
 def test_lightning_resumes(method: Method, tmp_path: Path) -> None:
     """From its own checkpoint, after half of the steps."""
-    half, path = data()[: STEPS // 2], str(tmp_path / "half.ckpt")
-    trainer = lightning_trainer()
+    half, path = data(MICRO)[: STEPS * MICRO // 2], str(tmp_path / "half.ckpt")
+    options = {"accumulate_grad_batches": MICRO}
+    trainer = lightning_trainer(**options)
     trainer.fit(lightning_module(method), DataLoader(half, batch_size=None))
     trainer.save_checkpoint(path)
     module = lightning_module(method)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()
-    rest = DataLoader(data()[STEPS // 2 :], batch_size=None)
-    lightning_trainer(max_epochs=2).fit(module, rest, ckpt_path=path, weights_only=True)
-    assert_same((module.model, module.opt), plain(method, schedule=SCHEDULE))
+    rest = DataLoader(data(MICRO)[STEPS * MICRO // 2 :], batch_size=None)
+    lightning_trainer(max_epochs=2, **options).fit(module, rest, ckpt_path=path, weights_only=True)
+    assert_same((module.model, module.opt), plain(method, MICRO, SCHEDULE))
 
 
 def test_lightning_says_what_it_does_not_support() -> None:
-    """Gradients that it accumulates before step(closure), and steps without a closure under a gradient scaler."""
+    """Without the callback: gradients that it accumulates before step(closure), and steps under a gradient scaler."""
     sam = METHODS["sam"]
     with pytest.warns(UserWarning, match="those that were there are not used"):
-        lightning_run(sam, "automatic", MICRO, accumulate_grad_batches=MICRO)
-    module, trainer = lightning_module(sam), lightning_trainer()
+        module, trainer = lightning_module(sam), lightning_trainer(ours=False, accumulate_grad_batches=MICRO)
+        module.on_train_batch_end = lambda *_: None
+        trainer.fit(module, loader(MICRO))
+    module, trainer = lightning_module(sam), lightning_trainer(ours=False)
     trainer.strategy.precision_plugin = scaled_precision()
     with pytest.warns(UserWarning, match="is a step of SGD alone"):
         trainer.fit(module, loader())
     assert int(module.opt.stats["base_steps"]) == STEPS
+
+
+def test_the_callback_refuses_what_it_cannot_do_right() -> None:
+    sam = METHODS["sam"]
+    with pytest.raises(RuntimeError, match="clips by norm"):
+        lightning_run(sam, "automatic", gradient_clip_val=1.0, gradient_clip_algorithm="value")
+    module = lightning_module(sam)
+    type(module).configure_gradient_clipping = lambda *_, **__: None
+    with pytest.raises(RuntimeError, match="calls no configure_gradient_clipping"):
+        lightning_trainer().fit(module, loader())
+    module = lightning_module(sam)
+    module.opt = torch.optim.SGD(module.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="there is none"):
+        lightning_trainer().fit(module, loader())
+    trainer = lightning_trainer()
+    type(trainer.strategy).handles_gradient_accumulation, before = (
+        True,
+        type(trainer.strategy).handles_gradient_accumulation,
+    )
+    try:
+        with pytest.raises(RuntimeError, match="does not support"):
+            trainer.fit(lightning_module(sam), loader())
+    finally:
+        type(trainer.strategy).handles_gradient_accumulation = before
+    module = lightning_module(METHODS["momentumsam"])
+    type(module).validation_step = lambda *_: None
+    trainer = lightning_trainer(accumulate_grad_batches=MICRO, val_check_interval=STEPS * MICRO // 2 + 1)
+    with pytest.raises(RuntimeError, match="validation in the middle of a step"):
+        trainer.fit(module, loader(MICRO), loader())
+    assert module.opt.is_perturbed
+    module.opt.restore()
 
 
 def scaled_precision(init_scale: float = 2.0**10) -> Any:
@@ -182,23 +266,50 @@ def overflowing(model: nn.Module, call: int) -> None:
     model.out.bias.register_hook(lambda g: g * torch.inf if next(calls) == call else g)
 
 
+@pytest.mark.parametrize("loop", ["automatic", "closure", "by hand"])
 @over([METHODS[name] for name in ("sam", "aesam", "gsam")])
-def test_lightning_with_a_scaler_by_hand(method: Method) -> None:
-    """Which does not step after an overflow, in the last pass of the third step: second_step() ends that step."""
-    module, trainer = lightning_module(method, "by hand"), lightning_trainer()
+def test_lightning_with_a_scaler(method: Method, loop: str) -> None:
+    """An overflow in the last pass of the third step: it is skipped, and the scale is lowered."""
+    module, trainer = lightning_module(method, loop), lightning_trainer()
     model, opt = make(method)
     call = 5 if method.always else 4
     overflowing(module.model, call)
     overflowing(model, call)
     trainer.strategy.precision_plugin = scaled_precision()
     trainer.fit(module, loader())
+    assert trainer.strategy.precision_plugin.scaler.get_scale() == 2.0**9
+    assert not module.opt.is_perturbed
     scheduler = SCHEDULE(opt)
     for batch in data():
         opt.step(lambda batch=batch: mean_loss(model, [batch]))
         scheduler.step()
-    assert int(module.opt.stats["skipped_steps"]) == 0
+    assert int(module.opt.stats["skipped_steps"]) == (loop != "by hand")  # the scaler does not step then
     assert int(opt.stats["skipped_steps"]) == 1
     assert relative_error(module.model, model) < 1e-9
+
+
+def test_fabric_with_a_scaler() -> None:
+    """Micro-batches, and a closure."""
+    lightning = pytest.importorskip("lightning")
+    ours = pytest.importorskip("sharpkern.integrations.lightning")
+    fabric, sam = lightning.Fabric(accelerator="cpu", devices=1), METHODS["sam"]
+    model, opt = make(sam)
+    module, wrapped = fabric.setup(model, opt)
+    fabric.strategy.precision.scaler = scaler = scaler_of()
+    for i in range(STEPS):
+        taken = data(MICRO)[i * MICRO : (i + 1) * MICRO]
+        backward = functools.partial(scaled_backward, scaler)
+        if i % 2:
+            ours.fabric_step(fabric, wrapped, functools.partial(mean_loss, module, taken, backward))
+            continue
+        for x, y in taken:
+
+            def closure(x: Tensor = x, y: Tensor = y, backward: Any = backward) -> None:
+                backward(nn.functional.cross_entropy(module(x), y) / MICRO)
+
+            wrapped.accumulate(closure)
+        ours.fabric_step(fabric, wrapped)
+    assert_same((model, opt), plain(sam, MICRO))
 
 
 @every_way("closure", "by hand")
@@ -533,12 +644,162 @@ def test_ignite(method: Method, loop: str) -> None:
     assert len(losses) == STEPS
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@every_method
+def test_ignite_supervised(method: Method, scaled: bool) -> None:
+    """With gradients accumulated, and the scaler of a float16 training; outputs are those of the first pass."""
+    ours, engine = pytest.importorskip("sharpkern.integrations.ignite"), pytest.importorskip("ignite.engine")
+    (model, opt), losses = make(method), []
+    scheduler, scaler = SCHEDULE(opt), scaler_of() if scaled else None
+    trainer = ours.create_supervised_trainer(
+        model, opt, nn.functional.cross_entropy, gradient_accumulation_steps=MICRO, scaler=scaler
+    )
+    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda e: losses.append(e.state.output))
+    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED(every=MICRO), lambda: scheduler.step())
+    trainer.run(data(MICRO))
+    assert_same((model, opt), plain(method, MICRO, SCHEDULE))
+    assert len(losses) == STEPS * MICRO
+    if not method.one_gradient:
+        twin, (x, y) = make(method)[0], data(MICRO)[0]
+        assert losses[0] == float(nn.functional.cross_entropy(twin(x), y))
+    if scaler is not None:
+        assert scaler.get_scale() == 2.0**13
+    with pytest.raises(ValueError, match="Invalid gradient_accumulation_steps: 0"):
+        ours.create_supervised_trainer(model, opt, None, gradient_accumulation_steps=0)
+    assert type(ours.create_supervised_trainer(model, opt, None, deterministic=True)) is engine.DeterministicEngine
+
+
 def test_ignites_own_process_function_is_told() -> None:
     engine = pytest.importorskip("ignite.engine")
     model, opt = make(METHODS["sam"])
     with pytest.warns(UserWarning, match="is a step of SGD alone"):
         engine.create_supervised_trainer(model, opt, nn.functional.cross_entropy).run(data())
     assert int(opt.stats["base_steps"]) == STEPS
+
+
+# skorch.
+
+
+def skorch_net(method: Method, **options: Any) -> Any:
+    skorch = pytest.importorskip("skorch")
+    ours = pytest.importorskip("sharpkern.integrations.skorch")
+
+    class Net(ours.SharpnessAware, skorch.NeuralNet):  # type: ignore[misc, name-defined]
+        def initialize_module(self, *_: Any, **__: Any) -> Any:
+            self.module_, self._made = make(method)
+            return self
+
+        def initialize_optimizer(self, *_: Any, **__: Any) -> Any:
+            self.optimizer_ = self._made
+            return self
+
+    more = {"train_split": None, "max_epochs": 1, "batch_size": 8, "verbose": 0, "iterator_train__shuffle": False}
+    return Net(nn.Module, criterion=nn.CrossEntropyLoss, **{**more, **options})
+
+
+@every_method
+def test_skorch(method: Method) -> None:
+    """Batches are accumulated, the last step of an epoch takes what is left."""
+    taken = data(MICRO)[:-1]
+    net = skorch_net(method, gradient_accumulation_steps=MICRO)
+    x, y = (torch.cat(parts) for parts in zip(*taken, strict=True))
+    net.fit(x, y)
+    model, opt = make(method)
+    for i in range(0, len(taken), MICRO):
+
+        def closure(part: list[Batch] = taken[i : i + MICRO]) -> Tensor:
+            losses = []
+            for x, y in part:
+                losses.append(nn.functional.cross_entropy(model(x), y) / MICRO)
+                losses[-1].backward()
+            return sum(loss.detach() for loss in losses)
+
+        opt.step(closure)
+    assert_same((net.module_, net.optimizer_), (model, opt))
+    assert len(net.history[0, "batches", :, "train_loss"]) == len(taken)
+
+
+def test_skorch_refuses_what_it_cannot_do_right() -> None:
+    skorch = pytest.importorskip("skorch")
+    x, y = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    net = skorch_net(METHODS["sam"], callbacks=[skorch.callbacks.GradientNormClipping(1.0)])
+    with pytest.raises(RuntimeError, match="would clip in every pass"):
+        net.fit(x, y)
+    net = skorch_net(METHODS["sam"]).initialize()
+    net.optimizer_ = torch.optim.SGD(net.module_.parameters())
+    with pytest.raises(TypeError, match="one of sharpkern"):
+        net.partial_fit(x, y)
+
+
+# Several processes.
+
+
+def plain_net() -> nn.Module:
+    """Without batch norm, whose statistics are those of a process's own batch."""
+    model = make(METHODS["sam"])[0]
+    model.bn = nn.Identity()
+    return model
+
+
+def half(batches: list[Batch], rank: int) -> list[Batch]:
+    return [(x[rank::2], y[rank::2]) for x, y in batches]
+
+
+def _process(rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    warnings.simplefilter("ignore")
+    for name in ("sam", "aelooksam", "momentumsam"):
+        method = METHODS[name]
+        options = dict(lambda_start=2.0, lambda_end=0.0) if method.triggered else {}
+        expected = plain_net()
+        opt = method.make(expected.named_parameters(), "momentum", STEPS, **options)
+        for i in range(STEPS):
+            taken = data(MICRO)[i * MICRO : (i + 1) * MICRO]
+            opt.step(functools.partial(mean_loss, expected, taken))
+        for train in (_with_lightning, _with_accelerate):
+            model = plain_net()
+            train(model, method.make(model.named_parameters(), "momentum", STEPS, **options), rank)
+            assert relative_error(model, expected) < 1e-9, f"{method}, {train.__name__}"
+
+
+def _with_lightning(model: nn.Module, opt: Any, rank: int) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Batch) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return opt
+
+    options = {"accumulate_grad_batches": MICRO, "use_distributed_sampler": False}
+    trainer = lightning_trainer(devices=2, strategy="ddp", **options)
+    trainer.fit(Module(), DataLoader(half(data(MICRO), rank), batch_size=None))
+
+
+def _with_accelerate(model: nn.Module, opt: Any, rank: int) -> None:
+    from sharpkern.integrations.accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
+    parallel, opt = accelerator.prepare(model, opt)
+    assert isinstance(parallel, nn.parallel.DistributedDataParallel)
+    for batch in half(data(MICRO), rank):
+        with accelerator.accumulate(parallel):
+            opt.step(functools.partial(accelerated_closure, accelerator, parallel, batch))
+    accelerator.free_memory()
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    """Two processes with half of each batch are as one with all of it; gradients are exchanged once a pass."""
+    pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    (tmp_path / "store").mkdir()
+    processes.run(_process, tmp_path / "store")
 
 
 # bfloat16: autocast around the forward pass.

@@ -23,7 +23,7 @@ class SharpnessAware(Callback):
     """``Trainer(callbacks=[SharpnessAware()])``: optimizers of sharpkern under automatic and manual optimization.
 
     - ``accumulate_grad_batches``: all batches of a step are in both passes.
-    - ``gradient_clip_val``: clips the gradient of the last pass, where the optimizer has no ``max_grad_norm`` of its own.
+    - ``gradient_clip_val``: clips the gradient of the last pass, where the optimizer has no ``max_grad_norm`` itself.
     - ``precision="16-mixed"``: the optimizer has the gradients of every pass unscaled. In manual optimization, by hand,
       give ``first_step`` the scaler: ``scaler=self.trainer.precision_plugin.scaler``.
     - What ``training_step`` logs, and the loss that hooks are given, is of the first pass. ``on_before_optimizer_step``
@@ -41,7 +41,8 @@ class SharpnessAware(Callback):
         if not opts:
             raise RuntimeError("SharpnessAware() is for optimizers of sharpkern, and there is none")
         strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not known or strategy.handles_gradient_accumulation:
             raise RuntimeError(f"SharpnessAware() does not support {type(strategy).__name__}: one device, or DDP")
         if is_overridden("configure_gradient_clipping", pl_module):
             raise RuntimeError("SharpnessAware() calls no configure_gradient_clipping(): max_grad_norm= clips")
@@ -80,9 +81,10 @@ class _Closure(Closure):
     """Of a batch. What it keeps, and what it logs, is of its first call."""
 
     batch: tuple[Any, Any, Any]  # trainer, optimizer, and whether the step waits for more batches
+    called = False
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        trainer, optimizer, accumulates = self.batch
+        _, optimizer, accumulates = self.batch
         if accumulates:
             optimizer.accumulate(self.evaluate)
             return None
@@ -90,11 +92,12 @@ class _Closure(Closure):
 
     def evaluate(self) -> Any:
         trainer, _, accumulates = self.batch
-        first = self._result is None and not getattr(self, "called", False)
-        with contextlib.nullcontext() if first else _no_log(trainer.lightning_module):
-            with _block_parallel_sync_behavior(trainer.strategy, block=accumulates):
-                result = self.closure()
-        if first:
+        with contextlib.ExitStack() as stack:
+            if self.called:
+                stack.enter_context(_no_log(trainer.lightning_module))
+            stack.enter_context(_block_parallel_sync_behavior(trainer.strategy, block=accumulates))
+            result = self.closure()
+        if not self.called:
             self._result, self.called = result, True
         return result.loss
 
