@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
 # What a page may import that is no dependency of the tests: without it the page is skipped.
-INTEGRATIONS = {"accelerate", "ignite", "lightning", "transformers"}
+INTEGRATIONS = {"accelerate", "ignite", "lightning", "skorch", "transformers"}
 # What torchrun tells a script, of one process.
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 

@@ -683,14 +683,16 @@ def test_ignites_own_process_function_is_told() -> None:
 def skorch_net(method: Method, **options: Any) -> Any:
     skorch = pytest.importorskip("skorch")
     ours = pytest.importorskip("sharpkern.integrations.skorch")
+    made: list[Any] = []
 
     class Net(ours.SharpnessAware, skorch.NeuralNet):  # type: ignore[misc, name-defined]
         def initialize_module(self, *_: Any, **__: Any) -> Any:
-            self.module_, self._made = make(method)
+            self.module_, opt = make(method)
+            made.append(opt)
             return self
 
         def initialize_optimizer(self, *_: Any, **__: Any) -> Any:
-            self.optimizer_ = self._made
+            self.optimizer_ = made[-1]
             return self
 
     more = {"train_split": None, "max_epochs": 1, "batch_size": 8, "verbose": 0, "iterator_train__shuffle": False}
@@ -725,10 +727,10 @@ def test_skorch_refuses_what_it_cannot_do_right() -> None:
     net = skorch_net(METHODS["sam"], callbacks=[skorch.callbacks.GradientNormClipping(1.0)])
     with pytest.raises(RuntimeError, match="would clip in every pass"):
         net.fit(x, y)
-    net = skorch_net(METHODS["sam"]).initialize()
-    net.optimizer_ = torch.optim.SGD(net.module_.parameters())
+    net = skorch_net(METHODS["sam"])
+    net.initialize_optimizer = lambda: setattr(net, "optimizer_", torch.optim.SGD(net.module_.parameters()))
     with pytest.raises(TypeError, match="one of sharpkern"):
-        net.partial_fit(x, y)
+        net.fit(x, y)
 
 
 # Several processes.

@@ -107,8 +107,9 @@ def test_import_is_quiet_and_makes_no_cuda_context() -> None:
 
 def test_import_pulls_in_nothing_but_itself() -> None:
     code = "import torch, sys; a = set(sys.modules); import sharpkern; print(*sorted(set(sys.modules) - a))"
-    new = {name.split(".")[0] for name in run(code).split()}
-    assert new - set(sys.stdlib_module_names) == {"sharpkern"}
+    for imported in ("import sharpkern", "import sharpkern.integrations"):
+        new = {name.split(".")[0] for name in run(code.replace("import sharpkern", imported)).split()}
+        assert new - set(sys.stdlib_module_names) == {"sharpkern"}
 
 
 @pytest.mark.skipif("cpp" not in sk.available_backends(), reason="built without the extension")

@@ -159,7 +159,7 @@ class Gradients:
         self.warn_once(
             f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
             f"alone: {self._owner} did not look at the sharpness. Pass a closure, or step by hand: first_step(), "
-            "second_step()"
+            "second_step(). For a trainer see sharpkern.integrations"
         )
         self.scalars["base_steps"] += 1  # a warning may be an error, and then no step follows
 

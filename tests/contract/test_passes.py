@@ -22,7 +22,17 @@ from methods import (
     every_method,
     over,
 )
-from models import assert_same_bits, batches, make_closure, make_net, state_of, train, train_by_hand, weights
+from models import (
+    assert_same_bits,
+    batches,
+    make_closure,
+    make_net,
+    relative_error,
+    state_of,
+    train,
+    train_by_hand,
+    weights,
+)
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -508,3 +518,22 @@ def test_a_plain_step_by_hand_counts_when_it_begins(method: Method) -> None:
         opt.restore()
         assert int(opt.stats["steps"]) == t + 1
     assert int(opt.stats["second_passes"]) == taken
+
+
+def test_clipping_can_be_changed_between_steps() -> None:
+    """As a trainer sets it: what is set is what the constructor would have been given."""
+    models = []
+    for norms in ((0.05, None), (None, 0.05)):
+        model = make_net()
+        opt = sk.SAM(model.parameters(), lr=0.1, max_grad_norm=norms[0])
+        for batch, norm in zip(batches(2), (0.05, None), strict=True):
+            opt.max_grad_norm = norm
+            assert opt.max_grad_norm == norm
+            train(model, opt, [batch])
+        models.append(model)
+        with pytest.raises(ValueError, match="Invalid max_grad_norm: 0"):
+            opt.max_grad_norm = 0
+    assert_same_bits(*map(weights, models))
+    twin = make_net()
+    train(twin, sk.SAM(twin.parameters(), lr=0.1), batches(2))
+    assert relative_error(models[0], twin) > 1e-4
