@@ -363,6 +363,8 @@ def _errors(rank: int) -> None:
     before, batch = weights(model), part(data()[0], (rank,))
     with pytest.raises(RuntimeError, match="first_pass"):
         opt.first_step()
+    with pytest.raises(RuntimeError, match=r"accumulate\(\) with m_sharpness"):
+        opt.accumulate(lambda: None)
     with pytest.raises(RuntimeError, match="within first_pass"), opt.first_pass():
         opt.step(lambda: loss_of(parallel, batch))
     with pytest.raises(KeyError), opt.first_pass():

@@ -119,6 +119,7 @@ class SharpnessAwareOptimizer(Driver):
                 "m_sharpness= goes with a policy that decides the same in every process, a Scheduled or Adaptive one, "
                 f"but got {type_name(self.policy)}"
             )
+
     @property
     def max_grad_norm(self) -> float | None:
         """The norm that the gradient of the last pass is clipped to; None where it is not."""
