@@ -142,7 +142,7 @@ class SALR(SharpnessAwareOptimizer):
         step.rewind()
         step.put_gradients(grads)
         highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
-        if processes() > 1 and group_of(step.settings.model) is None:
+        if processes() > 1 and group_of(step.settings.model) is None and not step.spread:
             step.warn_once(ALONE)
         low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms), mean=True)
         return (low - high if self.param_groups[0].get("maximize") else high - low), finite == 1
