@@ -281,6 +281,7 @@ def test_bad_arguments_of_every_class(method: Method, case: str) -> None:
 def test_what_is_refused_of_distributed_tensors(tmp_path: Path) -> None:
     from torch import distributed
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+    from torch.testing._internal.two_tensor import TwoTensor
 
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -294,6 +295,9 @@ def test_what_is_refused_of_distributed_tensors(tmp_path: Path) -> None:
             sk.SAM([("weight", weight)], SGD, lr=0.1, flatten=True)
         with pytest.raises(TypeError, match="NudgedSGD takes no DTensor"):
             sk.NudgedSGD([weight])
+        two = TwoTensor(torch.ones(2), torch.ones(2)).requires_grad_()
+        with pytest.raises(TypeError, match=r"'weight' is a torch.testing.*TwoTensor: tensor subclasses other than"):
+            sk.SAM([("weight", two)], SGD, lr=0.1)
         opt = sk.NudgedSGD([nn.Parameter(torch.ones(2))])
         with pytest.raises(TypeError, match="NudgedSGD takes no DTensor"):
             opt.add_param_group({"params": [weight]})

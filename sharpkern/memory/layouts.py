@@ -1,4 +1,5 @@
-"""The layouts of one optimizer, a device and a dtype each (of DTensors, a way to lie on a mesh, too): whether they still serve, whether weights are away."""
+"""The layouts of one optimizer, a device and a dtype each, and of DTensors one way to lie on a mesh: whether they
+still serve, whether weights are away."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class Nudge(Direction):
     def check_part(self, params: Iterable[Any]) -> None:
         if any(is_sharded(entry[1] if isinstance(entry, tuple) else entry) for entry in params):
             raise TypeError(
-                "NudgedSGD takes no DTensor (fully_shard, tensor parallel): its directions are of whole parameters. Use "
-                "DistributedDataParallel"
+                "NudgedSGD takes no DTensor (fully_shard, tensor parallel): its directions are of whole parameters. "
+                "Use DistributedDataParallel"
             )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_number, check_params, type_name, warn, warn_half
 from ..direction import Direction, Predicate
+from ..distributed import refuse_within_zero
 from ..memory.layouts import check_aliases, entries
 from ..ops import schema
 from ..policy import Adaptive, Always, Policy, Scheduled, choose
@@ -54,6 +55,7 @@ class SharpnessAwareOptimizer(Driver):
         m_sharpness: Any = "global",
         **base_kwargs: Any,
     ) -> None:
+        refuse_within_zero(type(self).__name__)
         check_number(perturb_eps, "perturb_eps", positive=True)  # 0 would make a zero gradient NaN
         if max_grad_norm is not None:
             check_number(max_grad_norm, "max_grad_norm", positive=True)
