@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import sharpkern as sk
+from sharpkern.memory.shards import Scope
 
 STEPS = 6
 Batch = tuple[Tensor, Tensor]
@@ -189,7 +190,7 @@ def parallel_shards(model: nn.Module) -> nn.Module:
 # What else holds of two processes. Each takes place in all of them.
 
 
-def _sam_over(model: nn.Module, **more: Any) -> Any:
+def _sam_over(model: nn.Module, /, **more: Any) -> Any:
     opt = sk.SAM(model.named_parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, **more)
     opt.zero_grad()
     return opt
@@ -383,6 +384,32 @@ def the_reference_has_shards_too(rank: int) -> None:
             opt.zero_grad()
             train(model, opt, data(), my_part(rank, 2))
             assert relative_error(whole(model), plain) < 1e-11, name
+
+
+def buffers_are_those_of_the_first_pass(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    fully_shard(model, mesh=mesh_of(2))
+    opt = _sam_over(model, model=model)
+    train(model, opt, data(), my_part(rank, 2))
+    assert int(model[1].num_batches_tracked) == STEPS
+
+
+def zeros_by_which_tools_make_state_count_nothing(rank: int) -> None:
+    """A rate of 0 with a gradient somewhere is a step, on each process."""
+    model = fsdp(make_net())
+    opt = _sam_over(model)
+    opt.param_groups[0]["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert int(opt.stats["base_steps"]) == 0
+    assert all(opt.state[p].keys() == {"momentum_buffer", "step"} for p in model.parameters())
+    if rank == 1:
+        model.hidden.weight.grad._local_tensor.fill_(1.0)
+    opt.step()
+    assert int(opt.stats["base_steps"]) == 1
 
 
 def a_scaler_skips_everywhere(rank: int) -> None:
@@ -580,6 +607,8 @@ CHECKS: tuple[Callable[[int], None], ...] = (
     gradients_that_are_parts_of_a_sum_are_summed,
     wrapped_rules_mix_and_clip_shards,
     the_reference_has_shards_too,
+    buffers_are_those_of_the_first_pass,
+    zeros_by_which_tools_make_state_count_nothing,
     a_scaler_skips_everywhere,
     state_that_is_whole_is_cut,
     what_cannot_be_is_refused,
@@ -611,6 +640,26 @@ def test_more_of_two_processes(tmp_path: Path) -> None:
 def _of_four(rank: int) -> None:
     trains_alike(rank, hybrid, 4, train)
     trains_alike(rank, parallel_shards, 2, train)
+    meshes_that_are_not_all_processes(rank)
+
+
+def meshes_that_are_not_all_processes(rank: int) -> None:
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard
+
+    cube = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("apart", "replicate", "shard"))
+    model, plain = fsdp(make_net(), cube["replicate", "shard"]), make_net()
+    opt = _sam_over(model)
+    train(model, opt, data(), my_part(rank % 2, 2))
+    train(plain, _sam_over(plain), data())
+    assert opt._step.layouts.scope.size == 2
+    assert relative_error(whole(model), plain) < 1e-11
+    assert_same_everywhere(*whole(model).parameters())
+    nameless = DeviceMesh("cpu", [[0], [3]])
+    if rank in (0, 3):
+        scope = Scope([(nameless, (Replicate(), Shard(0))), None])
+        assert scope.complete(torch.tensor([[1.0 + rank, 2.0]])).tolist() == [[2.5, 2.0]]
+    with pytest.raises(RuntimeError, match="meshes of which none contains the others.*one mesh"):
+        Scope([(cube["apart"], (Shard(0),)), (cube["replicate"], (Shard(0),))])
 
 
 @pytest.mark.slow

@@ -86,6 +86,11 @@ class Gradients:
             nn.utils.get_total_norm(grads, math.inf) != 0
         )
 
+    def _any_nonzero_anywhere(self) -> bool:
+        """The same, whatever process has it."""
+        here, scope = self._any_nonzero(), self.layouts.scope
+        return here if scope is None else bool(scope.all_reduce(torch.tensor(float(here), device="cpu"), largest=True))
+
     def note_gradient(self) -> None:
         """The gradients that are there are of a step, or were reset: no news to the next one."""
         self._noted = None if self._witness is None else _mark(self._witness)
@@ -154,7 +159,7 @@ class Gradients:
         rates = [group.get("lr") for group in self.layouts.param_groups]
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
         readable = on_host and not any(map(is_capturing, self.layouts.devices))
-        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
+        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero_anywhere():
             return
         self.warn_once(
             f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
