@@ -88,7 +88,12 @@ class Measurements(Gradients):
     @property
     def spread(self) -> bool:
         """Whether other processes have a part of the numbers that are measured."""
-        return self.layouts.scope is not None or (self.apart is not None and self.apart.local)
+        return self.layouts.scope is not None or self.alone
+
+    @property
+    def alone(self) -> bool:
+        """Whether the first gradient is not everybody's."""
+        return self.apart is not None and self.apart.local
 
     def _complete(self, *sums: str, largest: bool = False) -> None:
         """The parts of these sums were measured, each where it lies: now every device has all of them, and every
@@ -255,7 +260,7 @@ class Measurements(Gradients):
         Raises:
             RuntimeError: for a direction of each process's own where one may lack gradients that another one has.
         """
-        if self.spread and self.apart and self.apart.looks_for_parameters:
+        if self.alone and self.apart and self.apart.looks_for_parameters:
             raise RuntimeError(
                 f"{self._owner} averages what each process goes along: with m_sharpness= all of them need gradients of "
                 "the same parameters, find_unused_parameters=False"
@@ -268,7 +273,7 @@ class Measurements(Gradients):
     def _checked_sums(self) -> tuple[str, str]:
         """The first and the last of the sums that say whether the gradients of all passes so far are finite."""
         last = self.plain_norm()
-        reduced = not self.spread or self._common
+        reduced = not self.alone or self._common
         return "first" if self.layouts.away and reduced else last, last
 
     def reduce_first(self) -> None:
@@ -317,7 +322,7 @@ class Measurements(Gradients):
                 there, measured now where it was not. q is 0 where the denominator's root is up to ``schema.NORM_MIN``.
         """
         names = [self.plain_norm() if name == "last" else name for name in (numerator, denominator)]
-        if self.spread and any(slope) and "first" in names:
+        if self.alone and any(slope) and "first" in names:
             self.reduce_first()
         for device, coefficients in self.scalars.coefficients.items():
             x, y = (self.scalars.row(name, device) for name in names)

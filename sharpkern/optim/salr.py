@@ -76,8 +76,8 @@ class SALR(SharpnessAwareOptimizer):
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return one
             number, before anything changed.
 
-    Under ``DistributedDataParallel``, which ``model=`` has to be, S is of the mean loss of all processes: one
-    all-reduce of three numbers a measurement.
+    Under ``DistributedDataParallel``, which ``model=`` has to be, S is of the mean loss of all processes, and so it is
+    where parameters are DTensors: one all-reduce of three numbers a measurement.
 
     ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, the
     ratio (1 before).
