@@ -161,7 +161,7 @@ class Layout:
         if self.shards is None:
             grads = [none if (g := p.grad) is None else g for p in self.params]
         else:
-            found = self.shards.gradients()
+            found = self.shards.gradients(self.names)
             grads = [none if g is None else g for g in found]
             self.table.note_empty([g is not None for g in found])
         for i in self.table.gather(grads):

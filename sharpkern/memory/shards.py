@@ -81,18 +81,18 @@ class Shards:
         """Each parameter's local tensor: another one after the module was moved or loaded."""
         return [local(p) for p in self._params]
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self, names: Sequence[str]) -> list[Tensor | None]:
         """What this process has of each gradient, placed as its parameter is.
 
         Raises:
-            RuntimeError: for a gradient that is no DTensor.
+            RuntimeError: for a gradient that is no DTensor; ``names`` are those of the parameters.
         """
         found: list[Tensor | None] = []
-        for p in self._params:
+        for name, p in zip(names, self._params, strict=True):
             grad = p.grad
             if grad is not None:
                 if not is_sharded(grad):
-                    raise RuntimeError(f"the gradient of a DTensor of shape {tuple(p.size())} is no DTensor")
+                    raise RuntimeError(f"the gradient of {name} is no DTensor, unlike the parameter")
                 if tuple(grad.placements) != self._placements:
                     p.grad = grad = grad.redistribute(self._mesh, self._placements)
                 grad = local(grad)
@@ -220,12 +220,12 @@ def _fsdp_modules(ids: set[int] | None = None) -> Iterator[tuple[Any, list[Tenso
 
 
 def left_behind(params: Iterable[Tensor], model: nn.Module | None) -> bool:
-    """Whether these are parameters that a model had before it was sharded: others stand in their place since then."""
-    mine = list(params)
-    if not mine or any(map(is_sharded, mine)):
-        return False
+    """Whether these, which have no gradient, are parameters that a model had before it was sharded: DTensors stand in
+    their place since then. Without a model: as far as their shapes tell."""
+    mine = [p for p in params if not is_sharded(p)]
     if model is not None:
         theirs = list(model.parameters())
-        return any(map(is_sharded, theirs)) and set(map(id, mine)).isdisjoint(map(id, theirs))
-    sharded = Counter(tuple(p.size()) for _, params in _fsdp_modules() for p in params)
-    return Counter(tuple(p.size()) for p in mine) <= sharded
+        here, shapes = set(map(id, theirs)), {p.size() for p in theirs if is_sharded(p)}
+        return any(id(p) not in here and p.size() in shapes for p in mine)
+    sharded = Counter(p.size() for _, params in _fsdp_modules() for p in params)
+    return bool(mine) and Counter(p.size() for p in mine) <= sharded

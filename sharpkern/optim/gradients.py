@@ -33,6 +33,7 @@ class Gradients:
         self, owner: str, rule: Rule, layouts: Layouts, scalars: Scalars, model: nn.Module | None = None
     ) -> None:
         self._model = model
+        self._unseen = True  # no pass with gradients yet
         self.rule, self.layouts, self.scalars, self._owner = rule, layouts, scalars, owner
         self._warned: set[str] = set()
         # A parameter that had a gradient, and what that was when a step or zero_grad() left it.
@@ -123,12 +124,20 @@ class Gradients:
     def warn_without_gradients(self, message: str) -> None:
         """Warn, once, of a pass that left none."""
         if not self.has_gradients:
-            if left_behind(self._params(), self._model):
-                raise RuntimeError(
-                    f"{self._owner} was made before the model was sharded: its parameters are none of the model's any "
-                    "more, and get no gradient. Call fully_shard or parallelize_module first, then make the optimizer"
-                )
+            self._refuse_left_behind()
             self.warn_once(message)
+        elif self._unseen:
+            self._unseen = False
+            if self._model is not None:
+                self._refuse_left_behind()
+
+    def _refuse_left_behind(self) -> None:
+        """Raise RuntimeError for parameters without a gradient in whose place a model has DTensors."""
+        if left_behind((p for p in self._params() if p.requires_grad and p.grad is None), self._model):
+            raise RuntimeError(
+                f"{self._owner} was made before the model was sharded: parameters of it are none of the model's any "
+                "more, and get no gradient. Call fully_shard or parallelize_module first, then make the optimizer"
+            )
 
     def watch(self) -> None:
         """Notice a backward from here to the end of the step: it would add to gradients that are the step's."""
