@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .memory.shapes import SUPPORTED_DTYPES, overlaps
+from .memory.shards import check_supported, local
 
 
 def warn(message: str) -> None:
@@ -88,13 +89,11 @@ def check_params(entries: Sequence[Any], index: int, known: set[Tensor]) -> list
             continue  # only a trainable parameter is ever touched
         if param.layout != torch.strided:
             raise TypeError(f"{name} should be a dense tensor, but its layout is {param.layout}")
-        if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            # Its elements are not where its address says.
-            raise TypeError(f"{name} is a {type_name(param)}: tensor subclasses are not supported")
+        check_supported(param, name)
         if param.dtype not in SUPPORTED_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             raise TypeError(f"{name} has dtype {param.dtype}; supported are {supported}")
-        if overlaps(param):
+        if overlaps(local(param)):
             raise ValueError(f"{name} has elements that share memory (an expanded tensor?)")
         if not param.is_meta:  # it may get memory before the first step
             trained.append((param, name))

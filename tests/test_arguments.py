@@ -278,17 +278,29 @@ def test_bad_arguments_of_every_class(method: Method, case: str) -> None:
         method.make(params(), **base, **{"lr": 0.1, **{k: v for k, v in more.items() if k != "base_optimizer"}})
 
 
-def test_a_distributed_tensor_is_refused_by_its_type(tmp_path: Path) -> None:
+def test_what_is_refused_of_distributed_tensors(tmp_path: Path) -> None:
     from torch import distributed
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+    from torch.testing._internal.two_tensor import TwoTensor
 
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = distributed.init_device_mesh("cpu", (1,))
         weight = nn.Parameter(distribute_tensor(torch.ones(4, 2, device="cpu"), mesh))
-        with pytest.raises(TypeError, match=r"'weight' is a torch.distributed.tensor.DTensor: tensor subclasses"):
-            sk.SAM([("weight", weight)], SGD, lr=0.1)
+        partial = nn.Parameter(DTensor.from_local(torch.ones(4, 2, device="cpu"), mesh, [Partial()]))
+        with pytest.raises(TypeError, match=r"'weight' has placements \(Partial\(sum\),\): a parameter is sharded"):
+            sk.SAM([("weight", partial)], SGD, lr=0.1)
+        with pytest.raises(ValueError, match="flatten=True takes no DTensor, but parameter 'weight' is one"):
+            sk.SAM([("weight", weight)], SGD, lr=0.1, flatten=True)
+        with pytest.raises(TypeError, match="NudgedSGD takes no DTensor"):
+            sk.NudgedSGD([weight])
+        two = TwoTensor(torch.ones(2), torch.ones(2)).requires_grad_()
+        with pytest.raises(TypeError, match=r"'weight' is a torch.testing.*TwoTensor: tensor subclasses other than"):
+            sk.SAM([("weight", two)], SGD, lr=0.1)
+        opt = sk.NudgedSGD([nn.Parameter(torch.ones(2))])
+        with pytest.raises(TypeError, match="NudgedSGD takes no DTensor"):
+            opt.add_param_group({"params": [weight]})
     finally:
         distributed.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Flat buffers: where each parameter's backup and state lie.
 
-The parameters of one (device, dtype) share one layout. Parameter i owns the elements ``[slot_i, slot_i + numel_i)`` of
+The parameters of one (device, dtype) share one layout; of DTensors those of one mesh and placements, by their local
+tensors. Parameter i owns the elements ``[slot_i, slot_i + numel_i)`` of
 every flat buffer (backup, momentum, ...), in the parameter's own memory order, so that a buffer's slot seen with the
 parameter's shape and strides is its state. Slots start at multiples of 64 bytes in every buffer of the layout. Weights
 and gradients stay where they are; a table of their addresses is what the kernels walk.
@@ -16,7 +17,8 @@ from torch import Tensor
 from ..flatten import Flattened
 from ..ops import schema
 from ..ops.backend import prepare, walks_lists
-from .shapes import blocks_of, is_dense, slots_of
+from .shapes import ALIGNMENT, blocks_of, is_dense, slots_of
+from .shards import Placing, Shards, placing
 from .table import Table
 
 # Buffers that mean something between two passes only: the weights and their first gradient, in the parameters' dtype,
@@ -28,7 +30,7 @@ class Layout:
     """Slots, table and flat buffers of the parameters of one (device, dtype).
 
     Args:
-        params: leaf tensors of one device and dtype.
+        params: leaf tensors of one device and dtype; all plain ones, or DTensors that lie alike.
         names: what errors call them.
         groups: index of each one's parameter group.
         scale: which T_w each one has, a value of ``schema.SCALE``.
@@ -49,19 +51,22 @@ class Layout:
         self.params, self.names, self.groups = list(params), list(names), list(groups)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.state_dtype = schema.state_dtype(self.dtype)
-        self.slots, self.size = slots_of(self.params)
+        self.placing: Placing = placing(self.params[0])
+        self.shards = None if self.placing is None else Shards(self.params)
+        memory = self._memory()
+        self.slots, self.size = slots_of(memory)
+        if self.shards is not None:
+            self.size = max(self.size, ALIGNMENT)  # a buffer of no elements is none
         # A parameter with gaps between its elements is served by a dense copy of it.
         self.copies = {
-            i: p.detach().clone(memory_format=torch.contiguous_format)
-            for i, p in enumerate(self.params)
-            if not is_dense(p)
+            i: p.detach().clone(memory_format=torch.contiguous_format) for i, p in enumerate(memory) if not is_dense(p)
         }
-        self.segments = [self.copies.get(i, p) for i, p in enumerate(self.params)]
+        self.segments = [self.copies.get(i, p) for i, p in enumerate(memory)]
         # As laid out: the user may change a parameter's strides later, not those of its slot.
         self._shapes = [(s.size(), s.stride()) for s in self.segments]
         self.flat = Flattened(self.params, self.slots, self.size) if flatten else None
-        self.table = Table(self.params, self.segments, self.slots, self.groups, scale)
-        blocks = blocks_of([p.numel() for p in self.params])
+        self.table = Table(memory, self.segments, self.slots, self.groups, scale, self.shards is not None)
+        blocks = blocks_of([p.numel() for p in memory])
         self.blocks = blocks.to(self.device)
         self._own = tuple(own)
         partials = schema.partials_size(self.size, len(blocks), len(own))
@@ -70,7 +75,11 @@ class Layout:
         self.no_sums = self.partials[:0]
         self.buffers: dict[str, Tensor] = {}
         self.grads: list[Tensor] = []
-        self._meta = list(map(_meta, self.params))
+        self._meta = list(map(_meta, memory))
+
+    def _memory(self) -> list[Tensor]:
+        """Where the elements of each parameter lie that this process has."""
+        return self.params if self.shards is None else self.shards.local()
 
     # Flat buffers.
 
@@ -96,6 +105,16 @@ class Layout:
         buffer = self.buffer(name)
         return buffer.as_strided(*self._shapes[i], buffer.storage_offset() + self.slots[i])
 
+    def shown(self, name: str, i: int) -> Tensor:
+        """Parameter i's slot as users see it: of a DTensor, a DTensor that lies as it does."""
+        view = self.view(name, i)
+        return view if self.shards is None else self.shards.wrapped(i, view)
+
+    def take(self, name: str, i: int, value: Tensor) -> Tensor:
+        """Copy a value of parameter i's shape into its slot, and return that as users see it."""
+        self.view(name, i).copy_(value if self.shards is None else self.shards.shard_of(value))
+        return self.shown(name, i)
+
     # Where the weights are.
 
     def attached(self) -> bool:
@@ -106,14 +125,17 @@ class Layout:
         Raises:
             RuntimeError: for a parameter whose storage was freed.
         """
-        addresses = self.table.locate(self.params)
+        memory = self._memory()
+        addresses = self.table.locate(memory)
         if not self.table.moved(addresses):
             return True
-        for name, p in zip(self.names, self.params, strict=True):
+        for name, p in zip(self.names, memory, strict=True):
             if p.numel() and p.layout == torch.strided and not p.data_ptr():
                 raise RuntimeError(f"{name} has no memory behind it (was its storage resized?)")
-        if self.flat is not None or list(map(_meta, self.params)) != self._meta:
+        if self.flat is not None or list(map(_meta, memory)) != self._meta:
             return False
+        if self.shards is not None:
+            self.segments[:] = [self.copies.get(i, p) for i, p in enumerate(memory)]
         self.table.follow(addresses)
         return True
 
@@ -136,15 +158,22 @@ class Layout:
         if self.flat is not None:
             self.flat.take()
         none = self.table.none
-        grads = [none if (g := p.grad) is None else g for p in self.params]
+        if self.shards is None:
+            grads = [none if (g := p.grad) is None else g for p in self.params]
+        else:
+            found = self.shards.gradients(self.names)
+            grads = [none if g is None else g for g in found]
+            self.table.note_empty([g is not None for g in found])
         for i in self.table.gather(grads):
             grad, (size, stride) = grads[i], self._shapes[i]
             if grad.layout != torch.strided or grad.size() != size or not grad.data_ptr():
                 raise error(self.names[i], grad)
             grads[i] = torch.empty_strided(size, stride, dtype=self.dtype, device=self.device).copy_(grad)
             self.table.grad_column[i] = grads[i].data_ptr()
-        for i, segment in self.copies.items():
-            segment.copy_(self.params[i])
+        if self.copies:
+            memory = self._memory()
+            for i, segment in self.copies.items():
+                segment.copy_(memory[i])
         self.grads = grads
         self.table.send(fresh)
 
@@ -205,12 +234,15 @@ class Layout:
         """A kernel wrote weights through the table: tell autograd, which could not see it."""
         params = self.params
         if self.table.missing or self.copies:
-            touched = self.table.touched()
+            touched, memory = self.table.touched(), self._memory()
             for i, segment in self.copies.items():
                 if touched[i]:
-                    params[i].copy_(segment)
+                    memory[i].copy_(segment)
             params = [p for p, t in zip(params, touched, strict=True) if t]
-        torch.autograd.graph.increment_version(params)
+        if self.shards is None:
+            torch.autograd.graph.increment_version(params)
+        else:
+            self.shards.written(params)
 
     def finish(self) -> None:
         """After the last pass of a step: no gradient is held, no backup is in use, nothing drawn for it is left out."""

@@ -1,4 +1,5 @@
-"""The layouts of one optimizer, a device and a dtype each: whether they still serve, whether weights are away."""
+"""The layouts of one optimizer, a device and a dtype each, and of DTensors one way to lie on a mesh: whether they
+still serve, whether weights are away."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from . import transfer
 from .layout import SCRATCH, Layout
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
+from .shards import Placing, Scope, check_supported, local, placing, scope_of
 from .state import LayoutState, Names, check_shapes, of_parameters
 
 Group = dict[str, Any]
@@ -60,6 +62,9 @@ class Layouts:
         self.away = False
         self.valid = False  # else they are laid out afresh before the next pass
         self._layouts: list[Layout] = []
+        # The processes that have the parameters together, each a part; None where one has all of them.
+        self.scope: Scope | None = None
+        self._scoped: list[Placing] = []  # for what it was made
         self.states: list[LayoutState] = []
         self.places: list[Tensor] = []  # of every layout's parameters, in the order of the groups
         self.idle: list[Tensor] = []  # frozen, without a gradient or such state: in no layout
@@ -133,7 +138,7 @@ class Layouts:
             RuntimeError: for parameters on the meta device; while a CUDA graph is captured.
         """
         groups = self.param_groups
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str | None, str]]] = {}
+        members: dict[tuple[Any, ...], list[tuple[Tensor, int, str | None, str]]] = {}
         idle = []
         # Parameters whose weights are in a backup, and where; they have a slot whatever became of them.
         backups = {
@@ -146,18 +151,21 @@ class Layouts:
             p = entry[0]
             if self._takes_part(p) or p in backups:
                 check_memory(p, entry[3])
+                check_supported(p, entry[3])
                 if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
-                members.setdefault((p.device, p.dtype), []).append(entry)
+                members.setdefault((p.device, p.dtype, placing(p)), []).append(entry)
             else:
                 idle.append(p)
-        if any(transfer.is_capturing(device) for device, _ in members):
+        if any(transfer.is_capturing(device) for device, *_ in members):
             raise RuntimeError(
                 "take one step before the capture of a CUDA graph: buffers cannot be laid out while it is captured"
             )
         laid = [(p, label) for alike in members.values() for p, _, _, label in alike]
         check_aliases(laid)
         for p, label in laid if self.flatten else []:
+            if placing(p) is not None:
+                raise ValueError(f"flatten=True takes no DTensor, but {label} is one: its memory is its module's")
             if not is_dense(p):
                 raise ValueError(f"flatten=True needs parameters without gaps in memory, but {label} has some")
         layouts = []
@@ -174,6 +182,9 @@ class Layouts:
             for i, p in enumerate(layout.params):
                 if p in backups:
                     layout.take_over(i, *backups[p])
+        placings = [layout.placing for layout in layouts]
+        if placings != self._scoped:
+            self.scope, self._scoped = scope_of(placings), placings
         self._layouts, self.idle = layouts, idle
         place = {p: i for i, (p, *_) in enumerate(entries(groups))}
         self.places = [torch.tensor([place[p] for p in layout.params], device="cpu") for layout in layouts]
@@ -209,7 +220,12 @@ class Layouts:
             if len(views) != self._scalars[f"{name}_count"]:
                 # A stored norm has the bits of the run that it is of; it is not that of a part of the state.
                 zero = torch.zeros((), dtype=torch.float64, device="cpu")
-                self._scalars[f"{name}_squared_norm"] = sum((v.double().square().sum().cpu() for v in views), zero)
+                parts = [
+                    sum((v.double().square().sum().cpu() for v in state.exposed(name)), zero) for state in self.states
+                ]
+                if self.scope is not None:
+                    parts = list(self.scope.complete(torch.stack(parts)))
+                self._scalars[f"{name}_squared_norm"] = sum(parts, zero)
             self._scalars[f"{name}_count"] = len(views)
         self.state_written()
 
@@ -295,7 +311,7 @@ def check_aliases(params: list[tuple[Tensor, str]]) -> None:
     """Two parameters over the same memory would be written by two threads at once."""
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
-        for p, name in params
+        for p, name in ((local(p), name) for p, name in params)
         if p.numel() and is_dense(p)  # one with gaps is written by torch, one at a time
     )
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):

@@ -40,7 +40,7 @@ class LayoutState:
             stepped = "step" in entry or any(entry.get(name) is not None for name in rule)
             found = [name for name in (*rule, *own) if entry.get(name) is not None]
             for name in found:
-                entry[name] = layout.view(name, i).copy_(entry[name])
+                entry[name] = layout.take(name, i, entry[name])
             if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
                 self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)).reshape(()))
@@ -53,6 +53,19 @@ class LayoutState:
         self._exposed: list[set[str]] = [set() for _ in self.layout.params]
         # The names of all groups for which every parameter has been through: a step need not look at them again.
         self._complete: set[tuple[Names, ...]] = set()
+
+    def count_empty(self, applied: Tensor) -> None:
+        """Empty shards that have a gradient in this pass count the step, which no kernel sees.
+
+        Args:
+            applied: whether it was not skipped, 0-d.
+        """
+        if self.layout.table.empty is not None:
+            counted = [
+                has and "step" in names
+                for has, names in zip(self.layout.table.empty.tolist(), self._exposed, strict=True)
+            ]
+            self.step += torch.tensor(counted, device="cpu").to(self.step) * applied
 
     def count(self, name: str) -> int:
         """How many parameters' slots of a buffer stand in the optimizer's state."""
@@ -87,7 +100,7 @@ class LayoutState:
             missing = not self._exposed[i].issuperset(wanted)
             if missing and now:
                 for name in wanted:
-                    state[p][name] = self.step[i] if name == "step" else self.layout.view(name, i)
+                    state[p][name] = self.step[i] if name == "step" else self.layout.shown(name, i)
                 self._exposed[i].update(wanted)
                 found = True
             complete = complete and (now or not missing)

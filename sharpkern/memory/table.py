@@ -30,6 +30,7 @@ class Table:
         slots: first element of each one's slot.
         groups: index of each one's parameter group.
         scale: which T_w each one has, a value of ``schema.SCALE``.
+        shards: whether these are shards, of which an empty one has a gradient where its parameter has one.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Table:
         slots: Sequence[int],
         groups: Sequence[int],
         scale: Sequence[int],
+        shards: bool = False,
     ) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.segments = segments
@@ -57,6 +59,9 @@ class Table:
         self._grad_strides = strides_of(segments)
         self._status = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.missing = 0  # parameters without a gradient in the last pass
+        # Empty shards, and which of them have a gradient in this pass: no kernel sees it. None where there are none.
+        self._empty_rows = self.host[:, schema.NUMEL] == 0
+        self.empty: Tensor | None = self._empty_rows & False if shards and bool(self._empty_rows.any()) else None
         # gather, turned on the parameters themselves, finds their addresses and checks how they lie.
         self._param_strides = strides_of(params)
         self._found = torch.zeros_like(self.host)
@@ -93,17 +98,25 @@ class Table:
         """Take a pass's gradients, ``none`` for a missing one. Returns the rows whose gradient no kernel can use."""
         _gather(self.host, self._status, grads, self._grad_strides, self.none, dtype=self.dtype)
         mismatches, self.missing = self._status.tolist()
+        if self.empty is not None:
+            self.missing -= int(self.empty.sum())
         if not mismatches:
             return []
         rows: list[int] = (self.grad_column == schema.MISMATCH).nonzero().flatten().tolist()
         return rows
+
+    def note_empty(self, having: Sequence[bool]) -> None:
+        """Whether each parameter has a gradient, of which an empty shard is a part."""
+        if self.empty is not None:
+            self.empty = torch.tensor(having, dtype=torch.bool, device="cpu") & self._empty_rows
 
     def follow_buffer(self, buffer: Tensor, taken: Sequence[bool]) -> None:
         """Take slots of a flat buffer for the gradients of these rows; the others have none."""
         rows = torch.tensor(taken, dtype=torch.bool, device="cpu") & (self.host[:, schema.NUMEL] > 0)
         addresses = buffer.data_ptr() + self.host[:, schema.SLOT] * buffer.element_size()
         self.grad_column.copy_(addresses * rows)
-        self.missing = len(taken) - int(rows.sum())
+        self.note_empty(taken)
+        self.missing = len(taken) - int(rows.sum()) - (0 if self.empty is None else int(self.empty.sum()))
         self.send()
 
     # Marks: which backups hold weights.
@@ -123,6 +136,8 @@ class Table:
             self._complete = False
         elif transfer.is_remote(self.device):
             self._backup_column.copy_((self.grad_column != 0) & (self._scale_column != schema.LEFT_OUT))
+        if self.empty is not None:  # of nothing
+            self._backup_column.masked_fill_(self.empty & (self._scale_column != schema.LEFT_OUT), 1)
 
     def clear_marks(self) -> None:
         """No backup is in use. The device hears of it with the next gradients."""
@@ -132,14 +147,18 @@ class Table:
         """Whether the backup holds the weights, for each row. Waits for a device."""
         return [mark != 0 for mark in self.rows[:, schema.BACKUP].tolist()]
 
+    def _having(self) -> Tensor:
+        having = self.grad_column != 0
+        return having if self.empty is None else having | self.empty
+
     def has_gradient(self) -> list[bool]:
         """Whether each row had a gradient in this pass."""
-        having: list[bool] = (self.grad_column != 0).tolist()
+        having: list[bool] = self._having().tolist()
         return having
 
     def touched(self) -> list[bool]:
         """Whether each row had a gradient in this pass, or in the one that perturbed."""
-        touched: list[bool] = ((self.grad_column != 0) | (self._backup_column != 0)).tolist()
+        touched: list[bool] = (self._having() | (self._backup_column != 0)).tolist()
         return touched
 
     def unmarked_with_gradient(self) -> list[int]:
@@ -157,7 +176,7 @@ class Table:
 
     def any_left_in(self) -> bool:
         """Whether any row with a gradient is a part of the direction."""
-        return bool((self.grad_column != 0).logical_and_(self._scale_column != schema.LEFT_OUT).any())
+        return bool(self._having().logical_and_(self._scale_column != schema.LEFT_OUT).any())
 
     def take_back_in(self) -> None:
         """Every row has its own T_w again. The device hears of it with the next gradients."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..checks import warn
 from ..direction import Direction
+from ..distributed import is_zero
 from ..memory.layouts import check_memory, entries
 from ..memory.scalars import merged, of_state, saved_names
 from ..memory.state import of_parameters
@@ -57,9 +58,10 @@ class Checkpoints(Optimizer):
         history as a string of numbers.
 
         Raises:
-            RuntimeError: while the weights are perturbed.
+            RuntimeError: while the weights are perturbed; over ZeroRedundancyOptimizer.
         """
         self._refuse_perturbed("state_dict()")
+        self._refuse_zero("state_dict()")
         # The first of the post-hooks: the user's see the whole dict, and may return another one.
         handle = self.register_state_dict_post_hook(lambda _, state: self._complete_saved(state), prepend=True)
         try:
@@ -89,9 +91,10 @@ class Checkpoints(Optimizer):
         Raises:
             ValueError, TypeError: when it does not fit the parameters, or an option of a group is out of range, before
                 anything changed.
-            RuntimeError: while a step is pending, or a parameter is on the meta device.
+            RuntimeError: while a step is pending, or a parameter is on the meta device; over ZeroRedundancyOptimizer.
         """
         self._refuse_open("load_state_dict()")
+        self._refuse_zero("load_state_dict()")
         # The last of the pre-hooks: it sees the dict as the user's hooks left it.
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_loaded(loaded))
         try:
@@ -288,6 +291,14 @@ class Checkpoints(Optimizer):
     def _refuse_open(self, what: str) -> None:
         if self._step.is_open:
             raise RuntimeError(f"{what} between two passes of a step: call second_step() or restore() first")
+
+    def _refuse_zero(self, what: str) -> None:
+        if is_zero(self._step.rule.base):
+            raise RuntimeError(
+                f"{what} of {type(self).__name__} over ZeroRedundancyOptimizer: the state lies in pieces with its own "
+                "optimizers. For checkpoints shard the model with torch.distributed.fsdp.fully_shard, or take the "
+                "optimizer under DistributedDataParallel without it"
+            )
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._step.layouts.away:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..checks import warn
 from ..memory.layouts import Layouts
 from ..memory.scalars import Scalars
+from ..memory.shards import left_behind, local
 from ..memory.transfer import is_capturing
 from ..rules import Rule
 
@@ -25,9 +26,14 @@ class Gradients:
         rule: its base rule.
         layouts: where its parameters lie.
         scalars: the numbers of the step.
+        model: that has the parameters, as far as the user tells.
     """
 
-    def __init__(self, owner: str, rule: Rule, layouts: Layouts, scalars: Scalars) -> None:
+    def __init__(
+        self, owner: str, rule: Rule, layouts: Layouts, scalars: Scalars, model: nn.Module | None = None
+    ) -> None:
+        self._model = model
+        self._unseen = True  # no pass with gradients yet
         self.rule, self.layouts, self.scalars, self._owner = rule, layouts, scalars, owner
         self._warned: set[str] = set()
         # A parameter that had a gradient, and what that was when a step or zero_grad() left it.
@@ -61,7 +67,7 @@ class Gradients:
         """The gradients by parameter. Copies: a closure may have its gradients written to the same memory always."""
         grads = {p: p.grad for layout in self.layouts for p in layout.params if p.grad is not None}
         copies = [torch.empty_like(grad) for grad in grads.values()]
-        torch._foreach_copy_(copies, list(grads.values()))
+        torch._foreach_copy_(list(map(local, copies)), list(map(local, grads.values())))
         return dict(zip(grads, copies, strict=True))
 
     def put_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
@@ -75,11 +81,16 @@ class Gradients:
         return (p for group in self.layouts.param_groups for p in group["params"])
 
     def _any_nonzero(self) -> bool:
-        """Whether a gradient that is there is not zero, read on the host."""
-        grads = [p.grad for p in self._params() if p.grad is not None and p.numel()]
+        """Whether a gradient that is there, or what this process has of it, is not zero, read on the host."""
+        grads = [grad for p in self._params() if p.grad is not None and (grad := local(p.grad)).numel()]
         return any(grad.layout != torch.strided for grad in grads) or bool(
             nn.utils.get_total_norm(grads, math.inf) != 0
         )
+
+    def _any_nonzero_anywhere(self) -> bool:
+        """The same, whatever process has it."""
+        here, scope = self._any_nonzero(), self.layouts.scope
+        return here if scope is None else bool(scope.all_reduce(torch.tensor(float(here), device="cpu"), largest=True))
 
     def note_gradient(self) -> None:
         """The gradients that are there are of a step, or were reset: no news to the next one."""
@@ -123,7 +134,20 @@ class Gradients:
     def warn_without_gradients(self, message: str) -> None:
         """Warn, once, of a pass that left none."""
         if not self.has_gradients:
+            self._refuse_left_behind()
             self.warn_once(message)
+        elif self._unseen:
+            self._unseen = False
+            if self._model is not None:
+                self._refuse_left_behind()
+
+    def _refuse_left_behind(self) -> None:
+        """Raise RuntimeError for parameters without a gradient in whose place a model has DTensors."""
+        if left_behind((p for p in self._params() if p.requires_grad and p.grad is None), self._model):
+            raise RuntimeError(
+                f"{self._owner} was made before the model was sharded: parameters of it are none of the model's any "
+                "more, and get no gradient. Call fully_shard or parallelize_module first, then make the optimizer"
+            )
 
     def watch(self) -> None:
         """Notice a backward from here to the end of the step: it would add to gradients that are the step's."""
@@ -154,7 +178,7 @@ class Gradients:
         rates = [group.get("lr") for group in self.layouts.param_groups]
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
         readable = on_host and not any(map(is_capturing, self.layouts.devices))
-        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero():
+        if readable and all(lr == 0 for lr in rates) and not self._any_nonzero_anywhere():
             return
         self.warn_once(
             f"step() without a closure, and without first_step() before it, is a step of {self.rule.base.__name__} "
@@ -180,5 +204,6 @@ def _mark(p: Tensor) -> _Mark | None:
     grad = p.grad
     if grad is None or not p.layout == grad.layout == torch.strided:
         return None
+    p, grad = local(p), local(grad)
     version = None if grad.is_inference() else grad._version
     return StorageWeakRef(p.untyped_storage()), StorageWeakRef(grad.untyped_storage()), version

@@ -54,7 +54,7 @@ class Measurements(Gradients):
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
         layouts = Layouts(scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
-        super().__init__(type(opt).__name__, rule, layouts, scalars)
+        super().__init__(type(opt).__name__, rule, layouts, scalars, settings.model)
         # The sum that holds the norm of the gradients that are there, and whether that is of the gradient as it is.
         self._measured: str | None = None
         self._plain = False
@@ -88,12 +88,25 @@ class Measurements(Gradients):
     @property
     def spread(self) -> bool:
         """Whether other processes have a part of the numbers that are measured."""
+        return self.layouts.scope is not None or self.alone
+
+    @property
+    def alone(self) -> bool:
+        """Whether the first gradient is not everybody's."""
         return self.apart is not None and self.apart.local
 
-    def _complete(self, *sums: str) -> None:
-        """The parts of these sums were measured, each where it lies: now every device has all of them."""
+    def _complete(self, *sums: str, largest: bool = False) -> None:
+        """The parts of these sums were measured, each where it lies: now every device has all of them, and every
+        process those of all: one all-reduce, of sums or, with ``largest``, of the largest ones."""
         for name in sums:
             self.scalars.share(name)
+        scope = self.layouts.scope
+        if scope is not None:
+            home = self.layouts[0].device
+            complete = scope.complete(torch.stack([self.scalars.row(name, home) for name in sums]), largest)
+            for device in self.layouts.devices:
+                for name, parts in zip(sums, complete, strict=True):
+                    self.scalars.row(name, device).copy_(parts)
 
     def norm(self, into: str = "first", *, ema: tuple[float, float] | None = None) -> None:
         r"""The squared norm of the gradient over all parameters, :math:`\|T_w g\|_2^2` where the direction scales; that
@@ -136,7 +149,7 @@ class Measurements(Gradients):
                 ops.norm.default(sq, *scratch, *walk, **numbers)
         self._complete(into)
         if peaked:
-            self._complete("largest")
+            self._complete("largest", largest=True)
         if ema and self.spread:
             sq = self.scalars.row(into, self.layouts[0].device)
             update_ema(self.scalars["ema"], self.apart.mean(sq) if self.apart else sq, *ema)
@@ -165,13 +178,16 @@ class Measurements(Gradients):
         """Numbers or tensors of one element, read on the host in one go.
 
         Args:
-            mean: over the processes that average their gradients, where ``model=`` tells of them: one all-reduce.
+            mean: over the processes that average their gradients, where ``model=`` or DTensors tell of them: one
+                all-reduce.
         """
         like = self.scalars.row("first", self.layouts[0].device)
         wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
         numbers = torch.stack([x.detach().reshape(()).to(like) for x in wide])
-        group = group_of(self.settings.model) if mean else None
-        if group is not None:
+        group, scope = group_of(self.settings.model), self.layouts.scope
+        if mean and scope is not None:
+            numbers = scope.all_reduce(numbers) / scope.size
+        elif mean and group is not None:
             dist.all_reduce(numbers, group=group)
             numbers /= group.size()
         read: list[float] = self._receiver.read(numbers).tolist()
@@ -244,7 +260,7 @@ class Measurements(Gradients):
         Raises:
             RuntimeError: for a direction of each process's own where one may lack gradients that another one has.
         """
-        if self.spread and self.apart and self.apart.looks_for_parameters:
+        if self.alone and self.apart and self.apart.looks_for_parameters:
             raise RuntimeError(
                 f"{self._owner} averages what each process goes along: with m_sharpness= all of them need gradients of "
                 "the same parameters, find_unused_parameters=False"
@@ -257,7 +273,7 @@ class Measurements(Gradients):
     def _checked_sums(self) -> tuple[str, str]:
         """The first and the last of the sums that say whether the gradients of all passes so far are finite."""
         last = self.plain_norm()
-        reduced = not self.spread or self._common
+        reduced = not self.alone or self._common
         return "first" if self.layouts.away and reduced else last, last
 
     def reduce_first(self) -> None:
@@ -306,7 +322,7 @@ class Measurements(Gradients):
                 there, measured now where it was not. q is 0 where the denominator's root is up to ``schema.NORM_MIN``.
         """
         names = [self.plain_norm() if name == "last" else name for name in (numerator, denominator)]
-        if self.spread and any(slope) and "first" in names:
+        if self.alone and any(slope) and "first" in names:
             self.reduce_first()
         for device, coefficients in self.scalars.coefficients.items():
             x, y = (self.scalars.row(name, device) for name in names)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import check_count, check_number
 from ..direction import Direction, Group
 from ..memory.scalars import Sum
+from ..memory.shards import is_sharded
 from ..ops import schema
 from .optimizer import SharpnessAwareOptimizer
 from .step import AS_IS, Passes, Step
@@ -33,6 +34,13 @@ class Nudge(Direction):
                 "for another one"
             )
         self._check_perturb(group)
+
+    def check_part(self, params: Iterable[Any]) -> None:
+        if any(is_sharded(entry[1] if isinstance(entry, tuple) else entry) for entry in params):
+            raise TypeError(
+                "NudgedSGD takes no DTensor (fully_shard, tensor parallel): its directions are of whole parameters. "
+                "Use DistributedDataParallel"
+            )
 
 
 class NudgedSGD(SharpnessAwareOptimizer):

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ..checks import check_number, check_params, type_name, warn, warn_half
 from ..direction import Direction, Predicate
+from ..distributed import refuse_within_zero
 from ..memory.layouts import check_aliases, entries
+from ..memory.shards import is_sharded
 from ..ops import schema
 from ..policy import Adaptive, Always, Policy, Scheduled, choose
 from ..rules import make_rule
@@ -55,6 +57,7 @@ class SharpnessAwareOptimizer(Driver):
         m_sharpness: Any = "global",
         **base_kwargs: Any,
     ) -> None:
+        refuse_within_zero(type(self).__name__)
         check_number(perturb_eps, "perturb_eps", positive=True)  # 0 would make a zero gradient NaN
         if max_grad_norm is not None:
             check_number(max_grad_norm, "max_grad_norm", positive=True)
@@ -78,6 +81,10 @@ class SharpnessAwareOptimizer(Driver):
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
         members = list(entries(self.param_groups))
         params = [p for p, *_ in members]
+        if m_sharpness != "global" and any(map(is_sharded, params)):
+            raise TypeError(
+                "m_sharpness= takes no DTensor: a gradient that is summed in shards is that of all processes"
+            )
         warn_half(params)
         self._bound()
         if any(p.is_meta for p in params):

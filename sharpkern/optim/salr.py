@@ -76,8 +76,8 @@ class SALR(SharpnessAwareOptimizer):
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return one
             number, before anything changed.
 
-    Under ``DistributedDataParallel``, which ``model=`` has to be, S is of the mean loss of all processes: one
-    all-reduce of three numbers a measurement.
+    Under ``DistributedDataParallel``, which ``model=`` has to be, S is of the mean loss of all processes, and so it is
+    where parameters are DTensors: one all-reduce of three numbers a measurement.
 
     ``opt.stats`` has, of the last measurement that was recorded, ``sharpness``, S (NaN before), and ``lr_scale``, the
     ratio (1 before).
@@ -142,7 +142,7 @@ class SALR(SharpnessAwareOptimizer):
         step.rewind()
         step.put_gradients(grads)
         highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
-        if processes() > 1 and group_of(step.settings.model) is None:
+        if processes() > 1 and group_of(step.settings.model) is None and not step.spread:
             step.warn_once(ALONE)
         low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms), mean=True)
         return (low - high if self.param_groups[0].get("maximize") else high - low), finite == 1

@@ -73,6 +73,7 @@ class SAM(SharpnessAwareStep):
         skip_nonfinite: a step that meets an infinite or NaN gradient in any pass changes nothing and is
             counted in ``stats["skipped_steps"]``. Costs a read of the second gradient.
         flatten: move parameters and, in each pass, gradients into flat buffers; undone by ``unflatten()``.
+            Not of DTensors.
         perturb: which parameters move between the passes, a function of a parameter's name (None without names) and the
             parameter itself, asked when the optimizer lays them out. The norm is over those; what the others' first
             gradients are, finite or not, is not looked at. All are updated. A group option ``perturb=False`` leaves a

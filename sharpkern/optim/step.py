@@ -232,6 +232,9 @@ class Step(Measurements):
                 self.settings.max_norm,
                 self.settings.skip_nonfinite,
             )
+            if layout.table.empty is not None:
+                finite = sums.sum(-1).isfinite().all()
+                state.count_empty(finite if self.settings.skip_nonfinite else finite | True)
             layout.written()
         self.layouts.away = False
 
@@ -254,6 +257,9 @@ class Step(Measurements):
             clip = {device: (max_norm / (sq[-1].sqrt() + 1e-6)).clamp(max=1.0) for device, sq in sums.items()}
         coefficients = self.scalars.coefficients if self._mixed else {}
         rule.step(self.layouts, self.state_names, direction, coefficients, clip, self._lr_scale())
+        for layout in self.layouts:
+            if layout.shards is not None:
+                layout.shards.reshard()
 
     def nudge(self, directions: Names, products: Names) -> None:
         """SGD's step, whose part along orthonormal directions is scaled by the groups' ``nudge``. Nothing is written

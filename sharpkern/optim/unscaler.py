@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..checks import type_name
 from ..memory.layouts import Group, Layouts
+from ..memory.shards import local
 from .msharpness import MSharpness
 
 
@@ -111,7 +112,8 @@ class Unscaler:
                 self._agree(scaler, key)
         again = measure()
         if not again and not self._early:
-            grads = [p.grad for group in self._layouts.param_groups for p in group["params"] if p.grad is not None]
+            params = (p for group in self._layouts.param_groups for p in group["params"])
+            grads = [local(p.grad) for p in params if p.grad is not None]
             for device in {grad.device for grad in grads}:
                 there = [grad for grad in grads if grad.device == device]
                 torch._foreach_mul_(there, scaler.scale(torch.ones((), device=device)))

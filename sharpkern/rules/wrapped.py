@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..memory.layout import Layout
 from ..memory.layouts import Layouts
+from ..memory.shards import local
 from ..memory.state import Names, of_parameters
 from .fused import Group, refuse_differentiable
 
@@ -91,7 +92,7 @@ class WrappedRule:
             for layout in layouts:
                 if layout.device in coefficients:
                     _mix(stack, layout, coefficients[layout.device], direction)
-                grads = [p.grad for p in layout.params if p.grad is not None]
+                grads = [local(p.grad) for p in layout.params if p.grad is not None]
                 if grads and layout.device in clip:
                     torch._foreach_mul_(grads, clip[layout.device].to(layout.dtype))
             for group in layouts.param_groups if lr_scale != 1.0 else ():
@@ -111,10 +112,12 @@ def _mix(stack: ExitStack, layout: Layout, coefficients: Tensor, direction: str 
         grad = p.grad
         if grad is not None:
             stack.callback(setattr, p, "grad", grad)
-            mixed = a * grad.to(a.dtype)
+            here = local(grad)
+            mixed = a * here.to(a.dtype)
             if direction in layout.buffers:
                 mixed = mixed + b * layout.view(direction, i)
-            p.grad = mixed.to(grad.dtype)
+            mixed = mixed.to(grad.dtype)
+            p.grad = mixed if layout.shards is None else layout.shards.wrapped(i, mixed)
 
 
 def _take_back_lr(group: Group, lr: Any, lent: Any) -> None:
