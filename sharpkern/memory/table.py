@@ -132,6 +132,10 @@ class Table:
         """Whether the backup holds the weights, for each row. Waits for a device."""
         return [mark != 0 for mark in self.rows[:, schema.BACKUP].tolist()]
 
+    def is_marked(self, i: int) -> bool:
+        """The same of row i, as far as the host knows: it does, of a backup that is a master."""
+        return bool(self._backup_column[i])
+
     def has_gradient(self) -> list[bool]:
         """Whether each row had a gradient in this pass."""
         having: list[bool] = (self.grad_column != 0).tolist()

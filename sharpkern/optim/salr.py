@@ -88,7 +88,7 @@ class SALR(SharpnessAwareOptimizer):
 
     direction = Nowhere()
     closure_only = True
-    refused = ("policy",)
+    refused = ("policy", "master_weights")
 
     def __init__(
         self,
@@ -107,7 +107,12 @@ class SALR(SharpnessAwareOptimizer):
         check_number(step_size, "step_size", positive=True)
         if max_lr_scale is not None:
             check_number(max_lr_scale, "max_lr_scale", positive=True)
-        refuse(self, kwargs, *self.refused)
+        refuse(self, kwargs, "policy")
+        if kwargs.pop("master_weights", False):
+            raise TypeError(
+                "SALR takes no master_weights=True: its branches add up steps from where the model is, and a half type "
+                "has not the digits for that"
+            )
         self.n_ascent, self.n_descent, self.every = int(n_ascent), int(n_descent), int(every)
         self.step_size = float(step_size)
         self.max_lr_scale = math.inf if max_lr_scale is None else float(max_lr_scale)
