@@ -11,8 +11,7 @@ namespace {
 template <class T, class W>
 struct Ascent {
   T* w;
-  const W* from;  // the weights: w, or a master
-  T* kept;
+  W* kept;  // or the master, which is not written
   T* kept_g;
   const T* g;  // null: nothing to do
   arithmetic_t<T> s;
@@ -27,7 +26,7 @@ __device__ __forceinline__ void move(const Ascent<T, W>& work, int64_t n) {
   using A = arithmetic_t<T>;
   constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
   elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
-    auto w = tile.load(work.from, i);
+    auto w = load_weights(tile, work.w, work.kept, i);
     const auto g = tile.load(work.g, i);
     if constexpr (kKeepW) {
       tile.store(work.kept, i, w);
@@ -55,8 +54,7 @@ ascend_kernel(
     Segments segments, W* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
     double eps, bool skip_nonfinite) {
   using A = arithmetic_t<T>;
-  constexpr bool kMaster = kIsMaster<T, W>;
-  constexpr bool kKeeps = kKeepW && !kMaster;
+  constexpr bool kKeeps = kKeepW && !kIsMaster<T, W>;
   double norm = 0;
   bool skip = false;
   if (threadIdx.x == 0) {
@@ -79,19 +77,14 @@ ascend_kernel(
         }
         if (moves) {
           work.w = stretch.at<T>(row.param);
-          if constexpr (kMaster) {
-            work.from = stretch.in(backup);
-          } else {
-            work.from = work.w;
-            work.kept = kKeeps ? stretch.in(backup) : nullptr;
-          }
+          work.kept = kKeepW ? stretch.in(backup) : nullptr;
           work.kept_g = kKeepG ? stretch.in(gradient) : nullptr;
           work.g = stretch.at<const T>(row.grad);
           work.s = static_cast<A>(radius[2 * row.group] / (norm + eps));
           work.eta = static_cast<A>(radius[2 * row.group + 1]);
           work.scaled = kScaled && row.scale == kMagnitude;
           work.skip = skip;
-          work.aligned = are_aligned(work.w, work.from, work.kept, work.kept_g, work.g);
+          work.aligned = are_aligned(work.w, work.kept, work.kept_g, work.g);
         }
         return work;
       },

@@ -95,8 +95,7 @@ norm_p_kernel(
 template <class T, class W>
 struct Ascent {
   T* w;
-  const W* from;  // the weights: w, or a master
-  T* kept;
+  W* kept;     // or the master, which is not written
   const T* g;  // null: nothing to do
   arithmetic_t<T> s;
   Peak<arithmetic_t<T>> peak;
@@ -133,17 +132,12 @@ ascend_p_kernel(
         }
         if (row.grad != 0) {
           work.w = stretch.at<T>(row.param);
-          if constexpr (kIsMaster<T, W>) {
-            work.from = stretch.in(backup);
-          } else {
-            work.from = work.w;
-            work.kept = stretch.in(backup);
-          }
+          work.kept = stretch.in(backup);
           work.g = stretch.at<const T>(row.grad);
           work.s = static_cast<A>(radius[2 * row.group] * scale);
           work.peak = peak;
           work.skip = skip;
-          work.aligned = are_aligned(work.w, work.from, work.kept, work.g);
+          work.aligned = are_aligned(work.w, work.kept, work.g);
         }
         return work;
       },
@@ -159,7 +153,7 @@ ascend_p_kernel(
         }
         constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
         elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
-          auto w = tile.load(work.from, i);
+          auto w = load_weights(tile, work.w, work.kept, i);
           const auto g = tile.load(work.g, i);
           if constexpr (!kIsMaster<T, W>) {
             tile.store(work.kept, i, w);

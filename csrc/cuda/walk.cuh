@@ -215,6 +215,16 @@ __device__ __forceinline__ auto rounded(const Packs<W, U, V>& packs) {
   }
 }
 
+// A tile of the weights that a perturbation starts from: those of a master, or of the parameter.
+template <class Tile, class T, class W>
+__device__ __forceinline__ auto load_weights(Tile tile, const T* w, const W* backup, int64_t i) {
+  if constexpr (kIsMaster<T, W>) {
+    return tile.load(backup, i);
+  } else {
+    return tile.load(w, i);
+  }
+}
+
 // to[0, n) = from[0, n), rounded
 template <class T, class W>
 __device__ __forceinline__ void copy(T* to, const W* from, int64_t n, bool aligned) {

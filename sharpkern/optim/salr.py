@@ -55,6 +55,9 @@ class SALR(SharpnessAwareOptimizer):
     It is stepped by a closure only, which returns the loss and is called in every pass: ``first_step`` and
     ``second_step`` raise. S is the only number that the host reads, once a measurement.
 
+    ``master_weights=True`` is refused: a branch adds up steps from where the model is, and a half type has not the
+    digits for that.
+
     SAM as the base is refused. S is measured at w and scales a step along the gradient at w; SAM steps along another
     one, and already seeks out a small S. Nobody has published the combination, so there is no recursion to be true to.
 
