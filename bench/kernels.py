@@ -75,11 +75,19 @@ class Case(NamedTuple):
     narrow: bool = False  # the direction has the dtype of the parameters, not that of the state
     in_sam: bool = True
     exponent: float = 0.5  # of ascend_p
+    master: bool = False  # half types with float32 masters
 
     def accesses(self, *, beside_state: bool = False) -> tuple[int, int]:
         """How many wide loads, and stores, its kernel has at least: of state alone, where there is some and the
         parameters are narrower."""
         loads, stores = (names - set(self.without) for names in ARRAYS[self.op])
+        if self.master:
+            # The weights come from there. An ascent has them kept there; a step writes both.
+            steps = "params" in stores and not {"backup"} & (loads | stores)
+            loads, stores = (
+                loads - {"params", "backup"} | {"master"},
+                stores - {"backup"} | ({"master"} if steps else set()),
+            )
         state = (loads | stores) - OF_PARAMETERS - ({"direction"} if self.narrow else set())
         return (len(loads & state), len(stores & state)) if beside_state and state else (len(loads), len(stores))
 
@@ -126,7 +134,13 @@ for _op, _optional in (("sgd", "momentum_buffer"), ("adam", "max_exp_avg_sq")):
         _without = (*_no_v, *_no_state, *_no_backup)
         CASES[_op + _v + _state + _place] = Case(_op, _without, _narrow, in_sam=not _place)
 
-# The kernels of csrc/cuda by their template arguments after the dtype; without them where these do not matter.
+MASTERED = ("norm_scaled", "ascend_p", "ascend", "ascend_scaled", "restore", "sgd", "adam", "nudge_dots", "nudge_sgd")
+CASES |= {f"{name}, master": case._replace(master=True) for name, case in CASES.items()
+          if case.op in MASTERED and "backup" not in case.without and case.in_sam}  # fmt: skip
+
+# Kernels whose last template argument is the dtype of the weights: another one than the first is a master's.
+OF_WEIGHTS = ("norm", "ascend_p", "ascend", "restore", "sgd", "adam", "nudge_dots", "nudge_sgd")
+# The kernels of csrc/cuda by their template arguments between the dtypes; without them where these do not matter.
 CUDA = {
     "norm<false>": Case("norm"),
     "norm<true>": Case("norm_scaled"),
@@ -279,7 +293,9 @@ def arguments(case: Case, dtype: Any) -> dict[str, Any]:
     known = {
         "table": table if case.in_sam else table.contiguous(),
         "blocks": torch.zeros(rows, 2, dtype=torch.int32),
-        **{name: torch.zeros(schema.BLOCK, dtype=dtype) for name in ("backup", "gradient")},
+        "gradient": torch.zeros(schema.BLOCK, dtype=dtype),
+        "backup": torch.zeros(schema.BLOCK, dtype=state if case.master else dtype),
+        "master": torch.zeros(schema.BLOCK if case.master else 0, dtype=state),
         "direction": torch.zeros(schema.BLOCK, dtype=dtype if case.narrow else state),
         "step": torch.zeros(rows),
         "counters": torch.zeros(3, dtype=torch.int64),
@@ -339,7 +355,7 @@ def uncovered() -> list[str]:
     from sharpkern.ops import triton
 
     covered = {case.op for case in CASES.values()}
-    covered |= {launch_of(case, "float32", "cuda")[0].__name__ for case in CASES.values()}
+    covered |= {launch_of(case, DTYPES[-1], "cuda")[0].__name__ for case in CASES.values()}
     there = set(triton.IMPLEMENTATIONS)
     for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
         there |= {name for name in vars(importlib.import_module(module.name)) if name.endswith("_kernel")}
@@ -386,7 +402,7 @@ def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:
         for name, case in CASES.items()
         if case.op in ops
         for target in targets
-        for dtype in (DTYPES[:1] if case.op == "mix" else DTYPES[2:] if case.narrow else DTYPES)
+        for dtype in (DTYPES[:1] if case.op == "mix" else DTYPES[2:] if case.narrow or case.master else DTYPES)
     ]
     # Triton has one driver in a process.
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
@@ -411,8 +427,11 @@ def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
         found = re.search(r"(\w+)_kernel(?:<([^()]*)>)?\(", function)
         name, template = found.groups() if found else (function, None)
         first, *rest = (template or "-").split(", ")
+        master = name in OF_WEIGHTS and rest[-1:] != [] and rest.pop() != first
         kernel, dtype = name + (f"<{', '.join(rest)}>" if rest else ""), _CPP.get(first, first)
         case = CUDA.get(kernel, CUDA.get(name))
+        if master and case is not None:
+            kernel, case = f"{kernel}, master", case._replace(master=True)
         if case is None:
             yield f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known"
         elif case.op in ops:

@@ -69,7 +69,7 @@ class Layout:
             "radius": self.radius, "products": norms[:3], "coefficients": scalars([1.0, ALPHA]),
             "largest": torch.stack([p.grad.abs().max() for p in self.params]).max().double()[None],
             "powers": scalars([float(sum(p.numel() for p in self.params))]), "q": Q, "exponent": Q - 1,
-            "eps": PERTURB_EPS, "skip_nonfinite": True, "max_norm": math.inf, "buffer": 0,
+            "master": memory.empty, "eps": PERTURB_EPS, "skip_nonfinite": True, "max_norm": math.inf, "buffer": 0,
             "decay": DECAY, "coefficient": 1.0, "dtype": dtype,
         }  # fmt: skip
         for name, spread in (("backup", 0.05), ("gradient", 0.01), ("g_v", 0.01)):

@@ -83,6 +83,38 @@ inline ScalarType state_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A backup of the state's dtype beside parameters of a half type is a master: the weights of every row,
+// marked or not, of which the parameters are the rounded values.
+inline ScalarType weights_dtype(const Tensor& backup, ScalarType dtype) {
+  const bool is_master = backup.numel() != 0 && backup.scalar_type() == state_dtype(dtype);
+  return is_master ? state_dtype(dtype) : dtype;
+}
+
+// Whether backups of W are masters of parameters of T.
+template <class T, class W>
+constexpr bool kIsMaster = !std::is_same_v<T, W>;
+
+// f(Tag<T>, Tag<W>): T of the parameters, W of the weights, which are of the same dtype or a master.
+template <class F>
+void visit_weights(ScalarType dtype, ScalarType weights, F&& f) {
+  visit(dtype, [&](auto tag) {
+    using A = arithmetic_t<typename decltype(tag)::type>;
+    if constexpr (!std::is_same_v<A, typename decltype(tag)::type>) {
+      if (weights != dtype) {
+        return f(tag, Tag<A>{});
+      }
+    }
+    f(tag, tag);
+  });
+}
+
+// Of ops that have no other use for such a buffer; empty where the parameters are the weights.
+inline void check_master(const Tensor& master, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      master.numel() == 0 || weights_dtype(master, dtype) != dtype,
+      "sharpkern: master should be Float, beside parameters of BFloat16 or Half");
+}
+
 // Lists of tensors are for the reference.
 template <class... List>
 void check_no_lists(const List&... lists) {

@@ -110,5 +110,5 @@ def warn_half(params: Iterable[Tensor]) -> None:
         _warned_half = True
         warn(
             "half-precision parameters round a perturbation of the usual radius away: most weights do not move, "
-            "and the direction is lost. Keep float32 parameters and use torch.autocast."
+            "and the direction is lost. Keep float32 parameters and use torch.autocast, or pass master_weights=True."
         )

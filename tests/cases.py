@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -212,6 +213,26 @@ VARIANTS = [
 ]
 
 
+# With float32 masters of the weights, beside parameters of a half type.
+MASTERS = [
+    "norm_scaled-master",
+    "ascend-master",
+    "ascend-master-keeping_g",
+    "ascend_scaled-master",
+    "ascend_p-master",
+    "ascend_p-master-sign",
+    "restore-master",
+    "sgd-master",
+    "sgd-master-mixed",
+    "sgd-master-mixed-own_dtype",
+    "adam-master",
+    "adam-master-mixed",
+    "adam-master-mixed-own_dtype",
+    "nudge_dots-master",
+    "nudge_sgd-master",
+]
+
+
 # Those that write the squared norm of one flat buffer, and keep statistics of it.
 NORM_OPS = ("norm", "norm_scaled", "norm_max")
 
@@ -287,7 +308,8 @@ class Problem:
 
     Weights, backup, kept gradient, g_v, direction and state hold different random numbers, none of them 0: an op that
     reads the wrong one gives wrong numbers. Gradients are bounded away from 0 and finite; backup and kept gradient of
-    a row without a mark are NaN. Buffers are there for ``op`` (or a variant of it), or for every op.
+    a row without a mark are NaN, but a master has every row. Buffers are there for ``op`` (or a variant of it), or for
+    every op.
     """
 
     def __init__(self, specs: list[Spec], dtype: torch.dtype, op: str | None = None) -> None:
@@ -295,6 +317,8 @@ class Problem:
         self.dtype = dtype
         self.state_dtype = schema.state_dtype(dtype)
         own_dtype = "own_dtype" in (op or "")
+        self.mastered = "master" in (op or "")
+        assert not self.mastered or dtype != self.state_dtype
         op = op and op_of(op)
         self.memory = Memory()
         self._random = torch.Generator("cpu").manual_seed(0)
@@ -311,7 +335,7 @@ class Problem:
         self.new_gradients()
         self.slots_of: dict[str, list[Tensor]] = {}
         self.buffers: dict[str, Tensor] = {}
-        self._buffer("backup", self._where_backed())
+        self._buffer("backup", self._masters() if self.mastered else self._where_backed())
         for name in STATE.get(op, ()) if op else (*STATE["sgd"], *STATE["adam"]):
             rows = [self._fresh(spec, self.state_dtype, 0.1, 1.0) for spec in specs]
             self._buffer(name, [row.abs() for row in rows] if name.endswith("sq") else rows)
@@ -345,6 +369,9 @@ class Problem:
             return values.contiguous(memory_format=torch.channels_last)
         return values
 
+    def _masters(self) -> list[Tensor]:
+        return [self._fresh(spec, self.state_dtype, 0.1, 2.0) for spec in self.specs]
+
     def _where_backed(self) -> list[Tensor]:
         rows = [self._fresh(spec, self.dtype, 0.1, 2.0) for spec in self.specs]
         return [row if spec.backed else row.fill_(NAN) for row, spec in zip(rows, self.specs, strict=True)]
@@ -359,6 +386,15 @@ class Problem:
             flat.as_strided(row.size(), row.stride(), flat.storage_offset() + slot)
             for row, slot in zip(rows, slots, strict=True)
         ]
+
+    @property
+    def home(self) -> str:
+        """Where the weights are, of rows without a backup."""
+        return "backup" if self.mastered else "params"
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.slots_of["backup"] if self.mastered else self.params
 
     def new_gradients(self) -> None:
         """Other gradients, in other memory. Around them is NaN: what reads there shows it in its result."""
@@ -413,7 +449,7 @@ class Problem:
             "largest": self.memory.place("largest", torch.tensor([1.5, 2.5, 0.0], **double)),
             "powers": self.memory.place("powers", torch.tensor([3.0, 0.0, 4.0], **double)),
             "q": 1.5,
-            "exponent": 0.0 if variant == "sign" else 0.5,
+            "exponent": 0.0 if "sign" in variant else 0.5,
             "eps": 1e-12,
             "max_norm": INF,
             "skip_nonfinite": False,
@@ -421,6 +457,7 @@ class Problem:
             "step": self.step,
             "counters": self.counters,
             **self.buffers,
+            "master": self.buffers["backup"] if self.mastered else torch.empty(0, dtype=self.state_dtype),
         }
         if op == "ascend" and "keeping_g" not in variant:
             have["gradient"] = torch.empty(0, dtype=self.dtype)
@@ -428,7 +465,7 @@ class Problem:
             have["backup"] = torch.empty(0, dtype=self.dtype)
         if op in VALUES:
             have["values"] = table_of(op, VALUES[op])
-            if variant:
+            if "mixed" in variant or "scaled" in variant:
                 # Without a direction b is nobody's.
                 coefficients = torch.tensor([0.8, 0.4 if "mixed" in variant else NAN], **double)
                 have["coefficients"] = self.memory.place("coefficients", coefficients)
@@ -513,6 +550,23 @@ class Problem:
         return {name: [t.clone() for t in rows] for name, rows in self.rows().items()}
 
 
+@functools.cache
+def round_in_the_interpreter() -> None:
+    """Triton's interpreter cuts off what a bfloat16 has not the digits for; every device rounds to nearest."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fp_trunc(self: Any, source: Any, to: Any) -> Any:
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return self.cast_impl(source, to)
+        rounded = torch.from_numpy(source.data.copy()).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), to.scalar)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
 def call(op: str, backend: str, arguments: dict[str, Any]) -> None:
+    if backend == "triton" and DEVICE.type == "cpu":
+        round_in_the_interpreter()
     with sk.use_backend(backend):
         getattr(torch.ops.sharpkern, op_of(op)).default(**arguments)

@@ -126,6 +126,11 @@ def test_an_access_for_each_array() -> None:
     assert asked["sgd, along v"] == ((4, 2), (2, 1))
     assert asked["sgd, along a narrow v"] == ((4, 2), (1, 1))
     assert asked["sgd, no momentum_buffer"] == ((2, 1), (2, 1))
+    # Beside masters, which are float32 as state is.
+    assert asked["ascend, master"] == ((2, 1), (1, 0))
+    assert asked["sgd, master"] == ((3, 3), (2, 2))
+    assert asked["nudge_sgd, master"] == ((4, 3), (3, 2))
+    assert asked["restore, master"] == ((1, 1), (1, 0))
 
 
 # The Triton half.
@@ -189,9 +194,10 @@ def test_without_nvcc(capsys: pytest.CaptureFixture[str]) -> None:
 
 CUDA = """
 #include "../../csrc/math.h"
-template <class T, bool B> __global__ void norm_kernel(T* x) { float4* y = (float4*)x; y[1] = y[0]; }
-template __global__ void norm_kernel<float, true>(float*);
-template __global__ void norm_kernel<double, false>(double*);
+template <class T, bool B, class W> __global__ void norm_kernel(W* x) { float4* y = (float4*)x; y[1] = y[0]; }
+template __global__ void norm_kernel<float, true, float>(float*);
+template __global__ void norm_kernel<double, false, double>(double*);
+template __global__ void norm_kernel<double, true, float>(float*);
 __global__ void restore_kernel(float* x, const int* at) {
   float kept[64];
   for (int i = 0; i < 64; ++i) kept[i] = x[i * 32];
@@ -214,11 +220,12 @@ def test_cuda_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list(kernels.cuda_half(["sm_90"], ["norm", "norm_scaled", "restore"]))
     if not lines:
         pytest.skip("nvcc was not found")
-    good, scaled, bad = sorted(line for line in lines if isinstance(line, Row))
+    good, scaled, master, bad = sorted(line for line in lines if isinstance(line, Row))
     assert good[:4] == ("cuda", "norm<false>", "float64", "sm_90")
     assert good.broken() == []
     assert scaled[:4] == ("cuda", "norm<true>", "float32", "sm_90")
     assert scaled.broken() == ["cuda norm<true> float32 sm_90 has 1 loads of 16 bytes for 2 arrays"]
+    assert master[:4] == ("cuda", "norm<true>, master", "float64", "sm_90")
     assert [rule.split()[4] for rule in bad.broken()] == ["spills", "has", "loads", "stores"]
     new, empty = (line for line in lines if isinstance(line, str))
     assert new == "cuda new - sm_90 is not in the report: its arrays are not known"

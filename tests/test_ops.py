@@ -19,6 +19,7 @@ from cases import (
     FAST_BACKENDS,
     INF,
     LAYOUTS,
+    MASTERS,
     NAN,
     NORM_OPS,
     NUDGES,
@@ -54,6 +55,8 @@ SUMS = [*NORM_OPS, "norm_p", "dots", "nudge_dots"]
 # What goes over every element to change it.
 MOVES = [*ASCENTS, "restore", *RULES, "project"]
 MOVING_VARIANTS = [op for op in VARIANTS if op_of(op) in MOVES]
+MOVING_MASTERS = [op for op in MASTERS if op_of(op) in MOVES]
+SUMMED_MASTERS = [op for op in MASTERS if op not in MOVING_MASTERS]
 # Of gradients or of a flat buffer, and on top of one of them.
 COMBINES = ["combine", *(op for op in VARIANTS if op_of(op) == "combine")]
 # Those that skip a step, which need not be done.
@@ -105,6 +108,11 @@ class Want:
                     assert same_bits(got, expected), f"{where}: expected {expected}, got {got}"
 
 
+def dtype_of(op: str) -> torch.dtype:
+    """Of the parameters, where one dtype will do."""
+    return torch.bfloat16 if op in MASTERS else torch.float32
+
+
 def wide(t: Tensor) -> Tensor:
     return t.double()
 
@@ -116,7 +124,7 @@ def moves(spec: Spec, scaled: bool) -> bool:
 
 def squared_norm(problem: Problem, scaled: bool) -> float:
     total = 0.0
-    for spec, w, g in zip(problem.specs, problem.params, problem.grads, strict=True):
+    for spec, w, g in zip(problem.specs, problem.weights, problem.grads, strict=True):
         if moves(spec, scaled):
             t = wide(w).abs() + RADIUS[spec.group][1] if scaled and spec.scaled else 1.0
             total += (t * wide(g)).square().sum().item()
@@ -178,7 +186,7 @@ def products_along(problem: Problem, arguments: dict[str, Any]) -> list[tuple[fl
                 groups[min(spec.group, len(groups) - 1)],
                 {"momentum_buffer": wide(problem.slots_of["momentum_buffer"][i])},
             )
-            w, g, t = wide(problem.params[i]), wide(problem.grads[i]), int(problem.step[i]) + 1
+            w, g, t = wide(problem.weights[i]), wide(problem.grads[i]), int(problem.step[i]) + 1
             without, following = (sgd_buffer(v, w, x, dict(buffer), t) for x in (torch.zeros_like(g), g))
             parts.append((i, without, following - without))
     found = []
@@ -237,7 +245,7 @@ def expect_ascend(want: Want, arguments: dict[str, Any], scaled: bool) -> None:
         want.free.add("gradient")
     for i, spec in enumerate(want.problem.specs):
         if moves(spec, scaled):
-            w = want.before["params"][i]
+            w = want.before[want.problem.home][i]
             if arguments["backup"].numel():
                 want.exact["backup", i] = w
             if keeps and goes:
@@ -257,7 +265,7 @@ def expect_ascend_p(want: Want, arguments: dict[str, Any]) -> None:
     norm = m * arguments["powers"].sum().item() ** (1 / (y + 1)) + arguments["eps"]
     for i, spec in enumerate(want.problem.specs):
         if want.problem.has_grad(spec):
-            w = want.exact["backup", i] = want.before["params"][i]
+            w = want.exact["backup", i] = want.before[want.problem.home][i]
             if finite(arguments["sq"]) or not arguments["skip_nonfinite"]:
                 g = wide(want.before["grads"][i])
                 e = arguments["radius"][spec.group, 0] * g.sign() * ((g.abs() / norm) ** y if y else 1)
@@ -269,7 +277,7 @@ def expect_ascend_p(want: Want, arguments: dict[str, Any]) -> None:
 def expect_restore(want: Want) -> None:
     for i, spec in enumerate(want.problem.specs):
         if spec.backed:
-            want.exact["params", i] = want.before["backup"][i]
+            want.exact["params", i] = want.before["backup"][i].to(want.problem.dtype)
 
 
 def sgd_formula(v: dict[str, float], w: Tensor, g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
@@ -302,8 +310,9 @@ FORMULAS = {"sgd": sgd_formula, "adam": adam_formula}
 
 
 def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[dict[str, float]]) -> None:
-    nudged = op == "nudge_sgd"
-    if not nudged:
+    nudged, mastered = op == "nudge_sgd", want.problem.mastered
+    backed = mastered or not nudged
+    if backed:
         expect_restore(want)
     squared = arguments["sq"].sum(-1)[-1].item()
     clip = min(1.0, arguments["max_norm"] / (math.sqrt(squared) + 1e-6)) if arguments["max_norm"] < INF else 1.0
@@ -318,7 +327,7 @@ def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[di
         g = a * wide(want.before["grads"][i])
         if not nudged and arguments["direction"].numel():
             g = g + b * wide(want.before["direction"][i])
-        w = wide(want.before["backup" if spec.backed and not nudged else "params"][i])
+        w = wide(want.before["backup" if mastered or (backed and spec.backed) else "params"][i])
         state = {name: wide(want.before[name][i]) for name in cases.STATE[op]}
         old = dict(state)
         t = int(want.before["step"][i]) + 1
@@ -331,6 +340,8 @@ def expect_rule(want: Want, op: str, arguments: dict[str, Any], options: list[di
         else:
             new = FORMULAS[op](v, w, clip * g, state, t)
         want.close["params", i] = new
+        if mastered:
+            want.close["backup", i] = new
         for name, value in state.items():
             if value is not old[name]:
                 want.close[name, i] = value
@@ -404,6 +415,9 @@ def run_and_check(
     combined = expect_combine(want, arguments) if op == "combine" else None
     call(op, name, arguments)
     want.check()
+    for name_, i in want.close:
+        if name_ == "backup":  # a master that stepped: the parameter is what the half type has of it
+            assert same_bits(problem.params[i], problem.slots_of["backup"][i].to(problem.dtype))
     check_table(op, problem, arguments, before["table"])
     if "partials" in arguments:
         assert bits(arguments["partials"])[0] == 0  # the ticket is ready again
@@ -447,11 +461,14 @@ def layouts_of(ops: list[str], variants: list[str]) -> list[Any]:
     """(op, layout, dtype, backend). A variant shares the walk of its op. So do dtypes, in the interpreter."""
     chosen = []
     for op, layout, dtype, name in itertools.product([*ops, *variants], LAYOUTS, DTYPES, BACKENDS):
-        if "own_dtype" in op and dtype == schema.state_dtype(dtype):
+        if ("own_dtype" in op or "master" in op) and dtype == schema.state_dtype(dtype):
             continue
         if op in variants and layout not in ("unaligned", "odd"):
             continue
-        if name not in FAST_BACKENDS:
+        if name not in FAST_BACKENDS and "master" in op:
+            if dtype == torch.float16 and (layout == "unaligned" or op != "sgd-master"):
+                continue
+        elif name not in FAST_BACKENDS:
             if layout == "odd" and dtype == torch.float16 and op not in ("norm", "ascend", "sgd"):
                 continue
             if layout != "odd" and (dtype != torch.float32 or op in variants or layout not in ("unaligned", "tails")):
@@ -464,7 +481,8 @@ def layouts_of(ops: list[str], variants: list[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("op", "layout", "dtype", "name"), layouts_of([*MOVES, "combine"], [*MOVING_VARIANTS, *COMBINES[1:]])
+    ("op", "layout", "dtype", "name"),
+    layouts_of([*MOVES, "combine"], [*MOVING_VARIANTS, *COMBINES[1:], *MOVING_MASTERS]),
 )
 def test_moves(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     # Clipped by half: the norm of the last pass is 2.
@@ -472,7 +490,9 @@ def test_moves(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name, **given)
 
 
-@pytest.mark.parametrize(("op", "layout", "dtype", "name"), layouts_of(SUMS, [f"{op}-ema" for op in NORM_OPS]))
+@pytest.mark.parametrize(
+    ("op", "layout", "dtype", "name"), layouts_of(SUMS, [*(f"{op}-ema" for op in NORM_OPS), *SUMMED_MASTERS])
+)
 def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     run_and_check(op, Problem(LAYOUTS[layout], dtype, op), name)
 
@@ -482,7 +502,7 @@ def test_norms(op: str, layout: str, dtype: torch.dtype, name: str) -> None:
     ("op", "dtype"),
     [
         *((op, torch.float32) for op in [*MOVES, "sgd-mixed", *MOVING_VARIANTS[:3], *COMBINES]),
-        *((op, torch.bfloat16) for op in ("ascend", "restore", "sgd", "project")),
+        *((op, torch.bfloat16) for op in ("ascend", "restore", "sgd", "project", *MOVING_MASTERS)),
     ],
     ids=dtype_id,
 )
@@ -539,6 +559,7 @@ SMALL = [
         *((op, "everything", dtype) for op in RULES for dtype in (torch.float64, torch.bfloat16)),
         *((op, "everything", torch.float32) for op in VARIANTS if op_of(op) in RULES and "own_dtype" not in op),
         *((op, "everything", torch.bfloat16) for op in VARIANTS if op_of(op) in RULES and "own_dtype" in op),
+        *((op, "everything", torch.bfloat16) for op in MASTERS if op_of(op) in RULES),
     ],
     ids=dtype_id,
 )
@@ -1004,6 +1025,7 @@ NORMS = {"finite": FINITE, "first": IN_FIRST, "last": IN_LAST, "nan": NAN_LAST, 
         *((op, norms, torch.float32) for op in [*ASCENTS, *RULES] for norms in NORMS),
         *((op, "last", torch.float32) for op in MOVING_VARIANTS),
         *((op, "nan", torch.bfloat16) for op in [*ASCENTS, *RULES]),
+        *((op, "last", torch.bfloat16) for op in MOVING_MASTERS if op != "restore-master"),
     ],
     ids=dtype_id,
 )
@@ -1017,8 +1039,9 @@ def test_skip(op: str, norms: str, dtype: torch.dtype, name: str) -> None:
             g.fill_(NAN)
     before = problem.snapshot()
     run_and_check(op, problem, name, sq=torch.tensor(sq, dtype=torch.float64), skip_nonfinite=True)
+    gives_back = op_of(op) in MIXING or op == "nudge_sgd-master"
     moved = not all(
-        same_bits(p, old["backup" if op_of(op) in MIXING and spec.backed else "params"])
+        same_bits(p, old["backup" if gives_back and spec.backed else "params"].to(dtype))
         for p, spec, old in zip(
             problem.params,
             problem.specs,
@@ -1064,13 +1087,13 @@ def test_gradients_that_are_not_finite_reach_the_weights_unasked(op: str, name: 
 
 
 @pytest.mark.parametrize("name", [name for name in FAST_BACKENDS if name != "reference"])
-@pytest.mark.parametrize("op", [op for op in [*OPS, *VARIANTS] if op not in ("gather", "mix")])
+@pytest.mark.parametrize("op", [op for op in [*OPS, *VARIANTS, *MASTERS] if op not in ("gather", "mix")])
 def test_same_bits_on_any_number_of_threads(op: str, name: str) -> None:
     # Enough chunks for two threads to get their share: walk.h, kGrain.
     specs = [Spec((n,), offset=i % 2, group=i % 3) for i, n in enumerate((200001, 63, 33000, 16384, 70003, 5))]
     results = []
     for threads in (1, 2, 2):
-        problem = Problem(specs, torch.float32, op)
+        problem = Problem(specs, dtype_of(op), op)
         arguments = problem.arguments(op, name)
         torch.set_num_threads(threads)
         call(op, name, arguments)
@@ -1185,16 +1208,19 @@ def test_declared_mutations_are_the_true_ones(op: str, name: str) -> None:
     arguments_of = getattr(torch.ops.sharpkern, op).default._schema.arguments
     declared = {a.name for a in arguments_of if a.alias_info is not None and a.alias_info.is_write}
     changed = set()
-    for sq in (FINITE, IN_FIRST):
-        problem = Problem(SMALL, torch.float32)
+    forms = [(op, FINITE), (op, IN_FIRST), *((variant, FINITE) for variant in MASTERS if op_of(variant) == op)]
+    for form, sq in forms:
+        problem = Problem(SMALL, dtype_of(form), form if form != op else None)
         given: dict[str, Any] = {}
         if op in [*ASCENTS, *RULES]:
             given = {"sq": torch.tensor(sq, dtype=torch.float64), "skip_nonfinite": True}
-        if op == "ascend":
+        if op == "ascend" and form == op:
             given["gradient"] = problem.buffers["gradient"]
         if op == "adam":
             given["values"] = table_of(op, [ADAM_OPTIONS["amsgrad"] | {"beta2": 0.0}])  # the maximum surely moves
-        arguments = problem.arguments(f"{op}-ema" if op.startswith("norm") else op, name, **given)
+        if form == op and op.startswith("norm"):
+            form = f"{op}-ema"
+        arguments = problem.arguments(form, name, **given)
         values = {k: tensors(v) for k, v in arguments.items() if isinstance(v, (Tensor, list))}
         if name != "reference" and "params" in values:
             values["params"] = problem.params  # of which the table holds the addresses
@@ -1210,14 +1236,15 @@ def test_declared_mutations_are_the_true_ones(op: str, name: str) -> None:
 # And opcheck's test of tracing is for the reference: it runs an op twice, on clones of its arguments, and addresses
 # would lead to the same weights both times.
 @every_backend
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *MASTERS])
 def test_opcheck(op: str, name: str) -> None:
-    problem = Problem([Spec((65,)), Spec((3, 5), "transposed"), Spec((7,), grad=False)], torch.float32)
+    specs = [Spec((65,)), Spec((3, 5), "transposed"), Spec((7,), grad=False)]
+    problem = Problem(specs, dtype_of(op), op if op in MASTERS else None)
     utilities = ["test_schema", "test_faketensor"]
     if name == "reference":
         utilities += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     with sk.use_backend(name):
-        function = getattr(torch.ops.sharpkern, op).default
+        function = getattr(torch.ops.sharpkern, op_of(op)).default
         torch.library.opcheck(function, (), problem.arguments(op, name), test_utils=utilities)
 
 
@@ -1267,6 +1294,22 @@ BYTES = {
     "adam-scaled": (16, 12),
     "nudge_dots": (12 + 4 * DIRECTIONS, 0),
     "nudge_sgd": (12 + 4 * DIRECTIONS, 8),
+    # Of bfloat16 parameters: masters 4, weights and gradients 2.
+    "norm_scaled-master": (6, 0),
+    "ascend-master": (6, 2),
+    "ascend-master-keeping_g": (6, 4),
+    "ascend_scaled-master": (6, 2),
+    "ascend_p-master": (6, 2),
+    "ascend_p-master-sign": (6, 2),
+    "restore-master": (4, 2),
+    "sgd-master": (10, 10),
+    "sgd-master-mixed": (14, 10),
+    "sgd-master-mixed-own_dtype": (12, 10),
+    "adam-master": (14, 14),
+    "adam-master-mixed": (18, 14),
+    "adam-master-mixed-own_dtype": (16, 14),
+    "nudge_dots-master": (10 + 4 * DIRECTIONS, 0),
+    "nudge_sgd-master": (10 + 4 * DIRECTIONS, 10),
 }
 
 
@@ -1291,7 +1334,7 @@ def test_bytes_that_triton_kernels_move(op: str, monkeypatch: pytest.MonkeyPatch
     for kind in moved:
         monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", counted(kind))
     numel = 8 * schema.BLOCK + 2000
-    problem = Problem([Spec((numel,))], torch.float32, op)
+    problem = Problem([Spec((numel,))], dtype_of(op), op)
     given: dict[str, Any] = {}
     if op_of(op) in [*RULES, *NUDGES]:
         options = ADAM_OPTIONS["adam"] if op_of(op) == "adam" else SGD_OPTIONS["momentum"] | {"nudge": 0.5}
@@ -1304,7 +1347,7 @@ def test_bytes_that_triton_kernels_move(op: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_triton_kernel_is_counted() -> None:
-    assert set(BYTES) == {*schema.SCHEMAS, *VARIANTS} - {"gather", "mix"}
+    assert set(BYTES) == {*schema.SCHEMAS, *VARIANTS, *MASTERS} - {"gather", "mix"}
 
 
 # Backends.
@@ -1499,6 +1542,17 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "coefficients_dtype": ("adam-mixed", lambda a: {"coefficients": a["coefficients"].float()}, "coefficients should"),
     "coefficients_short": ("sgd-scaled", lambda a: {"coefficients": a["coefficients"][:1]}, "coefficients should be"),
     "coefficients_empty": ("sgd-mixed", lambda a: {"coefficients": a["coefficients"][:0]}, "coefficients should be"),
+    "norm_scaled_master_short": ("norm_scaled-master", lambda a: {"master": a["master"][:64]}, "master should be"),
+    "norm_scaled_master_dtype": ("norm_scaled-master", lambda a: {"master": a["master"].double()}, "master should be"),
+    "nudge_dots_master_dtype": ("nudge_dots-master", lambda a: {"master": a["master"].half()}, "master should be"),
+    "nudge_sgd_master_dtype": ("nudge_sgd-master", lambda a: {"master": a["master"].bfloat16()}, "master should be"),
+    "nudge_sgd_master_short": ("nudge_sgd-master", lambda a: {"master": a["master"][:64]}, "master should be"),
+    "master_of_float32": ("nudge_sgd", lambda a: {"master": a["momentum_buffer"]}, "master should be"),
+    "ascend_master_short": ("ascend-master", lambda a: {"backup": a["backup"][:64]}, "backup should be"),
+    "ascend_p_master_dtype": ("ascend_p-master", lambda a: {"backup": a["backup"].double()}, "backup should be"),
+    "restore_master_dtype": ("restore-master", lambda a: {"backup": a["backup"].half()}, "backup should be"),
+    "sgd_master_short": ("sgd-master", lambda a: {"backup": a["backup"][:64]}, "backup should be"),
+    "adam_master_dtype": ("adam-master-mixed", lambda a: {"backup": a["backup"].double()}, "backup should be"),
     "gather_table_rows": ("gather", lambda a: {"grads": a["grads"][:-1]}, "table should be .* row"),
     "gather_table_dtype": ("gather", lambda a: {"table": a["table"].double()}, "table should be int64"),
     "gather_layout_rows": ("gather", lambda a: {"layout": a["layout"][:-1].contiguous()}, "layout should be int64"),
@@ -1514,14 +1568,15 @@ NOT_ON_A_DEVICE = {
     "table_contiguous", "backup_short", "restore_backup_short", "descend_backup_empty", "descend_backup_short",
     "momentum_short", "momentum_empty", "exp_avg_short", "max_short", "max_empty", "kept_gradient_short",
     "dots_gradient_short", "project_g_v_short", "project_gradient_short", "sgd_direction_short",
-    "adam_direction_short", "combine_out_short", "combine_v_short", "combine_x_short",
+    "adam_direction_short", "combine_out_short", "combine_v_short", "combine_x_short", "norm_scaled_master_short",
+    "nudge_sgd_master_short", "ascend_master_short", "sgd_master_short",
 }  # fmt: skip
 
 # Triton's own words differ for the rest.
 SAID_BY_TRITON = [
     case
     for case, (op, *_) in WRONG.items()
-    if (op in VARIANTS or op in ("norm_p", "ascend_p", "dots", "project", "combine", "mix"))
+    if (op in [*VARIANTS, *MASTERS] or op in ("norm_p", "ascend_p", "dots", "project", "combine", "mix"))
     and case not in {*NOT_ON_A_DEVICE, "mix_constant", "mix_slope"}
 ]
 
@@ -1536,7 +1591,7 @@ def test_wrong_arguments_change_nothing(name: str, case: str) -> None:
     if case in NOT_ON_A_DEVICE and cases.DEVICE_KERNELS:
         pytest.skip("the table is on the device")
     op, change, message = WRONG[case]
-    problem = Problem([*SMALL[:4], Spec((4000,))], torch.float32, op)
+    problem = Problem([*SMALL[:4], Spec((4000,))], dtype_of(op), op)
     for skipping in {False, op in SKIPPING}:
         arguments = problem.arguments(op, name)
         if op_of(op) in VALUES:

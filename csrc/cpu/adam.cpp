@@ -2,15 +2,15 @@
 // d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 // Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8 more, a direction 4
-// more.
+// more. Of a half type with its master: reads that 4 and g 2, writes both, 6.
 #include "descend.h"
 
 namespace sharpkern::cpu {
 namespace {
 
-template <bool kMax, class T, class Gradient>
+template <bool kMax, class T, class W, class Gradient>
 SK_CLONES void update(
-    T* w, const T* from, Gradient g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
+    T* w, W* from, Gradient g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
     bool stream, AdamCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
@@ -39,8 +39,9 @@ void adam_step(
   const double* groups = values(group_values, rows, kAdamValues, "values");
   const Descent descent(
       rows, step, counters, backup, direction, coefficients, Norms(sq), max_norm, skip_nonfinite);
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     A* m = buffer<A>(exp_avg, state_dtype(dtype), rows.extent(), "exp_avg");
     A* v = buffer<A>(exp_avg_sq, state_dtype(dtype), rows.extent(), "exp_avg_sq");
@@ -52,9 +53,9 @@ void adam_step(
           "sharpkern: max_exp_avg_sq is empty");
     }
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
-    descent.run<T>(
+    descent.run<T, W>(
         dtype,
-        [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
+        [&](int64_t i, T* w, auto* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* x = groups + rows[i].group * kAdamValues;
           const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.scale);
           if (x[kAdamAmsgrad] != 0) {

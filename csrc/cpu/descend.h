@@ -30,7 +30,9 @@ struct Mixed {
 struct Descent {
   const Rows& rows;
   const Tensor& counters;
-  const Tensor* backup;     // null: every row steps in place
+  const Tensor* backup;     // empty: every row steps in place
+  const char* name;         // of that, in errors
+  const bool in_place;      // whether marks of backups count for nothing
   const Tensor* direction;  // null: none
   const Tensor& step;
   const double* coefficients;  // [a, b]; null: 1 and 0
@@ -44,6 +46,8 @@ struct Descent {
       : rows(rows),
         counters(counters),
         backup(&backup),
+        name("backup"),
+        in_place(false),
         direction(direction.numel() == 0 ? nullptr : &direction),
         step(step),
         coefficients(direction_coefficients(coefficients, direction)),
@@ -52,13 +56,15 @@ struct Descent {
             clip_factor(norms.last, max_norm) *
             (this->coefficients != nullptr && direction.numel() == 0 ? this->coefficients[0] : 1)) {}
 
-  // In place, along the clipped gradient.
+  // In place, or from the master, along the clipped gradient.
   Descent(
-      const Rows& rows, const Tensor& step, const Tensor& counters, const Norms& norms, double max_norm,
-      bool skip_nonfinite)
+      const Rows& rows, const Tensor& step, const Tensor& counters, const Tensor& master, const Norms& norms,
+      double max_norm, bool skip_nonfinite)
       : rows(rows),
         counters(counters),
-        backup(nullptr),
+        backup(&master),
+        name("master"),
+        in_place(true),
         direction(nullptr),
         step(step),
         coefficients(nullptr),
@@ -67,25 +73,26 @@ struct Descent {
 
   // update(row index, weights, from, gradient, slot, length, stream) for each piece that has a
   // gradient, which is Plain or Mixed; the backup goes back where there is none, or where the step is
-  // skipped. Afterwards counts(row index) says whose step counter advances.
-  template <class T, class Update, class Counts>
+  // skipped. `from` are constant weights, or a master, which is of W and not. Afterwards counts(row index)
+  // says whose step counter advances.
+  template <class T, class W, class Update, class Counts>
   void run(ScalarType dtype, Update&& update, Counts&& counts) const {
     using A = arithmetic_t<T>;
     if (direction == nullptr) {
-      run_plain<T>(dtype, update, counts);
+      run_plain<T, W>(dtype, update, counts);
     } else if (direction->scalar_type() == dtype) {
-      run_along<T>(dtype, mixed_with<T, T>(dtype), update, counts);
+      run_along<T, W>(dtype, mixed_with<T, T>(dtype), update, counts);
     } else if constexpr (!std::is_same_v<T, A>) {
-      run_along<T>(dtype, mixed_with<T, A>(state_dtype(dtype)), update, counts);
+      run_along<T, W>(dtype, mixed_with<T, A>(state_dtype(dtype)), update, counts);
     } else {
       mixed_with<T, T>(dtype);  // says what the dtype should be
     }
   }
 
   // Without a direction: the gradient is Plain.
-  template <class T, class Update, class Counts>
+  template <class T, class W, class Update, class Counts>
   void run_plain(ScalarType dtype, Update&& update, Counts&& counts) const {
-    run_along<T>(dtype, [](const T* g, int64_t) { return Plain<T>{g}; }, update, counts);
+    run_along<T, W>(dtype, [](const T* g, int64_t) { return Plain<T>{g}; }, update, counts);
   }
 
  private:
@@ -98,28 +105,34 @@ struct Descent {
                const T* g, int64_t slot) { return Mixed<T, V>{g, v + slot, a, b}; };
   }
 
-  template <class T, class Along, class Update, class Counts>
+  template <class T, class W, class Along, class Update, class Counts>
   void run_along(ScalarType dtype, Along&& along, Update&& update, Counts&& counts) const {
     float* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
     STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
     auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-    T* kept = backup != nullptr ? buffer<T>(*backup, dtype, rows.extent(), "backup") : nullptr;
+    W* kept = buffer<W>(*backup, weights_dtype(*backup, dtype), rows.extent(), name);
     for (const Row& row : rows) {
       STD_TORCH_CHECK(
-          backup == nullptr || row.backup == 0 || kept != nullptr || row.numel == 0,
-          "sharpkern: backup is empty");
+          in_place || row.backup == 0 || kept != nullptr || row.numel == 0, "sharpkern: backup is empty");
     }
     const bool around = stream<T>(rows);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
       T* w = at<T>(row.param, offset);
-      const T* from = row.backup != 0 && kept != nullptr ? kept + slot : w;
-      if (row.grad != 0 && !skip) {
+      const bool backed = row.backup != 0 && kept != nullptr;
+      if (row.grad == 0 || skip) {
+        if (backed) {
+          put_back(w, kept + slot, n);
+        }
+        return;
+      }
+      const auto g = along(at<T>(row.grad, offset), slot);
+      if constexpr (kIsMaster<T, W>) {
+        update(i, w, kept + slot, g, slot, n, around && streamable(w));
+      } else {
         // Weights that are read where they are written come through the cache anyway.
-        const bool stream = around && from != w && streamable(w);
-        update(i, w, from, along(at<T>(row.grad, offset), slot), slot, n, stream);
-      } else if (from != w) {
-        std::copy(from, from + n, w);
+        const T* from = backed ? kept + slot : w;
+        update(i, w, from, g, slot, n, around && from != w && streamable(w));
       }
     });
     if (skip) {
@@ -136,10 +149,18 @@ struct Descent {
   }
 };
 
-// w[j] = f(j, from[j], g[j]) with the result widened and rounded; w streamed when asked.
-template <class T, class Gradient, class F>
-SK_INLINE void update_elements(T* w, const T* from, Gradient g, int64_t n, bool stream, F&& f) {
+// w[j] = f(j, from[j], g[j]) with the result widened and rounded; w streamed when asked. A master takes the
+// result as it is.
+template <class T, class W, class Gradient, class F>
+SK_INLINE void update_elements(T* w, W* from, Gradient g, int64_t n, bool stream, F&& step) {
   using A = arithmetic_t<T>;
+  const auto f = [&](int64_t j, A x, A d) __attribute__((always_inline)) {
+    const A next = step(j, x, d);
+    if constexpr (!std::is_const_v<W>) {
+      from[j] = next;
+    }
+    return next;
+  };
   int64_t i = 0;
   if (stream) {
     for (; i + kBurst <= n; i += kBurst) {

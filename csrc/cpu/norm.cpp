@@ -6,8 +6,8 @@
 namespace sharpkern::cpu {
 namespace {
 
-template <class T, bool kScaled>
-SK_INLINE arithmetic_t<T> squared(T w, T g, arithmetic_t<T> eta) {
+template <class T, class W, bool kScaled>
+SK_INLINE arithmetic_t<T> squared(W w, T g, arithmetic_t<T> eta) {
   using A = arithmetic_t<T>;
   A a = static_cast<A>(g);
   if constexpr (kScaled) {
@@ -16,19 +16,24 @@ SK_INLINE arithmetic_t<T> squared(T w, T g, arithmetic_t<T> eta) {
   return a * a;
 }
 
-template <class T, bool kScaled>
-SK_CLONES void add_squares(Sums<T>& sums, const T* w, const T* g, int64_t n, arithmetic_t<T> eta) {
+template <class T, class W, bool kScaled>
+SK_CLONES void add_squares(Sums<T>& sums, const W* w, const T* g, int64_t n, arithmetic_t<T> eta) {
   for_sums(0, n, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-    sums[j] += squared<T, kScaled>(kScaled ? w[i] : g[i], g[i], eta);
+    sums[j] += squared<T, W, kScaled>(kScaled ? w[i] : W(0), g[i], eta);
   });
 }
 
-double squared_norm(const Rows& rows, const Tensor& partials, const double* radius, ScalarType dtype) {
+// radius: null where T = 1.
+double squared_norm(
+    const Rows& rows, const Tensor& partials, const Tensor* master, const double* radius, ScalarType dtype) {
   const Reduction<1> reduction(rows, partials);
   double total = 0;
-  visit(dtype, [&](auto tag) {
+  const ScalarType of_weights = master != nullptr ? weights_dtype(*master, dtype) : dtype;
+  visit_weights(dtype, of_weights, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t, int64_t n) {
+    using W = typename decltype(wide)::type;
+    const W* weights = kIsMaster<T, W> ? buffer<W>(*master, of_weights, rows.extent(), "master") : nullptr;
+    const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
       const bool scaled = radius != nullptr;
       if (row.grad == 0 || (scaled && row.scale == kLeftOut)) {
@@ -36,9 +41,10 @@ double squared_norm(const Rows& rows, const Tensor& partials, const double* radi
       }
       const T* g = at<T>(row.grad, offset);
       if (scaled && row.scale == kMagnitude) {
-        add_squares<T, true>(*sums, at<T>(row.param, offset), g, n, radius[2 * row.group + 1]);
+        const W* w = kIsMaster<T, W> ? weights + slot : at<W>(row.param, offset);
+        add_squares<T, W, true>(*sums, w, g, n, radius[2 * row.group + 1]);
       } else {
-        add_squares<T, false>(*sums, nullptr, g, n, 0);
+        add_squares<T, W, false>(*sums, nullptr, g, n, 0);
       }
     };
     total = reduction.template run<T>(add)[0];
@@ -52,17 +58,18 @@ void norm(
   check_no_lists(grads);
   const Rows rows(table);
   const NormOutput output(sq, ema, index, decay, coefficient);
-  output.write(squared_norm(rows, partials, nullptr, dtype));
+  output.write(squared_norm(rows, partials, nullptr, nullptr, dtype));
 }
 
 void norm_scaled(
-    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensors grads, Tensor table, Tensor,
-    Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
+    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensor master, Tensors grads, Tensor table,
+    Tensor, Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
   check_no_lists(params, grads);
   const Rows rows(table);
   const double* groups = values(radius, rows, 2, "radius");
+  check_master(master, dtype);
   const NormOutput output(sq, ema, index, decay, coefficient);
-  output.write(squared_norm(rows, partials, groups, dtype));
+  output.write(squared_norm(rows, partials, &master, groups, dtype));
 }
 
 }  // namespace

@@ -22,9 +22,9 @@ SK_INLINE void for_bursts(int64_t n, F&& f) {
   }
 }
 
-template <bool kMomentumBuffer, class T>
+template <bool kMomentumBuffer, class T, class W>
 SK_CLONES void add_products(
-    Sums<T>* sums, const T* w, const T* g, const arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
+    Sums<T>* sums, const W* w, const T* g, const arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
     int64_t slot, int64_t n, SgdCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   for_bursts(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
@@ -50,9 +50,9 @@ SK_CLONES void add_products(
   });
 }
 
-template <bool kMomentumBuffer, class T>
+template <bool kMomentumBuffer, class T, class W>
 SK_CLONES void update(
-    T* w, const T* g, arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
+    T* w, W* from, const T* g, arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
     const arithmetic_t<T>* factors, int64_t slot, int64_t n, SgdCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   for_bursts(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
@@ -67,8 +67,11 @@ SK_CLONES void update(
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) {
       A b = kMomentumBuffer ? buf[i + j] : A(0);
-      w[i + j] =
-          static_cast<T>(nudge_sgd(static_cast<A>(w[i + j]), static_cast<A>(g[i + j]), b, correction[j], c));
+      const A next = nudge_sgd(static_cast<A>(from[i + j]), static_cast<A>(g[i + j]), b, correction[j], c);
+      if constexpr (!std::is_const_v<W>) {
+        from[i + j] = next;  // a master
+      }
+      w[i + j] = static_cast<T>(next);
       if constexpr (kMomentumBuffer) {
         buf[i + j] = b;
       }
@@ -89,17 +92,21 @@ A* buffer_of_momentum(const Rows& rows, const double* groups, const Tensor& mome
 }
 
 void nudge_dots(
-    Tensor sq, Tensor along, Tensor partials, Tensors params, Tensors grads, Tensor momentum_buffer,
-    Tensor step, Tensor eigenvectors, Tensor table, Tensor, Tensor group_values, ScalarType dtype) {
+    Tensor sq, Tensor along, Tensor partials, Tensors params, Tensor master, Tensors grads,
+    Tensor momentum_buffer, Tensor step, Tensor eigenvectors, Tensor table, Tensor, Tensor group_values,
+    ScalarType dtype) {
   check_no_lists(params, grads);
   const Rows rows(table);
   const double* groups = values(group_values, rows, kNudgeValues, "values");
   double* squared = element(sq);
   const auto* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
   STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
-  visit(dtype, [&](auto tag) {
+  check_master(master, dtype);
+  visit_weights(dtype, weights_dtype(master, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
+    const W* weights = buffer<W>(master, weights_dtype(master, dtype), rows.extent(), "master");
     const Directions<A> directions(eigenvectors, state_dtype(dtype), rows.extent());
     check_along(along, directions.count);
     const Reduction<1 + 2 * kMostDirections> reduction(rows, partials, 1 + 2 * directions.count);
@@ -111,12 +118,12 @@ void nudge_dots(
       }
       const double* v = groups + row.group * kNudgeValues;
       const auto c = nudge_coefficients<A>(v, steps[i] == 0, 1);
-      const T* w = at<T>(row.param, offset);
+      const W* w = kIsMaster<T, W> ? weights + slot : at<W>(row.param, offset);
       const T* g = at<T>(row.grad, offset);
       if (v[kSgdMomentum] != 0) {
-        add_products<true>(sums, w, g, buf + slot, directions, slot, n, c);
+        add_products<true, T>(sums, w, g, buf + slot, directions, slot, n, c);
       } else {
-        add_products<false>(sums, w, g, buf, directions, slot, n, c);
+        add_products<false, T>(sums, w, g, buf, directions, slot, n, c);
       }
     };
     const auto totals = reduction.template run<T>(add);
@@ -129,16 +136,18 @@ void nudge_dots(
 }
 
 void nudge_sgd(
-    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor eigenvectors,
-    Tensor table, Tensor, Tensor group_values, Tensor sq, Tensor along, double max_norm, bool skip_nonfinite,
-    ScalarType dtype) {
+    Tensors params, Tensor master, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads,
+    Tensor eigenvectors, Tensor table, Tensor, Tensor group_values, Tensor sq, Tensor along, double max_norm,
+    bool skip_nonfinite, ScalarType dtype) {
   check_no_lists(params, grads);
   const Rows rows(table);
   const double* groups = values(group_values, rows, kNudgeValues, "values");
-  const Descent descent(rows, step, counters, Norms(sq), max_norm, skip_nonfinite);
+  check_master(master, dtype);
+  const Descent descent(rows, step, counters, master, Norms(sq), max_norm, skip_nonfinite);
   const auto momentum = [&](int64_t i) { return groups[rows[i].group * kNudgeValues + kSgdMomentum]; };
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(master, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     const Directions<A> directions(eigenvectors, state_dtype(dtype), rows.extent());
     const double* sums = matrix(along, 2 * directions.count, "along");
@@ -148,9 +157,9 @@ void nudge_sgd(
     for (int64_t k = 0; k < directions.count; ++k) {
       products[k] = product_along(sums, along.size(1), k, descent.scale);
     }
-    descent.run_plain<T>(
+    descent.run_plain<T, W>(
         dtype,
-        [&](int64_t i, T* w, const T*, Plain<T> g, int64_t slot, int64_t n, bool) {
+        [&](int64_t i, T* w, auto* from, Plain<T> g, int64_t slot, int64_t n, bool) {
           const double* v = groups + rows[i].group * kNudgeValues;
           const auto c = nudge_coefficients<A>(v, steps[i] == 0, descent.scale);
           A factors[kMostDirections];
@@ -158,9 +167,9 @@ void nudge_sgd(
             factors[k] = static_cast<A>((v[kNudge] - 1) * products[k]);
           }
           if (v[kSgdMomentum] != 0) {
-            update<true>(w, g.g, buf + slot, directions, factors, slot, n, c);
+            update<true>(w, from, g.g, buf + slot, directions, factors, slot, n, c);
           } else {
-            update<false>(w, g.g, buf, directions, factors, slot, n, c);
+            update<false>(w, from, g.g, buf, directions, factors, slot, n, c);
           }
         },
         [&](int64_t i) { return momentum(i) != 0; });

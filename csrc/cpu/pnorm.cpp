@@ -1,7 +1,8 @@
 // The ball of a p-norm, q = p / (p - 1): the largest magnitude m beside the squared norm (norm_max), then
 // sq = sum (|g| / m)^q  (norm_p), then  backup = w;  w += s sign(g) (|g| / m)^(q - 1)  (ascend_p) with
 // s = rho (m / (||g||_q + eps))^(q - 1),  ||g||_q = m sq^(1/q).
-// Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4.
+// Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4; of a
+// half type with its master it reads that 4 and g 2, and writes w 2.
 #include "../pnorm.h"
 #include "reduce.h"
 
@@ -28,19 +29,23 @@ SK_CLONES void add_powers(
   });
 }
 
-template <class T, bool kSign>
+template <class T, class W, bool kSign>
 SK_CLONES void move(
-    T* w, T* backup, const T* g, int64_t n, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y,
+    T* w, W* backup, const T* g, int64_t n, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y,
     bool stream) {
   using A = arithmetic_t<T>;
   // Of half types in three loops: in one, with a power between two conversions, none would be vectorised.
-  const auto burst = [&](int64_t i, int64_t count, T* kept) __attribute__((always_inline)) {
+  const auto burst = [&](int64_t i, int64_t count, T* next, W* kept) __attribute__((always_inline)) {
     alignas(64) A x[kBurst];
     alignas(64) A d[kBurst];
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      kept[j] = w[i + j];
-      x[j] = static_cast<A>(w[i + j]);
+      if constexpr (kIsMaster<T, W>) {
+        x[j] = backup[i + j];
+      } else {
+        kept[j] = w[i + j];
+        x[j] = static_cast<A>(w[i + j]);
+      }
       d[j] = static_cast<A>(g[i + j]);
     }
 #pragma omp simd
@@ -49,23 +54,29 @@ SK_CLONES void move(
     }
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      w[i + j] = static_cast<T>(x[j]);
+      next[j] = static_cast<T>(x[j]);
     }
   };
   int64_t i = 0;
   for (; i + kBurst <= n; i += kBurst) {
     if (stream) {
-      alignas(64) T kept[kBurst];
-      burst(i, kBurst, kept);
-      stream_burst(backup + i, kept);
+      if constexpr (kIsMaster<T, W>) {
+        alignas(64) T next[kBurst];
+        burst(i, kBurst, next, nullptr);
+        stream_burst(w + i, next);
+      } else {
+        alignas(64) T kept[kBurst];
+        burst(i, kBurst, w + i, kept);
+        stream_burst(backup + i, kept);
+      }
     } else {
-      burst(i, kBurst, backup + i);
+      burst(i, kBurst, w + i, backup + i);
     }
   }
   if (stream) {
     stream_end();
   }
-  burst(i, n - i, backup + i);
+  burst(i, n - i, w + i, backup + i);
 }
 
 void norm_max(
@@ -120,10 +131,11 @@ void ascend_p(
   const bool skip = skip_nonfinite && !Norms(sq).finite;
   const DualNorm norm(largest, powers, exponent, eps);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
-    T* kept = buffer<T>(backup, dtype, rows.extent(), "backup");
+    W* kept = buffer<W>(backup, weights_dtype(backup, dtype), rows.extent(), "backup");
     STD_TORCH_CHECK(kept != nullptr || rows.extent() == 0, "sharpkern: backup is empty");
     const Peak<A> peak(norm.largest());
     const double scale = norm.scale();
@@ -134,15 +146,17 @@ void ascend_p(
         return;
       }
       T* w = at<T>(row.param, offset);
-      T* to = kept + slot;
+      W* to = kept + slot;
       if (skip) {
-        std::copy(w, w + n, to);
+        if constexpr (!kIsMaster<T, W>) {
+          std::copy(w, w + n, to);
+        }
         return;
       }
-      const auto move_all = exponent == 0 ? move<T, true> : move<T, false>;
+      const auto move_all = exponent == 0 ? move<T, W, true> : move<T, W, false>;
       move_all(
           w, to, at<T>(row.grad, offset), n, static_cast<A>(groups[2 * row.group] * scale), peak,
-          static_cast<A>(exponent), around && streamable(to));
+          static_cast<A>(exponent), around && (kIsMaster<T, W> ? streamable(w) : streamable(to)));
     });
   });
   auto* marks = static_cast<Row*>(table.mutable_data_ptr());

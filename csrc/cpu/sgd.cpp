@@ -1,15 +1,15 @@
 // SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;
 // buf = momentum buf + (1 - dampening) d;  w -= lr (nesterov ? d + momentum buf : buf).
 // Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; with a direction v
-// 4 more.
+// 4 more. Of a half type with its master: reads that 4 and g 2, writes both, 6.
 #include "descend.h"
 
 namespace sharpkern::cpu {
 namespace {
 
-template <bool kMomentumBuffer, class T, class Gradient>
+template <bool kMomentumBuffer, class T, class W, class Gradient>
 SK_CLONES void update(
-    T* w, const T* from, Gradient g, arithmetic_t<T>* buf, int64_t n, bool stream,
+    T* w, W* from, Gradient g, arithmetic_t<T>* buf, int64_t n, bool stream,
     SgdCoefficients<arithmetic_t<T>> c) {
   using A = arithmetic_t<T>;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
@@ -34,8 +34,9 @@ void sgd(
   const Descent descent(
       rows, step, counters, backup, direction, coefficients, Norms(sq), max_norm, skip_nonfinite);
   const auto momentum = [&](int64_t i) { return groups[rows[i].group * kSgdValues + kSgdMomentum]; };
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     A* buf = buffer<A>(momentum_buffer, state_dtype(dtype), rows.extent(), "momentum_buffer");
     for (int64_t i = 0; i < rows.size(); ++i) {
@@ -43,9 +44,9 @@ void sgd(
           buf != nullptr || momentum(i) == 0 || rows[i].numel == 0, "sharpkern: momentum_buffer is empty");
     }
     const auto* steps = static_cast<const float*>(step.const_data_ptr());
-    descent.run<T>(
+    descent.run<T, W>(
         dtype,
-        [&](int64_t i, T* w, const T* from, auto g, int64_t slot, int64_t n, bool stream) {
+        [&](int64_t i, T* w, auto* from, auto g, int64_t slot, int64_t n, bool stream) {
           const double* v = groups + rows[i].group * kSgdValues;
           const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.scale);
           if (v[kSgdMomentum] != 0) {

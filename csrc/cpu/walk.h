@@ -87,6 +87,19 @@ void walk_parallel(const Rows& rows, F&& f) {
       0, chunks, 2, [&](int64_t first, int64_t last) { walk(rows, first * kChunk, last * kChunk, f); });
 }
 
+// w = the weights that a backup has.
+template <class T, class W>
+SK_CLONES void put_back(T* w, const W* backup, int64_t n) {
+  if constexpr (std::is_same_v<T, W>) {
+    std::copy(backup, backup + n, w);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      w[i] = static_cast<T>(backup[i]);
+    }
+  }
+}
+
 template <class T>
 T* at(int64_t address, int64_t offset) {
   return reinterpret_cast<T*>(address) + offset;

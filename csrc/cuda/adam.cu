@@ -2,6 +2,7 @@
 // d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  v = beta2 v + (1 - beta2) d^2;
 // w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 // Bytes a parameter, fp32: reads w 4, g 4, m 4, v 4, writes w 4, m 4, v 4; amsgrad 8, a direction 4 more.
+// Of a half type with its master: reads that 4 and g 2, writes both, 6.
 #include "descend.cuh"
 
 namespace sharpkern::cuda {
@@ -24,9 +25,9 @@ struct Adam {
   bool amsgrad;
 };
 
-template <bool kAmsgrad, class V, class T, class A>
+template <bool kAmsgrad, class V, class T, class W, class A>
 __device__ __forceinline__ void update(
-    const Rule<T>& rule, const Descending<T, Adam<A>>& work, const State<A>& state, int64_t n) {
+    const Rule<T, W>& rule, const Descending<T, W, Adam<A>>& work, const State<A>& state, int64_t n) {
   elements<T, 1>(n, work.aligned, [&](auto tile, int64_t i) {
     const int64_t slot = work.slot + i;
     auto w = tile.load(work.from, i);
@@ -38,7 +39,7 @@ __device__ __forceinline__ void update(
       largest = tile.load(state.vmax, slot);
     }
     tile.each([&](int u, int v) {
-      w.pack[u].x[v] = static_cast<T>(adam<kAmsgrad>(
+      w.pack[u].x[v] = static_cast<W>(adam<kAmsgrad>(
           static_cast<A>(w.pack[u].x[v]), g(u, v), first.pack[u].x[v], second.pack[u].x[v],
           largest.pack[u].x[v], work.c.coefficients));
     });
@@ -47,13 +48,13 @@ __device__ __forceinline__ void update(
     if constexpr (kAmsgrad) {
       tile.store(state.vmax, slot, largest);
     }
-    tile.store(work.w, i, w);
+    store_weights(tile, work, i, w);
   });
 }
 
-template <class T, class V>
+template <class T, class V, class W>
 SK_KERNEL(kAdamResident<T>)
-adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
+adam_kernel(Rule<T, W> rule, State<arithmetic_t<T>> state) {
   using A = arithmetic_t<T>;
   descend<Adam<A>, kAdamValues, V>(
       rule,
@@ -66,7 +67,7 @@ adam_kernel(Rule<T> rule, State<arithmetic_t<T>> state) {
         return are_aligned(state.m + slot, state.v + slot) &&
                (state.vmax == nullptr || are_aligned(state.vmax + slot));
       },
-      [&](const Descending<T, Adam<A>>& work, int64_t n) {
+      [&](const Descending<T, W, Adam<A>>& work, int64_t n) {
         if (work.c.amsgrad) {
           update<true, V>(rule, work, state, n);
         } else {
@@ -87,8 +88,9 @@ void adam_step(
        {&max_exp_avg_sq, "max_exp_avg_sq"},
        {&group_values, "values"}});
   const double* groups = values(group_values, call, kAdamValues, "values");
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     State<A> state;
     state.m = buffer<A>(exp_avg, state_dtype(dtype), 0, "exp_avg");
@@ -96,10 +98,10 @@ void adam_step(
     state.vmax = buffer<A>(max_exp_avg_sq, state_dtype(dtype), 0, "max_exp_avg_sq");
     STD_TORCH_CHECK(
         (state.m != nullptr && state.v != nullptr) || !call.has_blocks(), "sharpkern: exp_avg is empty");
-    const auto rule = make_rule<T>(
+    const auto rule = make_rule<T, W>(
         call, step, counters, backup, direction, groups, sq, coefficients, max_norm, skip_nonfinite, dtype);
     const auto kernel = for_direction<T>(
-        direction, dtype, [](auto v) { return &adam_kernel<T, typename decltype(v)::type>; });
+        direction, dtype, [](auto v) { return &adam_kernel<T, typename decltype(v)::type, W>; });
     call.launch<kAdamResident<T>>("adam", kernel, kAnyGrid, rule, state);
   });
 }

@@ -1,16 +1,17 @@
 // Perturbation with backup:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
 // s = rho / (norm + eps), rho signed by maximize; and the table's mark of every row that was kept.
 // Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4; 4 more where ascend keeps g, 4 less
-// where it has no backup.
+// where it has no backup. Of a half type with its master: reads that 4 and g 2, writes w 2.
 #include "launch.h"
 
 namespace sharpkern::cuda {
 namespace {
 
-template <class T>
+// W: of the weights, wide where they are a master's.
+template <class T, class W>
 struct Ascent {
   T* w;
-  T* kept;
+  W* kept;  // or the master, which is not written
   T* kept_g;
   const T* g;  // null: nothing to do
   arithmetic_t<T> s;
@@ -20,11 +21,12 @@ struct Ascent {
   bool aligned;
 };
 
-template <class T, bool kScaled, bool kKeepW, bool kKeepG>
-__device__ __forceinline__ void move(const Ascent<T>& work, int64_t n) {
+template <bool kScaled, bool kKeepW, bool kKeepG, class T, class W>
+__device__ __forceinline__ void move(const Ascent<T, W>& work, int64_t n) {
   using A = arithmetic_t<T>;
-  elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
-    auto w = tile.load(work.w, i);
+  constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
+  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+    auto w = load_weights(tile, work.w, work.kept, i);
     const auto g = tile.load(work.g, i);
     if constexpr (kKeepW) {
       tile.store(work.kept, i, w);
@@ -36,22 +38,23 @@ __device__ __forceinline__ void move(const Ascent<T>& work, int64_t n) {
       const A x = static_cast<A>(w.pack[u].x[v]);
       const A d = static_cast<A>(g.pack[u].x[v]);
       if constexpr (kScaled) {
-        w.pack[u].x[v] = static_cast<T>(sharpkern::ascend_scaled(x, d, work.s, work.eta));
+        w.pack[u].x[v] = static_cast<W>(sharpkern::ascend_scaled(x, d, work.s, work.eta));
       } else {
-        w.pack[u].x[v] = static_cast<T>(sharpkern::ascend(x, d, work.s));
+        w.pack[u].x[v] = static_cast<W>(sharpkern::ascend(x, d, work.s));
       }
     });
-    tile.store(work.w, i, w);
+    tile.store(work.w, i, rounded<T>(w));
   });
 }
 
-// kKeepW: in the backup, or else w moves in place; kKeepG: in `gradient`.
-template <class T, bool kScaled, bool kKeepW, bool kKeepG>
+// kKeepW: in the backup, or else w moves in place; kKeepG: in `gradient`. A backup that is a master has w.
+template <class T, bool kScaled, bool kKeepW, bool kKeepG, class W>
 SK_KERNEL(kResident)
 ascend_kernel(
-    Segments segments, T* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
+    Segments segments, W* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
     double eps, bool skip_nonfinite) {
   using A = arithmetic_t<T>;
+  constexpr bool kKeeps = kKeepW && !kIsMaster<T, W>;
   double norm = 0;
   bool skip = false;
   if (threadIdx.x == 0) {
@@ -63,11 +66,11 @@ ascend_kernel(
       counters[1] += 1;
     }
   }
-  walk<Ascent<T>>(
+  walk<Ascent<T, W>>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
-        Ascent<T> work = {};
+        Ascent<T, W> work = {};
         const bool moves = row.grad != 0 && !(kScaled && row.scale == kLeftOut);
         if (kKeepW && stretch.starts_row()) {
           segments.cell(stretch.index, kBackup) = moves;
@@ -85,19 +88,19 @@ ascend_kernel(
         }
         return work;
       },
-      [](const Ascent<T>& work, int64_t n) {
+      [](const Ascent<T, W>& work, int64_t n) {
         if (work.g == nullptr) {
           return;
         }
         if (work.skip) {
           // 0 * inf is NaN: a skipped perturbation must not touch the gradient.
-          if constexpr (kKeepW) {
-            copy<T>(work.kept, work.w, n, work.aligned);
+          if constexpr (kKeeps) {
+            copy(work.kept, work.w, n, work.aligned);
           }
         } else if (kScaled && work.scaled) {
-          move<T, kScaled, kKeepW, kKeepG>(work, n);
+          move<kScaled, kKeeps, kKeepG>(work, n);
         } else {
-          move<T, false, kKeepW, kKeepG>(work, n);
+          move<false, kKeeps, kKeepG>(work, n);
         }
       });
 }
@@ -113,18 +116,22 @@ void run(
   const double* groups = values(radius, call, 2, "radius");
   const Squares squares(sq);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    T* kept = buffer<T>(backup, dtype, 0, "backup");
+    using W = typename decltype(wide)::type;
+    W* kept = buffer<W>(backup, weights_dtype(backup, dtype), 0, "backup");
     STD_TORCH_CHECK(!kScaled || kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
     T* kept_g = gradient != nullptr ? buffer<T>(*gradient, dtype, 0, "gradient") : nullptr;
-    auto* kernel = ascend_kernel<T, kScaled, true, false>;
+    auto* kernel = ascend_kernel<T, kScaled, true, false, W>;
     if constexpr (!kScaled) {
-      if (kept == nullptr) {
-        kernel =
-            kept_g != nullptr ? ascend_kernel<T, false, false, true> : ascend_kernel<T, false, false, false>;
-      } else if (kept_g != nullptr) {
-        kernel = ascend_kernel<T, false, true, true>;
+      if (kept_g != nullptr) {
+        kernel = ascend_kernel<T, false, true, true, W>;
+      }
+      if constexpr (!kIsMaster<T, W>) {
+        if (kept == nullptr) {
+          kernel = kept_g != nullptr ? ascend_kernel<T, false, false, true, W>
+                                     : ascend_kernel<T, false, false, false, W>;
+        }
       }
     }
     call.launch(

@@ -6,11 +6,12 @@
 
 namespace sharpkern::cuda {
 
-// The arguments that every rule takes after its own state, as its kernel gets them.
-template <class T>
+// The arguments that every rule takes after its own state, as its kernel gets them. W: of the weights, wide
+// where a master has them.
+template <class T, class W>
 struct Rule {
   Segments segments;
-  const T* backup;  // null: every row steps in place
+  W* backup;  // null: every row steps in place
   float* step;
   int64_t* counters;  // null: not counted
   const double* groups;
@@ -21,12 +22,12 @@ struct Rule {
   const void* direction;       // v, of a dtype that the kernel's template names; null: none
 };
 
-// A stretch and the coefficients of its rule. Without a gradient, or in a skipped step, g is null; from == w
-// then means that there is nothing to do.
-template <class T, class C>
+// A stretch and the coefficients of its rule. Without a gradient, or in a skipped step, g is null; where from
+// is null then, too, there is nothing to do.
+template <class T, class W, class C>
 struct Descending {
   T* w;
-  const T* from;
+  W* from;  // the backup, or w; or the master, which is written, too
   const T* g;
   int64_t slot;  // of its first element
   C c;
@@ -37,9 +38,9 @@ struct Descending {
 
 // (u, v) -> the gradient that a tile's elements step along, in the arithmetic type. V: the dtype of the
 // direction, void where there is none.
-template <class V, class Tile, class T, class C>
+template <class V, class Tile, class T, class W, class C>
 __device__ __forceinline__ auto gradient(
-    Tile tile, const Rule<T>& rule, const Descending<T, C>& work, int64_t i) {
+    Tile tile, const Rule<T, W>& rule, const Descending<T, W, C>& work, int64_t i) {
   using A = arithmetic_t<T>;
   const auto g = tile.load(work.g, i);
   if constexpr (std::is_void_v<V>) {
@@ -52,6 +53,16 @@ __device__ __forceinline__ auto gradient(
   }
 }
 
+// New weights of a tile: rounded into the parameter, as they are into a master.
+template <class Tile, class T, class W, class C, class P>
+__device__ __forceinline__ void store_weights(
+    Tile tile, const Descending<T, W, C>& work, int64_t i, const P& weights) {
+  if constexpr (kIsMaster<T, W>) {
+    tile.store(work.from, i, weights);
+  }
+  tile.store(work.w, i, rounded<T>(weights));
+}
+
 // The row's step counter advances by one launch, however many CTAs share the row: each sees the count from
 // before, and the last one to have seen it writes.
 struct Count {
@@ -61,8 +72,8 @@ struct Count {
   float before;
 };
 
-template <class T>
-__device__ __forceinline__ void count_step(const Rule<T>& rule, const Count& count) {
+template <class T, class W>
+__device__ __forceinline__ void count_step(const Rule<T, W>& rule, const Count& count) {
   if (count.blocks != count.of) {
     __threadfence();  // the count is read, and only then is this CTA through with it
     auto* ticket = reinterpret_cast<unsigned long long*>(&rule.segments.cell(count.row, kTicket));
@@ -79,9 +90,11 @@ __device__ __forceinline__ void count_step(const Rule<T>& rule, const Count& cou
 // coefficients(group's values, step count before, factor of the gradient), counts(group's values): by one
 // thread. aligned(slot): whether the rule's own buffers are. update(work, elements): by all of them.
 template <
-    class C, int64_t kValues, class V, class T, class Coefficients, class Counts, class Aligned, class Update>
+    class C, int64_t kValues, class V, class T, class W, class Coefficients, class Counts, class Aligned,
+    class Update>
 __device__ __forceinline__ void descend(
-    const Rule<T>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned, Update&& update) {
+    const Rule<T, W>& rule, Coefficients&& coefficients, Counts&& counts, Aligned&& aligned,
+    Update&& update) {
   using A = arithmetic_t<T>;
   double scale = 1;
   bool skip = false;
@@ -97,14 +110,18 @@ __device__ __forceinline__ void descend(
       rule.counters[2] += 1;
     }
   }
-  walk<Descending<T, C>>(
+  walk<Descending<T, W, C>>(
       rule.segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
         const bool backed = rule.backup != nullptr && row.backup != 0;
-        Descending<T, C> work = {};
+        Descending<T, W, C> work = {};
         work.w = stretch.at<T>(row.param);
-        work.from = backed ? stretch.in(rule.backup) : work.w;
+        if constexpr (kIsMaster<T, W>) {
+          work.from = stretch.in(rule.backup);
+        } else {
+          work.from = backed ? stretch.in(rule.backup) : work.w;
+        }
         work.slot = row.slot + stretch.begin;
         if (row.grad != 0 && !skip) {
           work.g = stretch.at<const T>(row.grad);
@@ -114,6 +131,8 @@ __device__ __forceinline__ void descend(
           if (counts(group)) {
             count = {stretch.index, stretch.blocks, (row.numel + kBlock - 1) / kBlock, before};
           }
+        } else if (!backed) {
+          work.from = nullptr;
         }
         work.aligned = are_aligned(work.w, work.from, work.g) && aligned(work.slot);
         if constexpr (!std::is_void_v<V>) {
@@ -123,15 +142,15 @@ __device__ __forceinline__ void descend(
         }
         return work;
       },
-      [&](const Descending<T, C>& work, int64_t n) {
+      [&](const Descending<T, W, C>& work, int64_t n) {
         if (count.blocks != 0) {
           count_step(rule, count);
           count = {};
         }
         if (work.g != nullptr) {
           update(work, n);
-        } else if (work.from != work.w) {
-          copy<T>(work.w, work.from, n, work.aligned);
+        } else if (work.from != nullptr) {
+          copy(work.w, work.from, n, work.aligned);
         }
       });
 }
@@ -143,26 +162,28 @@ inline float* steps_of(const Call& call, const Tensor& step) {
   return steps;
 }
 
-// Checks the arguments of a rule that steps in place along the clipped gradient; its own state aside.
-template <class T>
-Rule<T> make_rule(
-    const Call& call, const Tensor& step, const Tensor& counters, const double* groups, const Tensor& sq,
-    double max_norm, bool skip_nonfinite) {
-  call.same_device({{&step, "step"}, {&counters, "counters"}, {&sq, "sq"}});
+// Checks the arguments of a rule that steps along the clipped gradient, from a backup where that is not
+// empty; its own state aside.
+template <class T, class W>
+Rule<T, W> make_rule(
+    const Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup, const char* name,
+    const double* groups, const Tensor& sq, double max_norm, bool skip_nonfinite, ScalarType dtype) {
+  call.same_device({{&step, "step"}, {&counters, "counters"}, {&sq, "sq"}, {&backup, name}});
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-  return {call.segments(), nullptr,  steps_of(call, step), count,   groups,
+  W* kept = buffer<W>(backup, weights_dtype(backup, dtype), 0, name);
+  return {call.segments(), kept,     steps_of(call, step), count,   groups,
           Squares(sq),     max_norm, skip_nonfinite,       nullptr, nullptr};
 }
 
 // Those of one that may step from the backup, or along a g + b v.
-template <class T>
-Rule<T> make_rule(
+template <class T, class W>
+Rule<T, W> make_rule(
     const Call& call, const Tensor& step, const Tensor& counters, const Tensor& backup,
     const Tensor& direction, const double* groups, const Tensor& sq, const Tensor& coefficients,
     double max_norm, bool skip_nonfinite, ScalarType dtype) {
-  call.same_device({{&backup, "backup"}, {&direction, "direction"}, {&coefficients, "coefficients"}});
-  Rule<T> rule = make_rule<T>(call, step, counters, groups, sq, max_norm, skip_nonfinite);
-  rule.backup = buffer<T>(backup, dtype, 0, "backup");
+  call.same_device({{&direction, "direction"}, {&coefficients, "coefficients"}});
+  Rule<T, W> rule =
+      make_rule<T, W>(call, step, counters, backup, "backup", groups, sq, max_norm, skip_nonfinite, dtype);
   const bool narrow = direction.scalar_type() == dtype;
   rule.direction = buffer<void>(direction, narrow ? dtype : state_dtype(dtype), 0, "direction");
   rule.coefficients = direction_coefficients(coefficients, direction);

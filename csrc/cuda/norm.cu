@@ -6,29 +6,31 @@
 namespace sharpkern::cuda {
 namespace {
 
-template <class T>
+// W: of the weights, wide where they are a master's.
+template <class T, class W>
 struct Squaring {
-  const T* w;
+  const W* w;
   const T* g;  // null: nothing to add
   arithmetic_t<T> eta;
   bool scaled;
   bool aligned;
 };
 
-template <class T, bool kScaled>
+// master: null where the parameters are the weights.
+template <class T, bool kScaled, class W>
 SK_KERNEL(kResident)
-norm_kernel(Segments segments, const double* radius, double* partials, NormOutput output) {
+norm_kernel(Segments segments, const W* master, const double* radius, double* partials, NormOutput output) {
   using A = arithmetic_t<T>;
   double sums[1] = {};
   double& sum = sums[0];
-  walk<Squaring<T>>(
+  walk<Squaring<T, W>>(
       segments,
       [&](const Stretch& stretch) {
-        Squaring<T> work = {};
+        Squaring<T, W> work = {};
         if (stretch.row.grad != 0 && !(kScaled && stretch.row.scale == kLeftOut)) {
           work.g = stretch.at<const T>(stretch.row.grad);
           if (kScaled && stretch.row.scale == kMagnitude) {
-            work.w = stretch.at<const T>(stretch.row.param);
+            work.w = kIsMaster<T, W> ? stretch.in(master) : stretch.at<const W>(stretch.row.param);
             work.eta = static_cast<A>(radius[2 * stretch.row.group + 1]);
             work.scaled = true;
           }
@@ -36,12 +38,13 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
         work.aligned = are_aligned(work.w, work.g);
         return work;
       },
-      [&](const Squaring<T>& work, int64_t n) {
+      [&](const Squaring<T, W>& work, int64_t n) {
         if (work.g == nullptr) {
           return;
         }
         if (kScaled && work.scaled) {
-          elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+          constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
+          elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
             const auto w = tile.load(work.w, i);
             const auto g = tile.load(work.g, i);
             A squares = 0;
@@ -59,16 +62,24 @@ norm_kernel(Segments segments, const double* radius, double* partials, NormOutpu
   reduce(sums, partials, [&](int, double total) { output.write(total); });
 }
 
+// master and radius are null where T = 1.
 void run(
     const char* name, const Call& call, const NormOutput& output, const Tensor& partials,
-    const double* radius, ScalarType dtype) {
+    const Tensor* master, const double* radius, ScalarType dtype) {
   call.same_device({{&partials, "partials"}});
   const Partials partial(partials, 1);
-  visit(dtype, [&](auto tag) {
+  const ScalarType of_weights = master != nullptr ? weights_dtype(*master, dtype) : dtype;
+  visit_weights(dtype, of_weights, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    call.launch(
-        name, radius != nullptr ? norm_kernel<T, true> : norm_kernel<T, false>, partial.ctas, call.segments(),
-        radius, partial.data, output);
+    using W = typename decltype(wide)::type;
+    auto* kernel = norm_kernel<T, true, W>;
+    const W* weights = nullptr;
+    if constexpr (kIsMaster<T, W>) {
+      weights = buffer<W>(*master, of_weights, 0, "master");
+    } else if (radius == nullptr) {
+      kernel = norm_kernel<T, false, W>;
+    }
+    call.launch(name, kernel, partial.ctas, call.segments(), weights, radius, partial.data, output);
   });
 }
 
@@ -78,17 +89,18 @@ void norm(
   check_no_lists(grads);
   const Call call(table, blocks);
   call.same_device({{&sq, "sq"}, {&ema, "ema"}});
-  run("norm", call, NormOutput(sq, ema, index, decay, coefficient), partials, nullptr, dtype);
+  run("norm", call, NormOutput(sq, ema, index, decay, coefficient), partials, nullptr, nullptr, dtype);
 }
 
 void norm_scaled(
-    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensors grads, Tensor table, Tensor blocks,
-    Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
+    Tensor sq, Tensor partials, Tensor ema, Tensors params, Tensor master, Tensors grads, Tensor table,
+    Tensor blocks, Tensor radius, int64_t index, double decay, double coefficient, ScalarType dtype) {
   check_no_lists(params, grads);
   const Call call(table, blocks);
-  call.same_device({{&sq, "sq"}, {&ema, "ema"}, {&radius, "radius"}});
+  call.same_device({{&sq, "sq"}, {&ema, "ema"}, {&radius, "radius"}, {&master, "master"}});
+  check_master(master, dtype);
   const double* groups = values(radius, call, 2, "radius");
-  run("norm_scaled", call, NormOutput(sq, ema, index, decay, coefficient), partials, groups, dtype);
+  run("norm_scaled", call, NormOutput(sq, ema, index, decay, coefficient), partials, &master, groups, dtype);
 }
 
 }  // namespace

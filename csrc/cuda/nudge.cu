@@ -16,9 +16,9 @@ constexpr int kUnroll = std::is_same_v<T, float> ? 2 : 1;
 template <class T>
 constexpr int kNudgeResident = std::is_same_v<T, double> ? 2 : kResident;
 
-template <class T>
+template <class T, class W>
 struct Meeting {
-  const T* w;
+  const W* w;
   const T* g;                  // null: nothing to add
   const arithmetic_t<T>* buf;  // null: none
   const arithmetic_t<T>* e;    // of the first direction
@@ -28,11 +28,12 @@ struct Meeting {
 
 // momentum is null where no group uses it. A sum that its thread alone adds to lies in shared memory: in
 // registers there is no room for so many, nor an index.
-template <class T>
+template <class T, class W>
 SK_KERNEL(kNudgeResident<T>)
 nudge_dots_kernel(
-    Segments segments, const float* step, const double* groups, const arithmetic_t<T>* momentum,
-    Directions<arithmetic_t<T>> directions, double* partials, double* sq, double* along, int64_t stride) {
+    Segments segments, const W* master, const float* step, const double* groups,
+    const arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, double* partials, double* sq,
+    double* along, int64_t stride) {
   using A = arithmetic_t<T>;
   __shared__ double products[2 * kMostDirections][kThreads];
   const int count = static_cast<int>(2 * directions.count);
@@ -40,13 +41,13 @@ nudge_dots_kernel(
     products[k][threadIdx.x] = 0;
   }
   double squared = 0;
-  walk<Meeting<T>>(
+  walk<Meeting<T, W>>(
       segments,
       [&](const Stretch& stretch) {
-        Meeting<T> work = {};
+        Meeting<T, W> work = {};
         if (stretch.row.grad != 0) {
           const double* v = groups + stretch.row.group * kNudgeValues;
-          work.w = stretch.at<const T>(stretch.row.param);
+          work.w = kIsMaster<T, W> ? stretch.in(master) : stretch.at<const W>(stretch.row.param);
           work.g = stretch.at<const T>(stretch.row.grad);
           work.buf = momentum != nullptr && v[kSgdMomentum] != 0 ? stretch.in(momentum) : nullptr;
           work.e = stretch.in(directions.data);
@@ -55,7 +56,7 @@ nudge_dots_kernel(
         }
         return work;
       },
-      [&](const Meeting<T>& work, int64_t n) {
+      [&](const Meeting<T, W>& work, int64_t n) {
         if (work.g == nullptr) {
           return;
         }
@@ -100,10 +101,10 @@ struct Nudging {
   bool momentum;
 };
 
-template <class T>
+template <class T, class W>
 SK_KERNEL(kNudgeResident<T>)
 nudge_sgd_kernel(
-    Rule<T> rule, arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, const double* along,
+    Rule<T, W> rule, arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, const double* along,
     int64_t buffers) {
   using A = arithmetic_t<T>;
   __shared__ A products[kMostDirections];
@@ -126,7 +127,7 @@ nudge_sgd_kernel(
         const A* buf = momentum != nullptr ? momentum + slot : nullptr;
         return are_aligned(buf, e, e + directions.size);
       },
-      [&](const Descending<T, Nudging<A>>& work, int64_t n) {
+      [&](const Descending<T, W, Nudging<A>>& work, int64_t n) {
         A* buf = work.c.momentum ? momentum + work.slot : nullptr;
         elements<T, kUnroll<T>>(n, work.aligned, [&](auto tile, int64_t i) {
           auto correction = tile.template zeros<A>();
@@ -135,34 +136,36 @@ nudge_sgd_kernel(
             const A factor = work.c.nudge * products[k];
             tile.each([&](int u, int v) { correction.pack[u].x[v] += factor * e.pack[u].x[v]; });
           }
-          auto w = tile.load(work.w, i);
+          auto w = tile.load(work.from, i);
           const auto g = tile.load(work.g, i);
           auto b = tile.template zeros<A>();
           if (buf != nullptr) {
             b = tile.load(buf, i);
           }
           tile.each([&](int u, int v) {
-            w.pack[u].x[v] = static_cast<T>(nudge_sgd(
+            w.pack[u].x[v] = static_cast<W>(nudge_sgd(
                 static_cast<A>(w.pack[u].x[v]), static_cast<A>(g.pack[u].x[v]), b.pack[u].x[v],
                 correction.pack[u].x[v], work.c.coefficients));
           });
           if (buf != nullptr) {
             tile.store(buf, i, b);
           }
-          tile.store(work.w, i, w);
+          store_weights(tile, work, i, w);
         });
       });
 }
 
 void nudge_dots(
-    Tensor sq, Tensor along, Tensor partials, Tensors params, Tensors grads, Tensor momentum_buffer,
-    Tensor step, Tensor eigenvectors, Tensor table, Tensor blocks, Tensor group_values, ScalarType dtype) {
+    Tensor sq, Tensor along, Tensor partials, Tensors params, Tensor master, Tensors grads,
+    Tensor momentum_buffer, Tensor step, Tensor eigenvectors, Tensor table, Tensor blocks,
+    Tensor group_values, ScalarType dtype) {
   check_no_lists(params, grads);
   const Call call(table, blocks);
   call.same_device(
       {{&sq, "sq"},
        {&along, "along"},
        {&partials, "partials"},
+       {&master, "master"},
        {&momentum_buffer, "momentum_buffer"},
        {&step, "step"},
        {&eigenvectors, "eigenvectors"},
@@ -170,23 +173,27 @@ void nudge_dots(
   const double* groups = values(group_values, call, kNudgeValues, "values");
   double* squared = element(sq);
   const float* steps = steps_of(call, step);
-  visit(dtype, [&](auto tag) {
+  check_master(master, dtype);
+  visit_weights(dtype, weights_dtype(master, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     const Directions<A> directions(eigenvectors, state_dtype(dtype), 0);
     check_along(along, directions.count);
     const Partials partial(partials, 1 + 2 * directions.count);
+    const W* weights = buffer<W>(master, weights_dtype(master, dtype), 0, "master");
     const A* momentum = buffer<A>(momentum_buffer, state_dtype(dtype), 0, "momentum_buffer");
     call.launch<kNudgeResident<T>>(
-        "nudge_dots", nudge_dots_kernel<T>, partial.ctas, call.segments(), steps, groups, momentum,
-        directions, partial.data, squared, static_cast<double*>(along.mutable_data_ptr()), along.stride(0));
+        "nudge_dots", nudge_dots_kernel<T, W>, partial.ctas, call.segments(), weights, steps, groups,
+        momentum, directions, partial.data, squared, static_cast<double*>(along.mutable_data_ptr()),
+        along.stride(0));
   });
 }
 
 void nudge_sgd(
-    Tensors params, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads, Tensor eigenvectors,
-    Tensor table, Tensor blocks, Tensor group_values, Tensor sq, Tensor along, double max_norm,
-    bool skip_nonfinite, ScalarType dtype) {
+    Tensors params, Tensor master, Tensor momentum_buffer, Tensor step, Tensor counters, Tensors grads,
+    Tensor eigenvectors, Tensor table, Tensor blocks, Tensor group_values, Tensor sq, Tensor along,
+    double max_norm, bool skip_nonfinite, ScalarType dtype) {
   check_no_lists(params, grads);
   const Call call(table, blocks);
   call.same_device(
@@ -195,15 +202,18 @@ void nudge_sgd(
        {&group_values, "values"},
        {&along, "along"}});
   const double* groups = values(group_values, call, kNudgeValues, "values");
-  visit(dtype, [&](auto tag) {
+  check_master(master, dtype);
+  visit_weights(dtype, weights_dtype(master, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     using A = arithmetic_t<T>;
     const Directions<A> directions(eigenvectors, state_dtype(dtype), 0);
     const double* sums = matrix(along, 2 * directions.count, "along");
     A* momentum = buffer<A>(momentum_buffer, state_dtype(dtype), 0, "momentum_buffer");
-    const auto rule = make_rule<T>(call, step, counters, groups, sq, max_norm, skip_nonfinite);
+    const auto rule =
+        make_rule<T, W>(call, step, counters, master, "master", groups, sq, max_norm, skip_nonfinite, dtype);
     call.launch<kNudgeResident<T>>(
-        "nudge_sgd", nudge_sgd_kernel<T>, kAnyGrid, rule, momentum, directions, sums, along.size(1));
+        "nudge_sgd", nudge_sgd_kernel<T, W>, kAnyGrid, rule, momentum, directions, sums, along.size(1));
   });
 }
 

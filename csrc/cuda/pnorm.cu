@@ -1,7 +1,8 @@
 // The ball of a p-norm, q = p / (p - 1): the largest magnitude m beside the squared norm (norm_max), then
 // sq = sum (|g| / m)^q  (norm_p), then  backup = w;  w += s sign(g) (|g| / m)^(q - 1)  (ascend_p) with
 // s = rho (m / (||g||_q + eps))^(q - 1),  ||g||_q = m sq^(1/q); and the table's mark of every row that was
-// kept. Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4.
+// kept. Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4;
+// of a half type with its master it reads that 4 and g 2, and writes w 2.
 #include "../pnorm.h"
 #include "reduce.cuh"
 
@@ -90,10 +91,11 @@ norm_p_kernel(
   reduce(sums, partials, [&](int, double total) { *sq = total; });
 }
 
-template <class T>
+// W: of the weights, wide where they are a master's.
+template <class T, class W>
 struct Ascent {
   T* w;
-  T* kept;
+  W* kept;     // or the master, which is not written
   const T* g;  // null: nothing to do
   arithmetic_t<T> s;
   Peak<arithmetic_t<T>> peak;
@@ -101,10 +103,10 @@ struct Ascent {
   bool aligned;
 };
 
-template <class T, bool kSign>
+template <class T, bool kSign, class W>
 SK_KERNEL(kPowerResident<T>)
 ascend_p_kernel(
-    Segments segments, T* backup, int64_t* counters, const double* radius, Squares squares, DualNorm norm,
+    Segments segments, W* backup, int64_t* counters, const double* radius, Squares squares, DualNorm norm,
     bool skip_nonfinite) {
   using A = arithmetic_t<T>;
   const A y = static_cast<A>(norm.exponent);
@@ -120,11 +122,11 @@ ascend_p_kernel(
       counters[1] += 1;
     }
   }
-  walk<Ascent<T>>(
+  walk<Ascent<T, W>>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
-        Ascent<T> work = {};
+        Ascent<T, W> work = {};
         if (stretch.starts_row()) {
           segments.cell(stretch.index, kBackup) = row.grad != 0;
         }
@@ -139,24 +141,29 @@ ascend_p_kernel(
         }
         return work;
       },
-      [&](const Ascent<T>& work, int64_t n) {
+      [&](const Ascent<T, W>& work, int64_t n) {
         if (work.g == nullptr) {
           return;
         }
         if (work.skip) {
-          copy<T>(work.kept, work.w, n, work.aligned);
+          if constexpr (!kIsMaster<T, W>) {
+            copy(work.kept, work.w, n, work.aligned);
+          }
           return;
         }
-        elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
-          auto w = tile.load(work.w, i);
+        constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
+        elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+          auto w = load_weights(tile, work.w, work.kept, i);
           const auto g = tile.load(work.g, i);
-          tile.store(work.kept, i, w);
+          if constexpr (!kIsMaster<T, W>) {
+            tile.store(work.kept, i, w);
+          }
           tile.each([&](int u, int v) {
             const A x = static_cast<A>(w.pack[u].x[v]);
             const A d = static_cast<A>(g.pack[u].x[v]);
-            w.pack[u].x[v] = static_cast<T>(ascend_p<kSign>(x, d, work.s, work.peak, y));
+            w.pack[u].x[v] = static_cast<W>(ascend_p<kSign>(x, d, work.s, work.peak, y));
           });
-          tile.store(work.w, i, w);
+          tile.store(work.w, i, rounded<T>(w));
         });
       });
 }
@@ -205,12 +212,13 @@ void ascend_p(
   const Squares squares(sq);
   const DualNorm norm(largest, powers, exponent, eps);
   auto* count = buffer<int64_t>(counters, ScalarType::Long, 3, "counters");
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    T* kept = buffer<T>(backup, dtype, 0, "backup");
+    using W = typename decltype(wide)::type;
+    W* kept = buffer<W>(backup, weights_dtype(backup, dtype), 0, "backup");
     STD_TORCH_CHECK(kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
     call.launch<kPowerResident<T>>(
-        "ascend_p", exponent == 0 ? ascend_p_kernel<T, true> : ascend_p_kernel<T, false>, kAnyGrid,
+        "ascend_p", exponent == 0 ? ascend_p_kernel<T, true, W> : ascend_p_kernel<T, false, W>, kAnyGrid,
         call.segments(), kept, count, groups, squares, norm, skip_nonfinite);
   });
 }

@@ -1,24 +1,24 @@
 // Undo the perturbation:  w = backup  wherever the backup holds the weights.
-// Bytes a parameter, fp32: reads backup 4, writes w 4.
+// Bytes a parameter, fp32: reads backup 4, writes w 4; of a half type with its master: writes w 2.
 #include "launch.h"
 
 namespace sharpkern::cuda {
 namespace {
 
-template <class T>
+template <class T, class W>
 struct Copying {
   T* w;  // null: nothing to do
-  const T* kept;
+  const W* kept;
   bool aligned;
 };
 
-template <class T>
+template <class T, class W>
 SK_KERNEL(kResident)
-restore_kernel(Segments segments, const T* backup) {
-  walk<Copying<T>>(
+restore_kernel(Segments segments, const W* backup) {
+  walk<Copying<T, W>>(
       segments,
       [&](const Stretch& stretch) {
-        Copying<T> work = {};
+        Copying<T, W> work = {};
         if (segments.cell(stretch.index, kBackup) != 0) {
           work.w = stretch.at<T>(stretch.row.param);
           work.kept = stretch.in(backup);
@@ -26,9 +26,9 @@ restore_kernel(Segments segments, const T* backup) {
         }
         return work;
       },
-      [](const Copying<T>& work, int64_t n) {
+      [](const Copying<T, W>& work, int64_t n) {
         if (work.w != nullptr) {
-          copy<T>(work.w, work.kept, n, work.aligned);
+          copy(work.w, work.kept, n, work.aligned);
         }
       });
 }
@@ -37,11 +37,12 @@ void restore(Tensors params, Tensor backup, Tensor table, Tensor blocks, ScalarT
   check_no_lists(params);
   const Call call(table, blocks);
   call.same_device({{&backup, "backup"}});
-  visit(dtype, [&](auto tag) {
+  visit_weights(dtype, weights_dtype(backup, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    const T* kept = buffer<T>(backup, dtype, 0, "backup");
+    using W = typename decltype(wide)::type;
+    const W* kept = buffer<W>(backup, weights_dtype(backup, dtype), 0, "backup");
     STD_TORCH_CHECK(kept != nullptr || !call.has_blocks(), "sharpkern: backup is empty");
-    call.launch("restore", restore_kernel<T>, kAnyGrid, call.segments(), kept);
+    call.launch("restore", restore_kernel<T, W>, kAnyGrid, call.segments(), kept);
   });
 }
 

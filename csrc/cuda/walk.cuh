@@ -203,10 +203,34 @@ __device__ __forceinline__ bool are_aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 
-// to[0, n) = from[0, n)
-template <class T>
-__device__ __forceinline__ void copy(T* to, const T* from, int64_t n, bool aligned) {
-  elements<T, 4>(n, aligned, [&](auto tile, int64_t i) { tile.store(to, i, tile.load(from, i)); });
+// What a thread holds, rounded to T; as it is where that is its dtype.
+template <class T, class W, int U, int V>
+__device__ __forceinline__ auto rounded(const Packs<W, U, V>& packs) {
+  if constexpr (std::is_same_v<T, W>) {
+    return packs;
+  } else {
+    Packs<T, U, V> narrow;
+    Tile<U, V>::each([&](int u, int v) { narrow.pack[u].x[v] = static_cast<T>(packs.pack[u].x[v]); });
+    return narrow;
+  }
+}
+
+// A tile of the weights that a perturbation starts from: those of a master, or of the parameter.
+template <class Tile, class T, class W>
+__device__ __forceinline__ auto load_weights(Tile tile, const T* w, const W* backup, int64_t i) {
+  if constexpr (kIsMaster<T, W>) {
+    return tile.load(backup, i);
+  } else {
+    return tile.load(w, i);
+  }
+}
+
+// to[0, n) = from[0, n), rounded
+template <class T, class W>
+__device__ __forceinline__ void copy(T* to, const W* from, int64_t n, bool aligned) {
+  constexpr int kUnroll = kIsMaster<T, W> ? 2 : 4;  // as many loads of 16 bytes
+  elements<T, kUnroll>(
+      n, aligned, [&](auto tile, int64_t i) { tile.store(to, i, rounded<T>(tile.load(from, i))); });
 }
 
 }  // namespace sharpkern::cuda

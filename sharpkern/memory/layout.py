@@ -24,6 +24,8 @@ from .table import Table
 # Buffers that mean something between two passes only: the weights and their first gradient, in the parameters' dtype,
 # and what the first ascent goes along, in the state's.
 SCRATCH = ("backup", "gradient", "direction")
+# The name in ``opt.state`` of what the backup of a layout with masters holds.
+MASTER = "master"
 
 
 class Layout:
@@ -36,6 +38,8 @@ class Layout:
         scale: which T_w each one has, a value of ``schema.SCALE``.
         flatten: move weights and gradients into flat buffers too.
         own: names of the algorithm's state, whose flat buffers are the rows of one tensor.
+        mastered: whether parameters of a half type have masters: the backup is float32 then and holds the weights at
+            any time, of which the parameters are the rounded values between two steps.
     """
 
     def __init__(
@@ -46,11 +50,16 @@ class Layout:
         scale: Sequence[int],
         flatten: bool = False,
         own: Sequence[str] = (),
+        mastered: bool = False,
     ) -> None:
         prepare(params[0].device)
         self.params, self.names, self.groups = list(params), list(names), list(groups)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.state_dtype = schema.state_dtype(self.dtype)
+        # Names in the optimizer's state that come with this layout.
+        self.masters = (MASTER,) if mastered and self.dtype != self.state_dtype else ()
+        # Of each parameter that agrees with its master: the version that this was seen of; -1 of one that may not.
+        self._versions = [-1] * len(self.params)
         self.placing: Placing = placing(self.params[0])
         self.shards = None if self.placing is None else Shards(self.params)
         memory = self._memory()
@@ -85,13 +94,16 @@ class Layout:
 
     def buffer(self, name: str) -> Tensor:
         """The flat buffer ``name``, made when first asked for: zeros; the backup is not initialised. Those of the
-        algorithm's state are made together."""
+        algorithm's state are made together. ``master`` is the backup."""
+        if name == MASTER:
+            name = "backup"
         if name not in self.buffers and name in self._own:
             matrix = torch.zeros(len(self._own), self.size, dtype=self.state_dtype, device=self.device)
             self.buffers.update(zip(self._own, matrix, strict=True))
         elif name not in self.buffers:
             make = torch.empty if name == "backup" else torch.zeros
-            dtype = self.dtype if name in ("backup", "gradient") else self.state_dtype
+            own_dtype = name == "gradient" or (name == "backup" and not self.masters)
+            dtype = self.dtype if own_dtype else self.state_dtype
             self.buffers[name] = make(self.size, dtype=dtype, device=self.device)
         return self.buffers[name]
 
@@ -115,6 +127,33 @@ class Layout:
         self.view(name, i).copy_(value if self.shards is None else self.shards.shard_of(value))
         return self.shown(name, i)
 
+    # Masters.
+
+    @property
+    def master(self) -> Tensor:
+        """The flat buffer of the masters; empty where there are none."""
+        return self.buffer("backup") if self.masters else self.empty
+
+    def take_master(self, i: int, found: Tensor | None) -> None:
+        """Parameter i's master: what was found in the optimizer's state, or its weights as they are. The backup has it
+        already where the weights are away."""
+        if found is not None:
+            self.take(MASTER, i, found)
+            self._versions[i] = -1  # the parameter may be of another run
+        elif not self.table.is_marked(i):
+            p = self._memory()[i]
+            self.view(MASTER, i).copy_(p)
+            self._versions[i] = p._version
+
+    def heed_parameters(self) -> None:
+        """Weights at home that somebody else wrote since they were last seen are the masters from here on, where they
+        are not what the half type has of those. Nothing is launched where nobody wrote."""
+        for i, (p, version) in enumerate(zip(self._memory(), self._versions, strict=True)):
+            if p._version != version and not self.table.is_marked(i):
+                master, w = self.view(MASTER, i), p.detach()
+                master.copy_(torch.where(master.to(w.dtype) == w, master, w.to(master.dtype)))
+                self._versions[i] = p._version
+
     # Where the weights are.
 
     def attached(self) -> bool:
@@ -137,6 +176,7 @@ class Layout:
         if self.shards is not None:
             self.segments[:] = [self.copies.get(i, p) for i, p in enumerate(memory)]
         self.table.follow(addresses)
+        self._versions = [-1] * len(self.params)
         return True
 
     def unflatten(self) -> None:
@@ -208,15 +248,18 @@ class Layout:
     def keep_others(self) -> None:
         """Keep the weights of parameters that have a gradient now, but had none when the others were kept."""
         for i in self.table.unmarked_with_gradient():
+            self._keep(i)
+
+    def _keep(self, i: int) -> None:
+        if not self.masters:  # those have them
             self.view("backup", i).copy_(self.segments[i])
-            self.table.mark(i)
+        self.table.mark(i)
 
     def keep_rows(self, rows: Sequence[bool]) -> None:
         """Keep the weights of these parameters, too: none of them has moved where they are not kept yet."""
         for i, (wanted, marked) in enumerate(zip(rows, self.table.touched(), strict=True)):
             if wanted and not marked:
-                self.view("backup", i).copy_(self.segments[i])
-                self.table.mark(i)
+                self._keep(i)
 
     def complete_kept_gradient(self) -> None:
         """Of parameters that have a gradient now, but had none when the first one was kept, that one was zero."""
@@ -243,6 +286,11 @@ class Layout:
             torch.autograd.graph.increment_version(params)
         else:
             self.shards.written(params)
+        if self.masters:
+            touched = self.table.touched()
+            for i, p in enumerate(self._memory()):
+                if touched[i]:
+                    self._versions[i] = p._version
 
     def finish(self) -> None:
         """After the last pass of a step: no gradient is held, no backup is in use, nothing drawn for it is left out."""

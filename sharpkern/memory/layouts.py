@@ -41,6 +41,7 @@ class Layouts:
             count of parameters go with each of the latter.
         counted: whether parameters count their steps.
         flatten: move weights and gradients into flat buffers too.
+        mastered: whether parameters of half types have masters.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Layouts:
         own_state: Names,
         counted: bool,
         flatten: bool,
+        mastered: bool = False,
     ) -> None:
         # The optimizer's, which keeps them up to date. It is not held itself: it holds this.
         self.param_groups: list[Group] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._scalars, self._direction, self._counted = scalars, direction, counted
         self._rule_state, self._own_state = rule_state, own_state
-        self.flatten = flatten
+        self.flatten, self.mastered = flatten, mastered
         # Whether backups hold the weights, and the parameters something else.
         self.away = False
         self.valid = False  # else they are laid out afresh before the next pass
@@ -110,6 +112,9 @@ class Layouts:
             else:  # cleared between two passes: the views come back with the step
                 for state in self.states:
                     state.forget()
+        for layout in self._layouts if self.mastered else ():
+            if layout.masters:
+                layout.heed_parameters()
 
     def _changed(self) -> bool:
         groups = self.param_groups
@@ -174,7 +179,7 @@ class Layouts:
             scale = [
                 self._direction.scale(groups[g], name, p) for p, g, name in zip(params, indices, names, strict=True)
             ]
-            layouts.append(Layout(params, labels, indices, scale, self.flatten, self._own_state))
+            layouts.append(Layout(params, labels, indices, scale, self.flatten, self._own_state, self.mastered))
         kept = {name for old in self._layouts if self.away for name in SCRATCH if name in old.buffers}
         for layout in layouts:
             for name in kept:  # also where no parameter has anything there
@@ -212,7 +217,7 @@ class Layouts:
     def take_state(self) -> None:
         """Take over whatever the optimizer's state holds now."""
         for layout in self._layouts:
-            check_shapes(layout, self.state, (*self._rule_state, *self._own_state))
+            check_shapes(layout, self.state, (*self._rule_state, *self._own_state, *layout.masters))
         names = (self._rule_state, self._own_state)
         self.states = [LayoutState(layout, self.state, *names, self._counted) for layout in self._layouts]
         for name in self._own_state:
@@ -241,7 +246,11 @@ class Layouts:
         def touched(layout: Layout) -> list[bool]:
             return [p.requires_grad for p in layout.params] if trained else layout.table.has_gradient()
 
-        found = [state.expose(self.state, names, partial(touched, state.layout)) for state in self.states]
+        found = []
+        for state in self.states:
+            masters = state.layout.masters
+            wanted = tuple((*group, *masters) for group in names) if masters else names
+            found.append(state.expose(self.state, wanted, partial(touched, state.layout)))
         if any(found):
             self.count_own()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import SCRATCH, Layout
+from .layout import MASTER, SCRATCH, Layout
 
 State = Mapping[Tensor, dict[str, Any]]
 Names = tuple[str, ...]
@@ -37,10 +37,17 @@ class LayoutState:
         self.forget()
         for i, p in enumerate(layout.params):
             entry = state.get(p) or {}
+            if layout.masters:
+                layout.take_master(i, entry.get(MASTER))
+            elif MASTER in entry:
+                del entry[MASTER]  # of a parameter that was of a half type
             stepped = "step" in entry or any(entry.get(name) is not None for name in rule)
             found = [name for name in (*rule, *own) if entry.get(name) is not None]
             for name in found:
                 entry[name] = layout.take(name, i, entry[name])
+            if MASTER in entry:
+                entry[MASTER] = layout.shown(MASTER, i)
+                found.append(MASTER)
             if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
                 self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)).reshape(()))

@@ -147,6 +147,10 @@ class Table:
         """Whether the backup holds the weights, for each row. Waits for a device."""
         return [mark != 0 for mark in self.rows[:, schema.BACKUP].tolist()]
 
+    def is_marked(self, i: int) -> bool:
+        """The same of row i, as far as the host knows: it does, of a backup that is a master."""
+        return bool(self._backup_column[i])
+
     def _having(self) -> Tensor:
         having = self.grad_column != 0
         return having if self.empty is None else having | self.empty

@@ -49,6 +49,15 @@ def _slot(buffer: Tensor, like: Tensor, row: Row) -> Tensor:
     return buffer.as_strided(like.size(), like.stride(), buffer.storage_offset() + row[SLOT])
 
 
+def _weights(param: Tensor, backup: Tensor, row: Row) -> Tensor:
+    """A parameter's weights, in the dtype of the arithmetic: those of the master, where the backup is one."""
+    return _slot(backup, param, row) if _is_master(backup, param) else _wide(param)
+
+
+def _is_master(backup: Tensor, param: Tensor) -> bool:
+    return backup.numel() > 0 and backup.dtype != param.dtype
+
+
 def _has_grad(param: Tensor, grad: Tensor) -> bool:
     return grad.numel() != 0 and param.numel() != 0
 
@@ -117,6 +126,7 @@ def norm_scaled(
     partials: Tensor,
     ema: Tensor,
     params: Sequence[Tensor],
+    master: Tensor,
     grads: Sequence[Tensor],
     table: Tensor,
     blocks: Tensor,
@@ -132,7 +142,7 @@ def norm_scaled(
         if _has_grad(param, grad) and row[SCALE] != LEFT_OUT:
             a = _wide(grad)
             if row[SCALE] == SCALED:
-                a = a * (_wide(param).abs() + radius[row[GROUP], 1].to(a.dtype))
+                a = a * (_weights(param, master, row).abs() + radius[row[GROUP], 1].to(a.dtype))
             total += a.square().sum(dtype=sq.dtype)
     sq[buffer] = total
     update_ema(ema, sq, decay, coefficient)
@@ -297,17 +307,17 @@ def _ascend(
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
         if not _has_grad(param, grad) or (scaled and row[SCALE] == LEFT_OUT):
             continue
+        w, g = _weights(param, backup, row), _wide(grad)
         if backup.numel():
-            _slot(backup, param, row).copy_(param)
+            _slot(backup, param, row).copy_(w)
             table[i, BACKUP] = 1
         if gradient.numel():
             _slot(gradient, param, row).copy_(grad)
-        w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]].to(w.dtype) * g
         if scaled and row[SCALE] == SCALED:
             t = w.abs() + radius[row[GROUP], 1].to(w.dtype)
             direction = t * (t * direction)
-        param.copy_(torch.where(go, w + direction, w))
+        _keep(param, w + direction, go)
     if counters.numel():
         counters[:2] += 1
 
@@ -379,13 +389,13 @@ def ascend_p(
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
         if not _has_grad(param, grad):
             continue
-        _slot(backup, param, row).copy_(param)
+        w, g = _weights(param, backup, row), _wide(grad)
+        _slot(backup, param, row).copy_(w)
         table[i, BACKUP] = 1
-        w, g = _wide(param), _wide(grad)
         direction = scales[row[GROUP]] * g.sign().to(scales.dtype)
         if exponent:
             direction = direction * _power(grad, largest, exponent)
-        param.copy_(torch.where(go, w + direction.to(w.dtype), w))
+        _keep(param, w + direction.to(w.dtype), go)
     if counters.numel():
         counters[:2] += 1
 
@@ -447,7 +457,7 @@ def _descents(
             if direction.numel():
                 a, b = coefficients.to(g.dtype).unbind()
                 g = b * _wide(_slot(direction, param, row)) + a * g
-            yield i, row, param, _wide(param), g * scale
+            yield i, row, param, _weights(param, backup, row), g * scale
     if counters.numel():
         counters[2] += (~go).to(counters.dtype)
 
@@ -460,6 +470,13 @@ def _go(sq: Tensor, skip_nonfinite: bool, like: Tensor) -> Tensor:
 
 def _keep(buffer: Tensor, value: Tensor, go: Tensor) -> None:
     buffer.copy_(torch.where(go, value.to(buffer.dtype), buffer))
+
+
+def _move(param: Tensor, value: Tensor, go: Tensor, backup: Tensor, row: Row) -> None:
+    """New weights: into the master, too, where the backup is one."""
+    _keep(param, value, go)
+    if _is_master(backup, param):
+        _keep(_slot(backup, param, row), value, go)
 
 
 def sgd(
@@ -493,7 +510,7 @@ def sgd(
             d = d + v["momentum"] * following if v["nesterov"] else following
             _keep(buffer, following, go)
             step[i] += go.to(step.dtype)
-        _keep(param, w - v["lr"] * d, go)
+        _move(param, w - v["lr"] * d, go, backup, row)
 
 
 def _one_minus_power(beta: float, t: Tensor) -> Tensor:
@@ -546,7 +563,7 @@ def adam(
         denominator = largest.sqrt() / correction.to(w.dtype) + v["eps"]
         _keep(m, first, go)
         _keep(s, second, go)
-        _keep(param, shrink * w - step_size.to(w.dtype) * (first / denominator), go)
+        _move(param, shrink * w - step_size.to(w.dtype) * (first / denominator), go, backup, row)
         step[i] += go.to(step.dtype)
 
 
@@ -555,6 +572,7 @@ def nudge_dots(
     along: Tensor,
     partials: Tensor,
     params: Sequence[Tensor],
+    master: Tensor,
     grads: Sequence[Tensor],
     momentum_buffer: Tensor,
     step: Tensor,
@@ -572,7 +590,7 @@ def nudge_dots(
             continue
         v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
         g = _wide(grad)
-        kept, pulled = v["weight_decay"] * _wide(param), -g if v["maximize"] else g
+        kept, pulled = v["weight_decay"] * _weights(param, master, row), -g if v["maximize"] else g
         if v["momentum"]:
             first, intake = step[i] == 0, 1 - v["dampening"]
             buffer = _slot(momentum_buffer, param, row)
@@ -589,6 +607,7 @@ def nudge_dots(
 
 def nudge_sgd(
     params: Sequence[Tensor],
+    master: Tensor,
     momentum_buffer: Tensor,
     step: Tensor,
     counters: Tensor,
@@ -609,10 +628,12 @@ def nudge_sgd(
     kept, pulled = along.sum(-1).view(-1, 2).unbind(-1)
     products = kept + clip * pulled
     for i, (param, grad, row) in enumerate(zip(params, grads, _rows(table, params), strict=True)):
+        if master.numel() and row[BACKUP]:
+            param.copy_(_slot(master, param, row))
         if not _has_grad(param, grad):
             continue
         v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
-        w, g = _wide(param), _wide(grad) * clip
+        w, g = _weights(param, master, row), _wide(grad) * clip
         d = (-g if v["maximize"] else g) + v["weight_decay"] * w
         if v["momentum"]:
             buffer = _slot(momentum_buffer, param, row)
@@ -621,7 +642,7 @@ def nudge_sgd(
             step[i] += go.to(step.dtype)
         factors = ((v["nudge"] - 1) * products).to(w.dtype)
         d = d + sum(factor * _slot(e, param, row) for factor, e in zip(factors, eigenvectors, strict=True))
-        _keep(param, w - v["lr"] * d, go)
+        _move(param, w - v["lr"] * d, go, master, row)
     if counters.numel():
         counters[2] += (~go).to(counters.dtype)
 

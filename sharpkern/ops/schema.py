@@ -15,7 +15,9 @@ argument            holds
 ``table``           int64 ``[rows, 8]``, one row a parameter, columns below; on a device in any memory order
 ``blocks``          int32 ``[blocks, 2]``: row, and which ``BLOCK`` elements of it; what a device kernel walks,
                     in the order of the rows, and whole. CPU kernels split slot space themselves
-``backup``          flat, dtype of the parameters: the weights before the perturbation
+``backup``          flat, dtype of the parameters: the weights before the perturbation. Or, beside parameters of a half
+                    type, flat and float32: a master, see below
+``master``          as such a ``backup``; empty: the parameters are the weights
 ``gradient``        flat, dtype of the parameters: the gradient of the first pass, where ``table[:, BACKUP]`` says
                     that there was one
 ``g_v``             flat, dtype of the state: LookSAM's direction
@@ -44,6 +46,10 @@ state buffers       flat, float32 (float64 for float64 parameters), slots as in 
 ``largest``         float64 ``[buffers]``: the largest magnitudes of a gradient; its own is the largest of them
 ``powers``          float64 ``[buffers]``: sums of powers of a gradient over that, summed over buffers
 ==================  ===================================================================================
+
+A master is the weights themselves, of every row, whatever ``table[:, BACKUP]`` says; the parameters are what the half
+type has of them, rounded to nearest, even on ties. Ops that keep weights in a backup have them there already, and
+write the parameters only; ops that take a step read the master, and write both.
 
 On a device that has no float64 (mps) float32 takes its place; only the reference runs there.
 """
@@ -94,7 +100,7 @@ NUDGED = (*SGD, "nudge")  # nesterov is not looked at
 _PASS = "Tensor[] grads, Tensor table, Tensor blocks"
 _NORM = "*, int buffer, float decay, float coefficient, ScalarType dtype"
 _RULE = (
-    "Tensor[] grads, Tensor backup, Tensor direction, Tensor table, Tensor blocks, Tensor values, Tensor sq, "
+    "Tensor[] grads, Tensor(m!) backup, Tensor direction, Tensor table, Tensor blocks, Tensor values, Tensor sq, "
     "Tensor coefficients, *, float max_norm, bool skip_nonfinite, ScalarType dtype"
 )
 _ASCENT = (
@@ -115,7 +121,8 @@ SCHEMAS: dict[str, str] = {
     "norm": f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, {_PASS}, {_NORM}) -> ()",
     # sq[buffer] = ||T_w g||^2, and the statistics of that
     "norm_scaled": (
-        f"(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, Tensor[] params, {_PASS}, Tensor radius, {_NORM}) -> ()"
+        "(Tensor(a!) sq, Tensor(b!) partials, Tensor(c!) ema, Tensor[] params, Tensor master, "
+        f"{_PASS}, Tensor radius, {_NORM}) -> ()"
     ),
     # sq = [||g_s||^2, <g, g_s>], two elements of any stride; g is `gradient`, g_s are `grads`
     "dots": f"(Tensor(a!) sq, Tensor(b!) partials, Tensor gradient, {_PASS}, *, ScalarType dtype) -> ()",
@@ -168,15 +175,15 @@ SCHEMAS: dict[str, str] = {
     # products with every eigenvector: along[2 i] = <the terms without g, e_i>, along[2 i + 1] = <that of g
     # unclipped, e_i>. Over the parameters with a gradient; sq is one element
     "nudge_dots": (
-        "(Tensor(a!) sq, Tensor(b!) along, Tensor(c!) partials, Tensor[] params, Tensor[] grads, "
+        "(Tensor(a!) sq, Tensor(b!) along, Tensor(c!) partials, Tensor[] params, Tensor master, Tensor[] grads, "
         "Tensor momentum_buffer, Tensor step, Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, *, "
         "ScalarType dtype) -> ()"
     ),
     # sgd's step in place along clip g, but w -= lr (buf + (nudge - 1) sum_i <buf, e_i> e_i), with
     # <buf, e_i> = along[2 i] + clip along[2 i + 1]
     "nudge_sgd": (
-        "(Tensor(a!)[] params, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, Tensor[] grads, "
-        "Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, Tensor sq, Tensor along, *, "
+        "(Tensor(a!)[] params, Tensor(e!) master, Tensor(b!) momentum_buffer, Tensor(c!) step, Tensor(d!) counters, "
+        "Tensor[] grads, Tensor eigenvectors, Tensor table, Tensor blocks, Tensor values, Tensor sq, Tensor along, *, "
         "float max_norm, bool skip_nonfinite, ScalarType dtype) -> ()"
     ),
 }

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..checks import warn
 from ..direction import Direction
 from ..distributed import is_zero
+from ..memory.layout import MASTER
 from ..memory.layouts import check_memory, entries
 from ..memory.scalars import merged, of_state, saved_names
 from ..memory.state import of_parameters
@@ -38,7 +39,7 @@ class Checkpoints(Optimizer):
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
     # another's leaves it out when it loads.
     state_names: tuple[str, ...] = ()
-    _family: set[str] = set()
+    _family: set[str] = {MASTER}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -115,6 +116,8 @@ class Checkpoints(Optimizer):
             if p.requires_grad or entry:
                 check_memory(p, label)
             self._check_entry(entry, p, label)
+        if self._step.layouts.mastered:
+            self._warn_without_masters(loaded["state"], ids)
         own = _numbers(loaded)
         if own is not None:
             if not isinstance(own, dict):
@@ -146,7 +149,7 @@ class Checkpoints(Optimizer):
             raise ValueError(f"loaded state dict has state {entry!r} for {label}, expected a dict")
         rule = self._step.rule
         for key, value in entry.items():
-            if key in (*self.state_names, *rule.buffers) and value is not None:
+            if key in (*self.state_names, *rule.buffers, MASTER) and value is not None:
                 if not isinstance(value, Tensor):
                     raise ValueError(f"loaded state dict has {key} {value!r} for {label}, expected a tensor")
                 if value.size() != p.size():
@@ -158,6 +161,15 @@ class Checkpoints(Optimizer):
                 one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
                 if not one:
                     raise ValueError(f"loaded state dict has step {value!r} for {label}, expected a number")
+
+    def _warn_without_masters(self, state: Mapping[Any, Any], ids: list[Any]) -> None:
+        """Warn of a state dict that was trained without them."""
+        half = [i for i, (p, *_) in zip(ids, entries(self.param_groups), strict=False) if p.dtype.itemsize == 2]
+        if any(state.get(i) and state[i].get(MASTER) is None for i in half):
+            warn(
+                "the loaded state dict has no master weights for some parameters: they are taken from the parameters, "
+                "rounded as those are"
+            )
 
     def _names(self, loaded: list[dict[str, Any]]) -> list[list[str] | None]:
         """The names that each group's parameters have after loading: the loaded ones, as in torch; but those here where
@@ -223,7 +235,7 @@ class Checkpoints(Optimizer):
                 if isinstance(value, Tensor):
                     kept = fused or key in ("step", *self.state_names) or value.dim() == 0 < p.dim()
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
-        foreign = self._family - set(self.state_names)
+        foreign = self._family - {*self.state_names, *(MASTER,) * self._step.layouts.mastered}
         for p in [p for p, entry in of_parameters(state["state"]) if foreign & entry.keys()]:
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:

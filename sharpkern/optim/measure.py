@@ -36,6 +36,7 @@ class Settings:
     max_norm: float
     skip_nonfinite: bool
     m_sharpness: Any = "global"
+    master_weights: bool = False
 
 
 class Measurements(Gradients):
@@ -53,7 +54,9 @@ class Measurements(Gradients):
         scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars, opt.direction.scalars))
         fused = isinstance(rule, FusedRule)
         self.owns_state = fused or bool(opt.state_names)  # whether any state lies in flat buffers
-        layouts = Layouts(scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten)
+        layouts = Layouts(
+            scalars, opt.direction, rule.buffers, opt.state_names, fused, flatten, settings.master_weights
+        )
         super().__init__(type(opt).__name__, rule, layouts, scalars, settings.model)
         # The sum that holds the norm of the gradients that are there, and whether that is of the gradient as it is.
         self._measured: str | None = None
@@ -142,7 +145,7 @@ class Measurements(Gradients):
             numbers = {"buffer": i, "decay": decay, "coefficient": coefficient, "dtype": layout.dtype}
             if scaled and layout.any_scaled:
                 radius = self._radius(None, layout.device)
-                ops.norm_scaled.default(sq, *scratch, params, *walk, radius, **numbers)
+                ops.norm_scaled.default(sq, *scratch, params, layout.master, *walk, radius, **numbers)
             elif peaked:
                 ops.norm_max.default(sq, self.scalars.row("largest", layout.device), *scratch, *walk, **numbers)
             else:
@@ -297,8 +300,9 @@ class Measurements(Gradients):
             values = self._group_table("nudged", rows, layout.device)
             params, grads, *walk = layout.walk
             momentum = layout.buffers.get("momentum_buffer", layout.empty)
-            head = (sq, along, layout.partials, params, grads, momentum, state.step, layout.rows(directions))
-            ops.nudge_dots.default(*head, *walk, values, dtype=layout.dtype)
+            sums, weights = (sq, along, layout.partials), (params, layout.master)
+            rest = (grads, momentum, state.step, layout.rows(directions))
+            ops.nudge_dots.default(*sums, *weights, *rest, *walk, values, dtype=layout.dtype)
         self._complete("first", *products)
         self._measured, self._plain = "first", True
 

@@ -21,7 +21,7 @@ from ..memory.layouts import check_aliases, entries
 from ..memory.shards import is_sharded
 from ..ops import schema
 from ..policy import Adaptive, Always, Policy, Scheduled, choose
-from ..rules import make_rule
+from ..rules import FusedRule, make_rule
 from .checkpoint import NUMBERS
 from .driver import Driver
 from .measure import Settings
@@ -55,6 +55,7 @@ class SharpnessAwareOptimizer(Driver):
         flatten: bool = False,
         perturb: Predicate | None = None,
         m_sharpness: Any = "global",
+        master_weights: bool = False,
         **base_kwargs: Any,
     ) -> None:
         refuse_within_zero(type(self).__name__)
@@ -67,16 +68,23 @@ class SharpnessAwareOptimizer(Driver):
             own = {**own, "perturb": True}
         if perturb is not None:
             self.direction = self.direction.part(perturb, type(self).__name__)
+        if not isinstance(master_weights, bool):
+            raise TypeError(f"master_weights should be a bool, but got {master_weights!r}")
         if "p" in base_kwargs:
             raise TypeError(f"{type(self).__name__} takes no p=: SAM and AESAM move in the ball of a p-norm")
         self.policy = choose(policy, Always)
         if m_sharpness != "global":
             self._check_m_sharpness()
         rule = make_rule(base_optimizer, base_kwargs, tuple(own), type(self).__name__)
+        if master_weights and not isinstance(rule, FusedRule):
+            raise ValueError(
+                f"{base_optimizer.__name__} cannot be the base optimizer with master_weights=True: it steps on the "
+                "parameters themselves; torch.optim.SGD, Adam and AdamW step on the masters"
+            )
         self.direction.check(own)
         max_norm = math.inf if max_grad_norm is None else float(max_grad_norm)
         self._knobs = (*vars(self), "_knobs")  # what a copy takes along; the rest is torch's, or made anew
-        settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite), m_sharpness)
+        settings = Settings(float(perturb_eps), model, max_norm, bool(skip_nonfinite), m_sharpness, master_weights)
         self._step = Step(self, rule, settings, bool(flatten))
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
         members = list(entries(self.param_groups))
@@ -85,7 +93,8 @@ class SharpnessAwareOptimizer(Driver):
             raise TypeError(
                 "m_sharpness= takes no DTensor: a gradient that is summed in shards is that of all processes"
             )
-        warn_half(params)
+        if not master_weights:
+            warn_half(params)
         self._bound()
         if any(p.is_meta for p in params):
             return  # they get memory before the first step, which does the rest

@@ -55,6 +55,9 @@ class SALR(SharpnessAwareOptimizer):
     It is stepped by a closure only, which returns the loss and is called in every pass: ``first_step`` and
     ``second_step`` raise. S is the only number that the host reads, once a measurement.
 
+    ``master_weights=True`` is refused: a branch adds up steps from where the model is, and a half type has not the
+    digits for that.
+
     SAM as the base is refused. S is measured at w and scales a step along the gradient at w; SAM steps along another
     one, and already seeks out a small S. Nobody has published the combination, so there is no recursion to be true to.
 
@@ -88,7 +91,7 @@ class SALR(SharpnessAwareOptimizer):
 
     direction = Nowhere()
     closure_only = True
-    refused = ("policy",)
+    refused = ("policy", "master_weights")
 
     def __init__(
         self,
@@ -107,7 +110,12 @@ class SALR(SharpnessAwareOptimizer):
         check_number(step_size, "step_size", positive=True)
         if max_lr_scale is not None:
             check_number(max_lr_scale, "max_lr_scale", positive=True)
-        refuse(self, kwargs, *self.refused)
+        refuse(self, kwargs, "policy")
+        if kwargs.pop("master_weights", False):
+            raise TypeError(
+                "SALR takes no master_weights=True: its branches add up steps from where the model is, and a half type "
+                "has not the digits for that"
+            )
         self.n_ascent, self.n_descent, self.every = int(n_ascent), int(n_descent), int(every)
         self.step_size = float(step_size)
         self.max_lr_scale = math.inf if max_lr_scale is None else float(max_lr_scale)

@@ -201,7 +201,7 @@ class Step(Measurements):
             plain.step(
                 state,
                 self._counters_for(layout, counted=False),
-                layout.empty,
+                layout.master,
                 layout.buffer(direction),
                 self._group_table("shift", rows, layout.device),
                 self.scalars.rows(*self._sums, layout.device),
@@ -224,7 +224,7 @@ class Step(Measurements):
             rule.step(
                 state,
                 self._counters_for(layout),
-                layout.buffer("backup") if self.layouts.away else layout.empty,
+                layout.buffer("backup") if self.layouts.away or layout.masters else layout.empty,
                 layout.buffers.get(direction or "", layout.empty),
                 self._group_table("values", rows, layout.device),
                 sums,
@@ -278,7 +278,7 @@ class Step(Measurements):
         numbers = {"max_norm": self.settings.max_norm, "skip_nonfinite": self.settings.skip_nonfinite}
         for layout, state in zip(self.layouts, self.layouts.states, strict=True):
             params, grads, *walk = layout.walk
-            head = (params, layout.buffers.get("momentum_buffer", layout.empty), state.step)
+            head = (params, layout.master, layout.buffers.get("momentum_buffer", layout.empty), state.step)
             values = self._group_table("nudged", rows, layout.device)
             sq = self.scalars.rows("first", "first", layout.device)
             along = self.scalars.rows(products[0], products[-1], layout.device)

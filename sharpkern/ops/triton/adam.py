@@ -2,7 +2,8 @@
 d = +-clip (a g + b v) + weight_decay w;  m = beta1 m + (1 - beta1) d;  s = beta2 s + (1 - beta2) d^2;
 w -= lr / (1 - beta1^t) m / (sqrt(s) / sqrt(1 - beta2^t) + eps). Without a direction v  d = +-clip a g + weight_decay w.
 
-Bytes a parameter, fp32: reads w 4, g 4, m 4, s 4, writes w 4, m 4, s 4; amsgrad 8 more, v 4 more.
+Bytes a parameter, fp32: reads w 4, g 4, m 4, s 4, writes w 4, m 4, s 4; amsgrad 8 more, v 4 more. Of a half type
+with its master: reads that 4 and g 2, writes both, 6.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, launch_rule, scales
-from .restore import copy
+from .descend import advance, count_skipped, give_back, launch_rule, scales, source_of, store_weights
 from .walk import address, load, norms, share, store, stretch, walk
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, DECOUPLED, VALUES = map(
@@ -53,9 +53,9 @@ def power(x, t):
 def update(
     piece, param, source, grad, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, a, b, sign, shrink,
     weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
-    T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MAX: tl.constexpr,
+    T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MASTER: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    w = load(source, piece, T).to(A)
+    w = load(source, piece, A if MASTER else T).to(A)
     d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
@@ -70,15 +70,15 @@ def update(
         s = tl.where(largest > s, largest, s)
         store(max_exp_avg_sq, s, piece, A)
     change = step_size * divide(m, root(s, A) * correction + eps, A)
-    store(param, shrink * w - change, piece, T)
+    store_weights(param, source, shrink * w - change, piece, T, A, MASTER)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "max_norm"])
 def adam_kernel(
     table, stride_row, stride_column, blocks, n_blocks, exp_avg, exp_avg_sq, max_exp_avg_sq, step, counters, backup,
     direction, values, sq, n_buffers, coefficients, max_norm, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
-    MAX: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
-    PASSES: tl.constexpr,
+    MAX: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr, SKIP: tl.constexpr,
+    COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
@@ -88,9 +88,7 @@ def adam_kernel(
         at = stretch(table, stride_row, stride_column, blocks, i, end)
         param = at.param
         grad = at.grad
-        source = param
-        if BACKED:
-            source = tl.where(at.backup != 0, address(backup, at.slot, T), param)
+        source = source_of(at, backup, T, A, BACKED, MASTER)
         if go & (grad != 0):
             v = param
             if V is not None:
@@ -122,15 +120,15 @@ def adam_kernel(
                 walk(update, addresses | largest, at,
                      (param, source, grad, v, m, s, largest, a, b, sign, shrink, weight_decay,
                       one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                      T, A, V, True))  # fmt: skip
+                      T, A, V, MASTER, True))  # fmt: skip
             else:
                 walk(update, addresses, at,
                      (param, source, grad, v, m, s, None, a, b, sign, shrink, weight_decay,
                       one_minus_beta1, beta2.to(A), one_minus_beta2, step_size, correction, eps,
-                      T, A, V, False))  # fmt: skip
+                      T, A, V, MASTER, False))  # fmt: skip
             advance(step, before, at)
-        elif source != param:
-            walk(copy, param | source, at, (param, source, T))
+        else:
+            give_back(at, source, T, A, MASTER)
         i += at.n
     count_skipped(counters, go, COUNT)
 

@@ -1,7 +1,8 @@
 """Perturbation:  backup = w;  w += s g  (ascend)  or  w += s T^2 g  (ascend_scaled),
 s = rho / (norm + eps), rho signed by maximize. ascend can do without the backup, and can keep g, too.
 
-Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4; the kept gradient 4 more.
+Bytes a parameter, fp32: reads w 4 and g 4, writes w 4 and backup 4; the kept gradient 4 more. Of a half type with its
+master: reads that 4 and g 2, writes w 2.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .walk import (
     address,
     bits,
     check,
+    check_backup,
     check_counters,
     check_norms,
     check_segments,
@@ -39,15 +41,19 @@ from .walk import (
 def move(
     piece, param, grad, kept_param, kept_grad, go, s, scaled, eta,
     T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
+    MASTER: tl.constexpr,
 ):  # fmt: skip
-    old = load(param, piece, T)
+    if MASTER:
+        old = load(kept_param, piece, A)
+    else:
+        old = load(param, piece, T)
     g = load(grad, piece, T)
     w = old.to(A)
     step = s * g.to(A)
     if WEIGHTS:
         t = tl.where(scaled, tl.abs(w) + eta, 1.0)
         step = t * (t * step)
-    if BACKED:
+    if BACKED and not MASTER:
         store(kept_param, old, piece, T)
     if KEEP:
         store(kept_grad, g, piece, T)
@@ -59,8 +65,9 @@ def move(
 def ascend_kernel(
     table, stride_row, stride_column, blocks, n_blocks, backup, gradient, counters, radius, sq,
     n_buffers, eps, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
-    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
+    W: tl.constexpr = A if MASTER else T
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
     b, end = share(n_blocks)
@@ -75,16 +82,20 @@ def ascend_kernel(
         scaled = at.scale == SCALED
         kept_param = param
         if BACKED:
-            kept_param = address(backup, at.slot, T)
+            kept_param = address(backup, at.slot, W)
             if at.k == 0:
                 # For every row, so that no mark of an earlier step is left.
                 tl.store(at.cells + BACKUP * at.stride, (grad != 0).to(tl.int64))
         kept_grad = grad
         if KEEP:
             kept_grad = address(gradient, at.slot, T)
-        if grad != 0:
+        moves = grad != 0
+        if MASTER:
+            moves = moves & go  # what the parameters are is not read
+        if moves:
             walk(move, param | grad | kept_param | kept_grad, at,
-                 (param, grad, kept_param, kept_grad, go, s, scaled, eta, T, A, WEIGHTS, BACKED, KEEP))  # fmt: skip
+                 (param, grad, kept_param, kept_grad, go, s, scaled, eta, T, A, WEIGHTS, BACKED, KEEP,
+                  MASTER))  # fmt: skip
         b += at.n
     if COUNT:
         if tl.program_id(0) == 0:
@@ -112,7 +123,7 @@ def _run(
     check_norms(sq, table)
     check_values(radius, table, 2, "radius")
     check_counters(counters, table)
-    check(backup, table, dtype, "backup", 1 if weights and blocks.numel() else 0)
+    master = check_backup(backup, table, dtype, numel=1 if weights and blocks.numel() else 0)
     check(gradient, table, dtype, "gradient")
     launch(
         ascend_kernel,
@@ -126,6 +137,8 @@ def _run(
         sq.size(1),
         bits(eps),
         dtype=dtype,
+        mixed=master,
+        MASTER=master,
         WEIGHTS=weights,
         BACKED=backup.numel() > 0,
         KEEP=gradient.numel() > 0,

@@ -12,17 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
+from .restore import copy
 from .walk import (
     ELEMENT,
     TICKET,
+    address,
     bits,
     check,
+    check_backup,
     check_counters,
     check_norms,
     check_segments,
     check_values,
     float64,
     launch,
+    store,
+    walk,
 )
 
 
@@ -40,6 +45,36 @@ def scales(norm, max_norm, coefficients, A: tl.constexpr, MIXED: tl.constexpr):
         a *= tl.load(coefficients)
         b *= tl.load(coefficients + 1)
     return a.to(A), b.to(A)
+
+
+@triton.jit
+def source_of(at, backup, T: tl.constexpr, A: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr):
+    """The address of the weights that a row steps from."""
+    source = at.param
+    if MASTER:
+        source = address(backup, at.slot, A)
+    elif BACKED:
+        source = tl.where(at.backup != 0, address(backup, at.slot, T), at.param)
+    return source
+
+
+@triton.jit
+def store_weights(param, source, w, piece, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr):
+    """New weights: rounded into the parameter, as they are into a master."""
+    if MASTER:
+        store(source, w, piece, A)
+    store(param, w, piece, T)
+
+
+@triton.jit
+def give_back(at, source, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr):
+    """Of a row that does not step: what its backup holds."""
+    if MASTER:
+        if at.backup != 0:
+            walk(copy, at.param | source, at, (at.param, source, T, A))
+    else:
+        if source != at.param:
+            walk(copy, at.param | source, at, (at.param, source, T, T))
 
 
 @triton.jit
@@ -98,7 +133,7 @@ def launch_rule(
     check_norms(sq, table)
     check_counters(counters, table)
     check(step, table, torch.float32, "step", table.size(0))
-    check(backup, table, dtype, "backup")
+    master = check_backup(backup, table, dtype)
     check_values(values, table, len(columns), "values")
     state_dtype = schema.state_dtype(dtype)
     for name, buffer in state.items():
@@ -126,7 +161,8 @@ def launch_rule(
         coefficients,
         bits(max_norm),
         dtype=dtype,
-        mixed=any(buffer.numel() for buffer in in_state),
+        mixed=master or any(buffer.numel() for buffer in in_state),
+        MASTER=master,
         V=ELEMENT[direction.dtype] if direction.numel() else None,
         MIXED=coefficients.numel() > 0,
         BACKED=backup.numel() > 0,

@@ -22,8 +22,10 @@ from .walk import (
     LEFT_OUT,
     SCALED,
     STEP,
+    address,
     bits,
     check,
+    check_master,
     check_segments,
     check_values,
     check_vector,
@@ -39,10 +41,12 @@ MEAN, VAR, THRESHOLD, FIRED = map(tl.constexpr, range(len(schema.EMA)))
 
 
 @triton.jit
-def add_squares(piece, sums, param, grad, scaled, eta, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr):
+def add_squares(
+    piece, sums, param, grad, scaled, eta, T: tl.constexpr, A: tl.constexpr, W: tl.constexpr, WEIGHTS: tl.constexpr
+):  # fmt: skip
     a = load(grad, piece, T).to(A)
     if WEIGHTS:
-        a = tl.where(scaled, a * (tl.abs(load(param, piece, T).to(A)) + eta), a)
+        a = tl.where(scaled, a * (tl.abs(load(param, piece, W).to(A)) + eta), a)
     return sums + a * a
 
 
@@ -64,9 +68,10 @@ def update_ema(ema, n, decay, coefficient):
 
 @triton.jit(do_not_specialize=["n_blocks", "buffer", "decay", "coefficient"])
 def norm_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, radius, ema, decay,
-    coefficient, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, EMA: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, master, radius, ema, decay,
+    coefficient, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, MASTER: tl.constexpr, EMA: tl.constexpr,
 ):  # fmt: skip
+    W: tl.constexpr = A if MASTER else T
     sums = tl.zeros((BLOCK,), A)
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
@@ -74,14 +79,17 @@ def norm_kernel(
         at = stretch(table, stride_row, stride_column, blocks, b, end)
         grad = at.grad
         addresses = grad
+        param = at.param
+        if MASTER:
+            param = address(master, at.slot, A)
         eta = tl.full((), 0, A)
         if WEIGHTS:
             grad = tl.where(at.scale == LEFT_OUT, 0, grad)
-            addresses |= at.param
+            addresses |= param
             eta = tl.load(radius + 2 * at.group + 1).to(A)
         if grad != 0:
             sums, rest = walk_sums(add_squares, addresses, at, sums, rest,
-                                   (at.param, grad, at.scale == SCALED, eta, T, A, WEIGHTS))  # fmt: skip
+                                   (param, grad, at.scale == SCALED, eta, T, A, W, WEIGHTS))  # fmt: skip
         b += at.n
     leave(partials, sums, rest, 0, 1)
     if is_last(partials):
@@ -99,6 +107,7 @@ def _run(
     partials: Tensor,
     ema: Tensor,
     params: Sequence[Tensor],
+    master: Tensor | None,
     grads: Sequence[Tensor],
     table: Tensor,
     blocks: Tensor,
@@ -117,6 +126,7 @@ def _run(
     check(ema, table, torch.float64, "ema", len(schema.EMA) if ema.numel() else 0)
     if radius is not None:
         check_values(radius, table, 2, "radius")
+    mastered = master is not None and check_master(master, table, dtype)
     launch(
         norm_kernel,
         table,
@@ -125,11 +135,14 @@ def _run(
         sq.numel(),
         buffer,
         partials,
+        master,
         radius,
         ema,
         bits(decay),
         bits(coefficient),
         dtype=dtype,
+        mixed=mastered,
+        MASTER=mastered,
         WEIGHTS=radius is not None,
         EMA=ema.numel() > 0,
     )
@@ -138,7 +151,7 @@ def _run(
 def norm(
     sq: Tensor, partials: Tensor, ema: Tensor, grads: Sequence[Tensor], table: Tensor, blocks: Tensor, **numbers: Any
 ) -> None:
-    _run(sq, partials, ema, [], grads, table, blocks, None, **numbers)
+    _run(sq, partials, ema, [], None, grads, table, blocks, None, **numbers)
 
 
 def norm_scaled(*args: Any, **numbers: Any) -> None:

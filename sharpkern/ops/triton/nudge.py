@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, scales
+from .descend import advance, count_skipped, give_back, scales, source_of, store_weights
 from .reduce import check_partials, check_sums, is_last, total
 from .walk import (
     address,
     bits,
     check,
     check_counters,
+    check_master,
     check_norms,
     check_segments,
     check_values,
@@ -65,11 +66,11 @@ def group_of(values, step, at, A: tl.constexpr, BUFFER: tl.constexpr):
 
 @triton.jit
 def add_products(
-    piece, sums, param, grad, buffer, direction, size, count, weight_decay, sign, decay, intake,
-    T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr,
+    piece, sums, source, grad, buffer, direction, size, count, weight_decay, sign, decay, intake,
+    T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     g = load(grad, piece, T).to(A)
-    kept = intake * (weight_decay * load(param, piece, T).to(A))
+    kept = intake * (weight_decay * load(source, piece, A if MASTER else T).to(A))
     if BUFFER:
         kept += decay * load(buffer, piece, A)
     pulled = intake * (sign * g)
@@ -84,8 +85,9 @@ def add_products(
 
 @triton.jit(do_not_specialize=["n_blocks", "count"])
 def nudge_dots_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, along, stride_along, partials, momentum_buffer, step,
-    eigenvectors, size, count, values, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, sq, along, stride_along, partials, master, momentum_buffer,
+    step, eigenvectors, size, count, values, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr,
+    BUFFER: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros((LANES,), tl.float64)
     row_bytes = size.to(tl.int64) * (A.primitive_bitwidth // 8)
@@ -95,16 +97,17 @@ def nudge_dots_kernel(
         if at.grad != 0:
             _, weight_decay, sign, buffered, _, decay, intake = group_of(values, step, at, A, BUFFER)
             direction = address(eigenvectors, at.slot, A)
-            addresses = at.param | at.grad | direction | row_bytes
+            source = source_of(at, master, T, A, False, MASTER)
+            addresses = source | at.grad | direction | row_bytes
             if buffered:
                 buffer = address(momentum_buffer, at.slot, A)
                 sums = walk_with(add_products, addresses | buffer, at, sums,
-                                 (at.param, at.grad, buffer, direction, row_bytes, count, weight_decay, sign, decay,
-                                  intake, T, A, True))  # fmt: skip
+                                 (source, at.grad, buffer, direction, row_bytes, count, weight_decay, sign, decay,
+                                  intake, T, A, MASTER, True))  # fmt: skip
             else:
                 sums = walk_with(add_products, addresses, at, sums,
-                                 (at.param, at.grad, None, direction, row_bytes, count, weight_decay, sign, decay,
-                                  intake, T, A, False))  # fmt: skip
+                                 (source, at.grad, None, direction, row_bytes, count, weight_decay, sign, decay,
+                                  intake, T, A, MASTER, False))  # fmt: skip
         b += at.n
     lanes = tl.arange(0, LANES)
     n = 1 + 2 * count
@@ -117,10 +120,10 @@ def nudge_dots_kernel(
 
 @triton.jit
 def update(
-    piece, param, grad, buffer, direction, size, along, n_buffers, count, lr, weight_decay, clip, sign, decay, intake,
-    nudge, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr,
+    piece, param, source, grad, buffer, direction, size, along, n_buffers, count, lr, weight_decay, clip, sign, decay,
+    intake, nudge, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
-    w = load(param, piece, T).to(A)
+    w = load(source, piece, A if MASTER else T).to(A)
     buf = intake * (sign * (clip.to(A) * load(grad, piece, T).to(A)) + weight_decay * w)
     if BUFFER:
         buf += decay * load(buffer, piece, A)
@@ -129,15 +132,15 @@ def update(
         kept = sum_buffers(along + 2 * k * n_buffers, n_buffers)
         pulled = sum_buffers(along + (2 * k + 1) * n_buffers, n_buffers)
         buf += (nudge * (kept + clip * pulled)).to(A) * load(direction + k * size, piece, A)
-    store(param, w - lr * buf, piece, T)
+    store_weights(param, source, w - lr * buf, piece, T, A, MASTER)
 
 
 # With one buffer alone sum_buffers would be no loop, and ptxas would unroll the one around it until it spills.
 @triton.jit(do_not_specialize=["n_blocks", "count", "n_buffers", "max_norm"])
 def nudge_sgd_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, momentum_buffer, step, counters, eigenvectors, size, count,
-    values, sq, along, n_buffers, max_norm, T: tl.constexpr, A: tl.constexpr, BUFFER: tl.constexpr,
-    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, master, momentum_buffer, step, counters, eigenvectors, size,
+    count, values, sq, along, n_buffers, max_norm, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr,
+    BUFFER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
@@ -147,22 +150,25 @@ def nudge_sgd_kernel(
     i, end = share(n_blocks)
     while i < end:
         at = stretch(table, stride_row, stride_column, blocks, i, end)
+        source = source_of(at, master, T, A, False, MASTER)
         if go & (at.grad != 0):
             x, weight_decay, sign, buffered, before, decay, intake = group_of(values, step, at, A, BUFFER)
             lr = tl.load(x + LR).to(A)
             nudge = tl.load(x + NUDGE) - 1.0
             direction = address(eigenvectors, at.slot, A)
-            addresses = at.param | at.grad | direction | row_bytes
+            addresses = at.param | source | at.grad | direction | row_bytes
             if buffered:
                 buffer = address(momentum_buffer, at.slot, A)
                 walk(update, addresses | buffer, at,
-                     (at.param, at.grad, buffer, direction, row_bytes, along, n_buffers, count, lr, weight_decay,
-                      clip, sign, decay, intake, nudge, T, A, True))  # fmt: skip
+                     (at.param, source, at.grad, buffer, direction, row_bytes, along, n_buffers, count, lr,
+                      weight_decay, clip, sign, decay, intake, nudge, T, A, MASTER, True))  # fmt: skip
                 advance(step, before, at)
             else:
                 walk(update, addresses, at,
-                     (at.param, at.grad, None, direction, row_bytes, along, n_buffers, count, lr, weight_decay,
-                      clip, sign, decay, intake, nudge, T, A, False))  # fmt: skip
+                     (at.param, source, at.grad, None, direction, row_bytes, along, n_buffers, count, lr,
+                      weight_decay, clip, sign, decay, intake, nudge, T, A, MASTER, False))  # fmt: skip
+        else:
+            give_back(at, source, T, A, MASTER)
         i += at.n
 
 
@@ -182,6 +188,7 @@ def nudge_dots(
     along: Tensor,
     partials: Tensor,
     params: Sequence[Tensor],
+    master: Tensor,
     grads: Sequence[Tensor],
     momentum_buffer: Tensor,
     step: Tensor,
@@ -199,6 +206,7 @@ def nudge_dots(
     check_partials(partials, table, blocks, 1 + 2 * count)
     if along.dtype != torch.float64 or along.dim() != 1 or len(along) != 2 * count or along.device != table.device:
         raise RuntimeError(f"sharpkern: along should be {2 * count} float64 elements, on {table.device}")
+    mastered = check_master(master, table, dtype)
     check(momentum_buffer, table, schema.state_dtype(dtype), "momentum_buffer")
     check(step, table, torch.float32, "step", table.size(0))
     check_values(values, table, len(schema.NUDGED), "values")
@@ -210,6 +218,7 @@ def nudge_dots(
         along,
         along.stride(0),
         partials,
+        master,
         momentum_buffer,
         step,
         eigenvectors,
@@ -218,12 +227,14 @@ def nudge_dots(
         values,
         dtype=dtype,
         mixed=True,
+        MASTER=mastered,
         BUFFER=momentum_buffer.numel() > 0,
     )
 
 
 def nudge_sgd(
     params: Sequence[Tensor],
+    master: Tensor,
     momentum_buffer: Tensor,
     step: Tensor,
     counters: Tensor,
@@ -246,6 +257,7 @@ def nudge_sgd(
     if along.dim() != 2 or along.size(0) != 2 * count or along.size(1) == 0:
         raise RuntimeError(f"sharpkern: along should be a contiguous float64 matrix of {2 * count} rows")
     check(along, table, torch.float64, "along", along.numel())
+    mastered = check_master(master, table, dtype)
     check(momentum_buffer, table, schema.state_dtype(dtype), "momentum_buffer")
     check(step, table, torch.float32, "step", table.size(0))
     check_counters(counters, table)
@@ -254,6 +266,7 @@ def nudge_sgd(
         nudge_sgd_kernel,
         table,
         blocks,
+        master,
         momentum_buffer,
         step,
         counters,
@@ -267,6 +280,7 @@ def nudge_sgd(
         bits(max_norm),
         dtype=dtype,
         mixed=True,
+        MASTER=mastered,
         BUFFER=momentum_buffer.numel() > 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

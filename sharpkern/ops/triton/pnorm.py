@@ -2,7 +2,8 @@
 sq = sum (|g| / m)^q  (norm_p), then  backup = w;  w += s sign(g) (|g| / m)^(q - 1)  (ascend_p) with
 s = rho (m / (||g||_q + eps))^(q - 1),  ||g||_q = m sq^(1/q).
 
-Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4.
+Bytes a parameter, fp32: the norms read g 4; ascend_p reads w 4 and g 4, writes w 4 and backup 4; of a half type with
+its master it reads that 4 and g 2, and writes w 2.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .walk import (
     address,
     bits,
     check,
+    check_backup,
     check_counters,
     check_norms,
     check_segments,
@@ -141,15 +143,20 @@ def norm_p_kernel(
 
 @triton.jit
 def move(
-    piece, param, grad, kept_param, go, s, largest, y, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr
+    piece, param, grad, kept_param, go, s, largest, y, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr,
+    MASTER: tl.constexpr,
 ):  # fmt: skip
-    old = load(param, piece, T)
+    if MASTER:
+        old = load(kept_param, piece, A)
+    else:
+        old = load(param, piece, T)
     g = load(grad, piece, T).to(A)
     d = s + (g - g)
     if not SIGN:
         d = s * power(g, largest, y, A)
     d = tl.where(g < 0, -d, tl.where(g == 0, 0, d))
-    store(kept_param, old, piece, T)
+    if not MASTER:
+        store(kept_param, old, piece, T)
     # A skipped perturbation must not show the gradient.
     store(param, tl.where(go, (old.to(A) + d).to(T), old), piece, T)
 
@@ -158,8 +165,9 @@ def move(
 def ascend_p_kernel(
     table, stride_row, stride_column, blocks, n_blocks, backup, counters, radius, sq, n_buffers, largest,
     n_largest, powers, n_powers, exponent, eps, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr,
-    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
+    W: tl.constexpr = A if MASTER else T
     _, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
     scale = tl.full((), 1, tl.float64)
@@ -176,13 +184,16 @@ def ascend_p_kernel(
         param = at.param
         grad = at.grad
         s = (tl.load(radius + 2 * at.group) * scale).to(A)
-        kept_param = address(backup, at.slot, T)
+        kept_param = address(backup, at.slot, W)
         if at.k == 0:
             # For every row, so that no mark of an earlier step is left.
             tl.store(at.cells + BACKUP * at.stride, (grad != 0).to(tl.int64))
-        if grad != 0:
+        moves = grad != 0
+        if MASTER:
+            moves = moves & go  # what the parameters are is not read
+        if moves:
             walk(move, param | grad | kept_param, at,
-                 (param, grad, kept_param, go, s, m, float64(exponent).to(A), T, A, SIGN))  # fmt: skip
+                 (param, grad, kept_param, go, s, m, float64(exponent).to(A), T, A, SIGN, MASTER))  # fmt: skip
         b += at.n
     if COUNT:
         if tl.program_id(0) == 0:
@@ -268,7 +279,7 @@ def ascend_p(
     check_norms(sq, table)
     check_values(radius, table, 2, "radius")
     check_counters(counters, table)
-    check(backup, table, dtype, "backup", 1 if blocks.numel() else 0)
+    master = check_backup(backup, table, dtype, numel=1 if blocks.numel() else 0)
     check_vector(largest, table, "largest")
     check_vector(powers, table, "powers")
     if not exponent >= 0:
@@ -289,6 +300,8 @@ def ascend_p(
         bits(exponent),
         bits(eps),
         dtype=dtype,
+        mixed=master,
+        MASTER=master,
         SIGN=exponent == 0,
         SKIP=skip_nonfinite,
         COUNT=counters.numel() > 0,

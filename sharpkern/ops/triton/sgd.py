@@ -1,7 +1,8 @@
 """SGD from the backup or in place:  d = +-clip (a g + b v) + weight_decay w;  buf = momentum buf + (1 - dampening) d;
 w -= lr (nesterov ? d + momentum buf : buf). Without a direction v  d = +-clip a g + weight_decay w.
 
-Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; v 4 more.
+Bytes a parameter, fp32: reads w 4, g 4, buf 4, writes w 4, buf 4; without momentum 12; v 4 more. Of a half type with
+its master: reads that 4 and g 2, writes both, 6.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, launch_rule, scales
-from .restore import copy
+from .descend import advance, count_skipped, give_back, launch_rule, scales, source_of, store_weights
 from .walk import address, load, norms, share, store, stretch, walk
 
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.constexpr, range(len(schema.SGD) + 1))
@@ -24,9 +24,10 @@ LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.const
 @triton.jit
 def update(
     piece, param, source, grad, direction, buffer, lr, weight_decay, a, b, sign, momentum, intake,
-    from_gradient, from_buffer, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BUFFER: tl.constexpr,
+    from_gradient, from_buffer, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MASTER: tl.constexpr,
+    BUFFER: tl.constexpr,
 ):  # fmt: skip
-    w = load(source, piece, T).to(A)
+    w = load(source, piece, A if MASTER else T).to(A)
     d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
@@ -35,14 +36,15 @@ def update(
         buf = momentum * load(buffer, piece, A) + intake * d
         store(buffer, buf, piece, A)
         d = from_gradient * d + from_buffer * buf
-    store(param, w - lr * d, piece, T)
+    store_weights(param, source, w - lr * d, piece, T, A, MASTER)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "max_norm"])
 def sgd_kernel(
     table, stride_row, stride_column, blocks, n_blocks, momentum_buffer, step, counters, backup, direction, values,
     sq, n_buffers, coefficients, max_norm, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BUFFER: tl.constexpr,
-    MIXED: tl.constexpr, BACKED: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+    MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)
@@ -54,9 +56,7 @@ def sgd_kernel(
         at = stretch(table, stride_row, stride_column, blocks, i, end)
         param = at.param
         grad = at.grad
-        source = param
-        if BACKED:
-            source = tl.where(at.backup != 0, address(backup, at.slot, T), param)
+        source = source_of(at, backup, T, A, BACKED, MASTER)
         if go & (grad != 0):
             v = param
             if V is not None:
@@ -82,14 +82,14 @@ def sgd_kernel(
                 buffer = address(momentum_buffer, at.slot, A)
                 walk(update, addresses | buffer, at,
                      (param, source, grad, v, buffer, lr, weight_decay, a, b, sign, decay, intake,
-                      from_gradient, from_buffer, T, A, V, True))  # fmt: skip
+                      from_gradient, from_buffer, T, A, V, MASTER, True))  # fmt: skip
                 advance(step, before, at)
             else:
                 walk(update, addresses, at,
                      (param, source, grad, v, None, lr, weight_decay, a, b, sign, None, None, None, None,
-                      T, A, V, False))  # fmt: skip
-        elif source != param:
-            walk(copy, param | source, at, (param, source, T))
+                      T, A, V, MASTER, False))  # fmt: skip
+        else:
+            give_back(at, source, T, A, MASTER)
         i += at.n
 
 

@@ -326,6 +326,35 @@ def check(t: Tensor, table: Tensor, dtype: torch.dtype, name: str, numel: int = 
         )
 
 
+def check_backup(backup: Tensor, table: Tensor, dtype: torch.dtype, name: str = "backup", numel: int = 0) -> bool:
+    """A flat buffer of weights: a backup of the parameters' dtype, or a master of the state's.
+
+    Returns:
+        Whether it is a master: of every row's weights, of which the parameters of a half type have the rounded values.
+
+    Raises:
+        RuntimeError: when it is neither.
+    """
+    wide = schema.state_dtype(dtype)
+    master = dtype != wide and backup.dtype == wide and backup.numel() > 0
+    check(backup, table, wide if master else dtype, name, numel)
+    return master
+
+
+def check_master(master: Tensor, table: Tensor, dtype: torch.dtype) -> bool:
+    """A master, or none.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        RuntimeError: when it is something else.
+    """
+    if master.numel() and not check_backup(master, table, dtype, "master"):
+        raise RuntimeError("sharpkern: master should be float32, beside parameters of bfloat16 or float16")
+    return master.numel() > 0
+
+
 def check_norms(sq: Tensor, table: Tensor, name: str = "sq") -> None:
     """The squared norms of the passes of a step.
 
