@@ -106,8 +106,8 @@ class Layout:
         Raises:
             RuntimeError: for a parameter whose storage was freed.
         """
-        addresses = self.table.locate(self.params)
-        if not self.table.moved(addresses):
+        addresses = self.table.moved(self.params)
+        if addresses is None:
             return True
         for name, p in zip(self.names, self.params, strict=True):
             if p.numel() and p.layout == torch.strided and not p.data_ptr():
@@ -135,6 +135,15 @@ class Layout:
         """
         if self.flat is not None:
             self.flat.take()
+        self.grads = []
+        if walks_lists(self.device.type) or not self.table.scan():
+            self._gather(error)
+        for i, segment in self.copies.items():
+            segment.copy_(self.params[i])
+        self.table.send(fresh)
+
+    def _gather(self, error: Callable[[str, Tensor], Exception]) -> None:
+        """Take the gradients as a list, with a copy of each that no kernel can use as it is."""
         none = self.table.none
         grads = [none if (g := p.grad) is None else g for p in self.params]
         for i in self.table.gather(grads):
@@ -143,10 +152,7 @@ class Layout:
                 raise error(self.names[i], grad)
             grads[i] = torch.empty_strided(size, stride, dtype=self.dtype, device=self.device).copy_(grad)
             self.table.grad_column[i] = grads[i].data_ptr()
-        for i, segment in self.copies.items():
-            segment.copy_(self.params[i])
         self.grads = grads
-        self.table.send(fresh)
 
     def follow(self, name: str, rows: Sequence[bool]) -> None:
         """Take the slots of a flat buffer for the gradients of these rows until the next pass; the others have none."""
