@@ -1,5 +1,4 @@
-// The Python module _C: importing it registers the kernels; it tells how they were built. No tensor
-// passes through here.
+// The Python module _C: importing it registers the kernels; it tells how they were built, and finds tensors.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -13,6 +12,10 @@
 #endif
 
 namespace py = pybind11;
+
+namespace sharpkern {
+void define_scan(py::module_& m);
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sharpkern; importing the module registers them with torch.";
@@ -36,4 +39,5 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_architectures"] = SHARPKERN_CUDA_ARCHITECTURES;
     return info;
   });
+  sharpkern::define_scan(m);
 }

@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from . import __version__, build_info
+from .ops import scan
 from .ops.backend import NAMES, current_backend, why_not
 
 
@@ -18,6 +19,8 @@ def info() -> str:
     if build["extension"]:
         cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda_architectures"] else "no CUDA"
         lines.append(f"extension: {build['compiler']}, built with torch {build['torch']}, {cuda}")
+    found = "by the extension" if scan.available() else "by an op: slower where a model has many"
+    lines.append(f"parameters and gradients are found {found}")
     for device in dict.fromkeys(["cpu", "cuda", *([accelerator.type] if accelerator else [])]):
         running = current_backend(device)
         here = device == "cpu" or (accelerator is not None and accelerator.type == device)

@@ -165,8 +165,8 @@ class Layout:
             RuntimeError: for a parameter whose storage was freed.
         """
         memory = self._memory()
-        addresses = self.table.locate(memory)
-        if not self.table.moved(addresses):
+        addresses = self.table.moved(memory)
+        if addresses is None:
             return True
         for name, p in zip(self.names, memory, strict=True):
             if p.numel() and p.layout == torch.strided and not p.data_ptr():
@@ -197,6 +197,17 @@ class Layout:
         """
         if self.flat is not None:
             self.flat.take()
+        self.grads = []
+        if walks_lists(self.device.type) or not self.table.scan():
+            self._gather(error)
+        if self.copies:
+            memory = self._memory()
+            for i, segment in self.copies.items():
+                segment.copy_(memory[i])
+        self.table.send(fresh)
+
+    def _gather(self, error: Callable[[str, Tensor], Exception]) -> None:
+        """Take the gradients as a list, with a copy of each that no kernel can use as it is."""
         none = self.table.none
         if self.shards is None:
             grads = [none if (g := p.grad) is None else g for p in self.params]
@@ -210,12 +221,7 @@ class Layout:
                 raise error(self.names[i], grad)
             grads[i] = torch.empty_strided(size, stride, dtype=self.dtype, device=self.device).copy_(grad)
             self.table.grad_column[i] = grads[i].data_ptr()
-        if self.copies:
-            memory = self._memory()
-            for i, segment in self.copies.items():
-                segment.copy_(memory[i])
         self.grads = grads
-        self.table.send(fresh)
 
     def follow(self, name: str, rows: Sequence[bool]) -> None:
         """Take the slots of a flat buffer for the gradients of these rows until the next pass; the others have none."""

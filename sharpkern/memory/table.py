@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import schema
 from ..ops.backend import walks_lists
+from ..ops.scan import make_scan
 from . import transfer
 from .shapes import strides_of
 from .transfer import Sender
@@ -66,9 +67,12 @@ class Table:
         self._param_strides = strides_of(params)
         self._found = torch.zeros_like(self.host)
         self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
+        rows = self._param_strides, self._grad_strides
+        self._scan = None if shards else make_scan(list(params), self.none, *rows)
         # The copy on a device.
         self._copy: Sender | None = None
         self._sent: Tensor | None = None  # the columns before BACKUP as they are there
+        self._touched = True  # whether they may be others here since
         self._complete = False  # whether the other columns are there
         self._marked_there = False  # whether a kernel may have marked backups there
         self.follow(self.locate(params))
@@ -80,13 +84,17 @@ class Table:
         _gather(self._found, self._found_status, params, self._param_strides, self.none, dtype=self.dtype)
         return self._found[:, schema.GRAD]
 
-    def moved(self, addresses: Tensor) -> bool:
-        """Whether parameters lie elsewhere than this table says."""
-        return not torch.equal(addresses, self._addresses)
+    def moved(self, params: Sequence[Tensor]) -> Tensor | None:
+        """Addresses of the parameters, where they lie elsewhere than this table says."""
+        if self._scan is not None and self._scan.unmoved(self._addresses.data_ptr()):
+            return None
+        addresses = self.locate(params)
+        return None if torch.equal(addresses, self._addresses) else addresses
 
     def follow(self, addresses: Tensor) -> None:
         """Take the parameters where they are now."""
         self._point()
+        self._touched = True
         if self._complete:
             self.send()
         self._addresses = addresses.clone()  # last: an interrupt before it finds them changed again
@@ -94,8 +102,17 @@ class Table:
     def _point(self) -> None:
         self.host[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments], device="cpu")
 
+    def scan(self) -> bool:
+        """Take a pass's gradients from the parameters. False where that cannot be, or one is of no use as it is."""
+        if self._scan is None:
+            return False
+        mismatches, self.missing, changed = self._scan.gather(self.grad_column.data_ptr(), schema.COLUMNS)
+        self._touched |= changed
+        return not mismatches
+
     def gather(self, grads: list[Tensor]) -> list[int]:
         """Take a pass's gradients, ``none`` for a missing one. Returns the rows whose gradient no kernel can use."""
+        self._touched = True
         _gather(self.host, self._status, grads, self._grad_strides, self.none, dtype=self.dtype)
         mismatches, self.missing = self._status.tolist()
         if self.empty is not None:
@@ -115,6 +132,7 @@ class Table:
         rows = torch.tensor(taken, dtype=torch.bool, device="cpu") & (self.host[:, schema.NUMEL] > 0)
         addresses = buffer.data_ptr() + self.host[:, schema.SLOT] * buffer.element_size()
         self.grad_column.copy_(addresses * rows)
+        self._touched = True
         self.note_empty(taken)
         self.missing = len(taken) - int(rows.sum()) - (0 if self.empty is None else int(self.empty.sum()))
         self.send()
@@ -135,7 +153,10 @@ class Table:
         if walks_lists(self.device.type):
             self._complete = False
         elif transfer.is_remote(self.device):
-            self._backup_column.copy_((self.grad_column != 0) & (self._scale_column != schema.LEFT_OUT))
+            if self.missing or self.any_scaled:
+                self._backup_column.copy_((self.grad_column != 0) & (self._scale_column != schema.LEFT_OUT))
+            else:
+                self._backup_column.fill_(1)
         if self.empty is not None:  # of nothing
             self._backup_column.masked_fill_(self.empty & (self._scale_column != schema.LEFT_OUT), 1)
 
@@ -175,7 +196,7 @@ class Table:
     def leave_out(self, rows: Tensor) -> None:
         """Leave rows (a mask) out of the direction of this step, beside those that always are."""
         self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
-        self.any_scaled = self._drawn = True
+        self.any_scaled = self._drawn = self._touched = True
         self.send()
 
     def any_left_in(self) -> bool:
@@ -186,7 +207,7 @@ class Table:
         """Every row has its own T_w again. The device hears of it with the next gradients."""
         if self._drawn:
             self._scale_column.copy_(self._scale)
-            self.any_scaled, self._drawn = bool(self._scale.any()), False
+            self.any_scaled, self._drawn, self._touched = bool(self._scale.any()), False, True
 
     # The copy on a device.
 
@@ -213,18 +234,20 @@ class Table:
             count = schema.COLUMNS
         elif (
             transfer.is_capturing(self.device) or self._copy.captured or self._sent is None
-            or not torch.equal(columns[: schema.BACKUP], self._sent)
+            or (self._touched and not torch.equal(columns[: schema.BACKUP], self._sent))
         ):  # fmt: skip
             # A graph brings its own addresses along, for eager steps between its replays may send others; and
             # they send theirs again, for a replay may have been in between.
             count = schema.BACKUP + fresh
         else:
-            count = (schema.BACKUP + 1) * (fresh and self._marked_there)
-        if not count:
+            self._touched = False
+            if fresh and self._marked_there:
+                self._copy.clear(schema.BACKUP)
+                self._marked_there = False
             return
         self._sent = None  # an interrupt may come between the copy and the note of it
         self._copy.send(columns[:count].contiguous())
         self._sent = columns[: schema.BACKUP].clone()
-        self._complete = True
+        self._complete, self._touched = True, False
         if fresh:
             self._marked_there = False

@@ -45,6 +45,7 @@ class Sender:
         self.target = target
         self._rows = rows
         self._stock: list[Tensor] | None = None
+        self._zeros: Tensor | None = None
         self._kept: list[Tensor] = []
         # Replays may overwrite what was sent since: from the first capture on nobody knows what is there.
         self.captured = False
@@ -75,6 +76,16 @@ class Sender:
                 self._stock = list(torch.empty(shape, dtype=values.dtype, device="cpu", pin_memory=True))
             pinned = values.pin_memory()
         target.copy_(pinned, non_blocking=True)
+
+    def clear(self, row: int) -> None:
+        """``target[row] = 0``, outside of captures, in the order of the current stream."""
+        target = self.target[row]
+        if not reads_there(target.device):
+            target.zero_()
+            return
+        if self._zeros is None:
+            self._zeros = torch.empty(target.size(), dtype=target.dtype, device="cpu", pin_memory=True).zero_()
+        target.copy_(self._zeros, non_blocking=True)
 
 
 class Receiver:

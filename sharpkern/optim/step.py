@@ -243,7 +243,8 @@ class Step(Measurements):
         rule, groups = self.rule, self.layouts.param_groups
         assert isinstance(rule, FusedRule)
         self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups), trained)
-        self.layouts.state_written()
+        if trained:
+            self.layouts.state_written()
 
     def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None) -> None:
         self.back()
