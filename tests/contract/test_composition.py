@@ -151,9 +151,9 @@ def test_the_signature_shows_the_shared_arguments() -> None:
         assert names[:3] == ["params", "base_optimizer", "rho"]
         if cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.AESAM):
             names.remove("perturb")
-        shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "m_sharpness", "base_kwargs"]
+        shared = ["perturb_eps", "model", "max_grad_norm", "skip_nonfinite", "flatten", "m_sharpness", "master_weights"]
         shared.remove("m_sharpness") if cls is sk.MomentumSAM else None
-        assert names[-len(shared) :] == shared
+        assert names[-1 - len(shared) :] == [*shared, "base_kwargs"]
         assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM, sk.MomentumSAM))
 
 
