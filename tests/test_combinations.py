@@ -104,8 +104,8 @@ def accumulated_shards(rank: int) -> None:
 
 
 def masters_apart(rank: int) -> None:
-    """Each process along its own gradient: masters are the same in all of them; SAM's near those of a float32 model that
-    is cast for each pass. Sums over processes are rounded to the half type here, not there."""
+    """Each process along its own gradient: masters are the same in all of them; SAM's near those of a float32 model
+    that is cast for each pass. Sums over processes are rounded to the half type here, not there."""
 
     class Cast(nn.Module):
         def __init__(self) -> None:
