@@ -1,6 +1,6 @@
-// Where parameters and gradients lie, asked of the Python tensors themselves: no list of tensors goes through the
-// dispatcher, and none is made. Through DLPack's exchange table (torch 2.11 and later), whose structures are DLPack's
-// stable ABI, version 1; a torch without it takes the op gather.
+// Where parameters and gradients lie, asked of the Python tensors themselves: no list of tensors goes through
+// the dispatcher, and none is made. Through DLPack's exchange table (torch 2.11 and later), whose structures
+// are DLPack's stable ABI, version 1; a torch without it takes the op gather.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -40,13 +40,13 @@ struct Exchange {  // DLPackExchangeAPI
 
 constexpr int64_t kMismatch = -1;
 
-// The parameters of one layout. Addresses of the host's int64 tensors, which outlive it: how each parameter lies, how
-// its gradient has to, a row [dim, sizes..., strides...] of `width` each.
+// The parameters of one layout. Addresses of the host's int64 tensors, which outlive it: how each parameter
+// lies, how its gradient has to, a row [dim, sizes..., strides...] of `width` each.
 class Scan {
  public:
   Scan(
-      const py::capsule& exchange, py::list params, py::handle like, int64_t param_layouts, int64_t grad_layouts,
-      int64_t width)
+      const py::capsule& exchange, py::list params, py::handle like, int64_t param_layouts,
+      int64_t grad_layouts, int64_t width)
       : params_(std::move(params)),
         param_layouts_(reinterpret_cast<const int64_t*>(param_layouts)),
         grad_layouts_(reinterpret_cast<const int64_t*>(grad_layouts)),
@@ -78,9 +78,9 @@ class Scan {
     return true;
   }
 
-  // The address of every gradient into a column of the table, rows of `step` elements: 0 for one that is missing or
-  // empty, kMismatch for one that no kernel can use as it is. Returns how many there are of the latter and of the
-  // former, and whether any address is another one than before.
+  // The address of every gradient into a column of the table, rows of `step` elements: 0 for one that is
+  // missing or empty, kMismatch for one that no kernel can use as it is. Returns how many there are of the
+  // latter and of the former, and whether any address is another one than before.
   std::tuple<int64_t, int64_t, bool> gather(int64_t column, int64_t step) const {
     static PyObject* const name = PyUnicode_InternFromString("grad");
     auto* out = reinterpret_cast<int64_t*>(column);
@@ -89,7 +89,8 @@ class Scan {
     bool changed = false;
     const Py_ssize_t n = PyList_GET_SIZE(params_.ptr());
     for (Py_ssize_t i = 0; i < n; ++i) {
-      const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), i), name));
+      const auto grad =
+          py::reinterpret_steal<py::object>(PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), i), name));
       if (!grad) {
         throw py::error_already_set();
       }
@@ -109,7 +110,8 @@ class Scan {
  private:
   // Whether its memory holds the negative of it: DLPack does not say.
   bool is_negated(PyObject* tensor) const {
-    const auto answer = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &tensor, 1, nullptr));
+    const auto answer =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &tensor, 1, nullptr));
     if (!answer) {
       throw py::error_already_set();
     }
@@ -131,7 +133,8 @@ class Scan {
       return 0;
     }
     if (view.dtype.code != like_.dtype.code || view.dtype.bits != like_.dtype.bits || view.ndim != dim ||
-        view.device.type != like_.device.type || view.device.index != like_.device.index || view.data == nullptr) {
+        view.device.type != like_.device.type || view.device.index != like_.device.index ||
+        view.data == nullptr) {
       return kMismatch;
     }
     for (int64_t d = 0; d < dim; ++d) {
@@ -156,7 +159,8 @@ class Scan {
 }  // namespace
 
 void define_scan(py::module_& m) {
-  py::class_<Scan>(m, "Scan", "Parameters of one layout: whether they have moved, and where their gradients are.")
+  py::class_<Scan>(
+      m, "Scan", "Parameters of one layout: whether they have moved, and where their gradients are.")
       .def(py::init<py::capsule, py::list, py::handle, int64_t, int64_t, int64_t>())
       .def("unmoved", &Scan::unmoved)
       .def("gather", &Scan::gather);
