@@ -125,7 +125,7 @@ def test_an_interrupt_around_every_kernel(method: Method, base: str, before: boo
     opt.step(closure)
     with Kernels() as kernels:
         opt.step(closure)
-    assert len(kernels.seen) >= 3 + method.calls
+    assert len(kernels.seen) >= 1 + method.calls
     rule = min(
         (i for i, op in enumerate(kernels.seen) if op in ("sgd", "adam", "nudge_sgd")), default=len(kernels.seen)
     )
