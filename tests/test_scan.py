@@ -120,3 +120,23 @@ def test_who_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
             ends.append(torch.cat([p.detach().flatten() for p in params]))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+def test_an_interrupt_while_addresses_are_written() -> None:
+    """They count as others then: a device would read the old ones."""
+    p = nn.Parameter(torch.ones(5))
+    opt = sk.SAM([p], torch.optim.SGD, lr=0.1)
+    p.grad = torch.ones(5)
+    opt.step()
+    table = opt._step.layouts[0].table
+    gather, table._touched = table._scan.gather, False
+
+    class Interrupted:
+        def gather(self, *arguments: int) -> None:
+            gather(*arguments)
+            raise KeyboardInterrupt
+
+    table._scan = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        table.scan()
+    assert table._touched

@@ -142,12 +142,23 @@ class Layout:
             self._versions[i] = -1  # the parameter may be of another run
         elif not self.table.is_marked(i):
             p = self._memory()[i]
-            self.view(MASTER, i).copy_(p)
+            self.view(MASTER, i).copy_(p.detach())
             self._versions[i] = p._version
+
+    def return_master(self, i: int, master: Tensor) -> None:
+        """The exact weights of parameter i, which was of a half type, where nobody wrote any since."""
+        found, p = (master if self.shards is None else self.shards.shard_of(master)), self._memory()[i]
+        if any(torch.equal(found.to(half).to(p.dtype), p) for half in (torch.bfloat16, torch.float16)):
+            with torch.no_grad():
+                p.copy_(found)
+
+    def doubt_parameters(self) -> None:
+        """Any of them may have been written."""
+        self._versions = [-1] * len(self.params)
 
     def heed_parameters(self) -> None:
         """Weights at home that somebody else wrote since they were last seen are the masters from here on, where they
-        are not what the half type has of those. Nothing is launched where nobody wrote."""
+        are not what the half type has of those. Nothing is launched where nobody wrote, as far as versions tell."""
         for i, (p, version) in enumerate(zip(self._memory(), self._versions, strict=True)):
             if p._version != version and not self.table.is_marked(i):
                 master, w = self.view(MASTER, i), p.detach()
@@ -176,7 +187,7 @@ class Layout:
         if self.shards is not None:
             self.segments[:] = [self.copies.get(i, p) for i, p in enumerate(memory)]
         self.table.follow(addresses)
-        self._versions = [-1] * len(self.params)
+        self.doubt_parameters()
         return True
 
     def unflatten(self) -> None:

@@ -135,6 +135,7 @@ class Layouts:
         state = self.state.get(p, {})
         return any(name in state for name in self._own_state)
 
+    @torch.no_grad()
     def lay_out(self) -> None:
         """Lay out the parameters afresh and take the state over, from wherever it lies now.
 
@@ -214,6 +215,7 @@ class Layouts:
         """A step put state where it belongs."""
         self._seen_state = self._state_key()
 
+    @torch.no_grad()
     def take_state(self) -> None:
         """Take over whatever the optimizer's state holds now."""
         for layout in self._layouts:

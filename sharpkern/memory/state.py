@@ -39,13 +39,13 @@ class LayoutState:
             entry = state.get(p) or {}
             if layout.masters:
                 layout.take_master(i, entry.get(MASTER))
-            elif MASTER in entry:
-                del entry[MASTER]  # of a parameter that was of a half type
+            elif counted and MASTER in entry:  # of a parameter that was of a half type
+                layout.return_master(i, entry.pop(MASTER))
             stepped = "step" in entry or any(entry.get(name) is not None for name in rule)
             found = [name for name in (*rule, *own) if entry.get(name) is not None]
             for name in found:
                 entry[name] = layout.take(name, i, entry[name])
-            if MASTER in entry:
+            if layout.masters and MASTER in entry:
                 entry[MASTER] = layout.shown(MASTER, i)
                 found.append(MASTER)
             if counted and stepped:

@@ -106,8 +106,10 @@ class Table:
         """Take a pass's gradients from the parameters. False where that cannot be, or one is of no use as it is."""
         if self._scan is None:
             return False
+        # An interrupt may come when addresses are written: they count as others until it is known that they are not.
+        touched, self._touched = self._touched, True
         mismatches, self.missing, changed = self._scan.gather(self.grad_column.data_ptr(), schema.COLUMNS)
-        self._touched |= changed
+        self._touched = touched or changed
         return not mismatches
 
     def gather(self, grads: list[Tensor]) -> list[int]:
@@ -131,8 +133,8 @@ class Table:
         """Take slots of a flat buffer for the gradients of these rows; the others have none."""
         rows = torch.tensor(taken, dtype=torch.bool, device="cpu") & (self.host[:, schema.NUMEL] > 0)
         addresses = buffer.data_ptr() + self.host[:, schema.SLOT] * buffer.element_size()
-        self.grad_column.copy_(addresses * rows)
         self._touched = True
+        self.grad_column.copy_(addresses * rows)
         self.note_empty(taken)
         self.missing = len(taken) - int(rows.sum()) - (0 if self.empty is None else int(self.empty.sum()))
         self.send()
@@ -142,7 +144,7 @@ class Table:
     def mark(self, i: int) -> None:
         """The backup holds the weights of row i: the host says so."""
         self._backup_column[i] = 1
-        self._complete = False
+        self._complete, self._marked_there = False, True
 
     def before_ascent(self) -> None:
         """A kernel may mark backups on the device from now on."""
@@ -195,8 +197,8 @@ class Table:
 
     def leave_out(self, rows: Tensor) -> None:
         """Leave rows (a mask) out of the direction of this step, beside those that always are."""
-        self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
         self.any_scaled = self._drawn = self._touched = True
+        self._scale_column.masked_fill_(rows, schema.LEFT_OUT)
         self.send()
 
     def any_left_in(self) -> bool:

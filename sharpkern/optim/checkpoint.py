@@ -39,7 +39,7 @@ class Checkpoints(Optimizer):
     # Names in ``opt.state[p]`` that are the algorithm's, not the rule's; of every class: one that does not know
     # another's leaves it out when it loads.
     state_names: tuple[str, ...] = ()
-    _family: set[str] = {MASTER}
+    _family: set[str] = set()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -75,6 +75,8 @@ class Checkpoints(Optimizer):
             # Views of flat buffers: whoever pickles them one by one would pickle the whole buffer each time.
             state["state"] = {i: _cloned(entry) for i, entry in state["state"].items()}
         head: dict[str, Any] = {"version": 1}
+        if self._step.layouts.mastered:
+            head["masters"] = 1
         if self.direction.by_name:
             head["scaled"] = self._scaled([group.get("param_names") for group in self.param_groups])
         state[NUMBERS] = {**head, **self._step.scalars.save()}
@@ -148,8 +150,9 @@ class Checkpoints(Optimizer):
         if not isinstance(entry, dict):
             raise ValueError(f"loaded state dict has state {entry!r} for {label}, expected a dict")
         rule = self._step.rule
+        ours = (*self.state_names, *rule.buffers, *(MASTER,) * isinstance(rule, FusedRule))
         for key, value in entry.items():
-            if key in (*self.state_names, *rule.buffers, MASTER) and value is not None:
+            if key in ours and value is not None:
                 if not isinstance(value, Tensor):
                     raise ValueError(f"loaded state dict has {key} {value!r} for {label}, expected a tensor")
                 if value.size() != p.size():
@@ -235,7 +238,11 @@ class Checkpoints(Optimizer):
                 if isinstance(value, Tensor):
                     kept = fused or key in ("step", *self.state_names) or value.dim() == 0 < p.dim()
                     state["state"][p][key] = (value if kept else state["state"][p][key]).clone()
-        foreign = self._family - {*self.state_names, *(MASTER,) * self._step.layouts.mastered}
+        foreign = self._family - set(self.state_names)
+        # A wrapped optimizer may call state of its own so.
+        ours = fused or (_numbers(loaded) or {}).get("masters")
+        if ours and not self._step.layouts.mastered:
+            foreign = {*foreign, MASTER}
         for p in [p for p, entry in of_parameters(state["state"]) if foreign & entry.keys()]:
             state["state"][p] = {key: value for key, value in state["state"][p].items() if key not in foreign}
             if not state["state"][p]:

@@ -268,6 +268,7 @@ class Driver(Checkpoints):
             if not step.micro_batches:
                 return None
             step.unscaler.begin(scaler, step.settings.skip_nonfinite)
+            step.unscaler.refuse_unscaled()
             return step.micro_batches.closure()
         except BaseException:
             self.restore()
@@ -322,10 +323,15 @@ class Driver(Checkpoints):
             if closure is not None:
                 loss = self._evaluate(closure)
             if step.is_open:  # else the closure cancelled it
-                step.unscaler.unscale_last()
-                with torch.no_grad():
-                    step.refresh()
-                    step.collect()
+                try:
+                    step.unscaler.unscale_last()
+                    with torch.no_grad():
+                        step.refresh()
+                        step.collect()
+                except BaseException:
+                    if accumulated:  # nobody began a step by hand
+                        self.restore()
+                    raise
                 step.warn_of_added_gradients()
                 step.warn_without_gradients("second_step() found no gradient, so this step trains nothing")
                 if self._run(None, begin=False) is not None:
@@ -409,6 +415,18 @@ class Driver(Checkpoints):
             step.note_gradient()
         else:
             step.reset_gradients()
+
+    def take_parameters(self) -> None:
+        """With ``master_weights=True``: the parameters as they are now are the weights, wherever they are not what the
+        half type has of their masters. After writes that torch does not count as such (through ``.data``, by
+        collectives of ``torch.distributed``, between replays of a CUDA graph); others are noticed by themselves.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        self._refuse_perturbed("take_parameters()")
+        for layout in self._bound().layouts:
+            layout.doubt_parameters()
 
     def unflatten(self) -> None:
         """Undo ``flatten=True``: every parameter and gradient gets memory of its own again."""

@@ -73,6 +73,14 @@ class Unscaler:
         if self._early:
             self._used = scaler._per_optimizer_states
 
+    def refuse_unscaled(self) -> None:
+        """Raise where the user unscaled the gradients of a step that unscales those of every pass."""
+        if self.scaler is not None and self._early:
+            raise RuntimeError(
+                "step(scaler=scaler) unscales the gradients: scaler.unscale_ is not to be called as well. "
+                "max_grad_norm= clips them"
+            )
+
     def end(self) -> None:
         """No step is open."""
         self.scaler = None

@@ -410,3 +410,40 @@ def test_saving_and_copying_between_micro_batches(method: Method) -> None:
         with pytest.raises(RuntimeError, match="goes with a closure"):
             other.step(scaler=torch.amp.GradScaler("cpu"))  # it has none
     opt.step()
+
+
+def test_an_error_in_the_step_gives_the_weights_back() -> None:
+    """Those of an algorithm that moves them before its gradient."""
+    table = nn.Embedding(5, 3, sparse=True)
+    opt = sk.MomentumSAM(table.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    opt.state[table.weight]["momentum_buffer"] = torch.ones(5, 3)
+    before = table.weight.detach().clone()
+
+    def closure() -> Tensor:
+        loss = table(torch.tensor([1, 2])).sum()
+        loss.backward()
+        return loss
+
+    opt.accumulate(closure)
+    assert not torch.equal(table.weight, before)
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert torch.equal(table.weight, before)
+    assert not opt.is_perturbed
+
+
+def test_gradients_that_the_user_unscaled_are_not_unscaled_again() -> None:
+    p = nn.Parameter(torch.ones(5))
+    opt = sk.MomentumSAM([p], torch.optim.SGD, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=1024.0)
+
+    def closure() -> Tensor:
+        loss = p.square().sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    opt.accumulate(closure)
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match="unscale_ is not to be called"):
+        opt.step(scaler=scaler)
+    assert torch.equal(p, torch.ones(5))

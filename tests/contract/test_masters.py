@@ -557,3 +557,75 @@ def test_the_warning_of_half_types_is_for_those_without_masters(monkeypatch: pyt
         sk.SAM([p], SGD, lr=0.1, master_weights=True)
     with pytest.warns(UserWarning, match="master_weights=True"):
         sk.SAM([p], SGD, lr=0.1)
+
+
+def test_masters_are_no_part_of_a_graph() -> None:
+    """Laid out by the constructor, where gradients are on."""
+    model, opt = make(METHODS["sam"], "momentum", flatten=True)
+    opt.step(closure_of(model, data()[0]))
+    assert not any(opt.state[p]["master"].requires_grad for p in model.parameters())
+    copy.deepcopy(opt.state_dict())
+    opt.unflatten()
+    opt.step(closure_of(model, data()[0]))
+    assert all(opt.state[p]["master"].is_leaf for p in model.parameters())
+
+
+class Keeping(torch.optim.Optimizer):
+    """Has state of its own that is called like ours."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p].update(n=0, master=torch.zeros(3, device=p.device))
+                self.state[p]["master"] += 1
+
+
+def test_state_of_a_wrapped_optimizer_may_have_that_name() -> None:
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    opt = sk.SAM([p], Keeping)
+
+    def closure() -> Tensor:
+        loss = (p.sum() + q.sum()) ** 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.add_param_group({"params": [q]})
+    opt.step(closure)
+    assert opt.state[p]["master"].tolist() == [2.0] * 3
+
+
+def test_a_model_that_becomes_float32_has_the_masters() -> None:
+    model, opt = make(METHODS["sam"], "momentum")
+    for batch in data():
+        opt.step(closure_of(model, batch))
+    exact = masters_of(model, opt)
+    model.float()
+    with torch.no_grad():
+        model.out.bias.add_(1)
+    written = model.out.bias.detach().clone()
+    opt._step.refresh()
+    assert_same_bits(weights(model), {**exact, "out.bias": written})
+    assert not any("master" in opt.state[p] for p in model.parameters())
+
+
+def test_writes_that_torch_does_not_count_are_told_of() -> None:
+    model, opt = make(METHODS["sam"], "momentum", lr=0.0, weight_decay=0.0)
+    opt.step(closure_of(model, data()[0]))
+    model.out.bias.data.add_(1)
+    written = model.out.bias.detach().clone()
+    opt.take_parameters()
+    opt.step(closure_of(model, data()[0]))
+    assert torch.equal(model.out.bias, written)
+    assert_rounded(model, opt)
+    opt.zero_grad()
+    closure_of(model, data()[0])()
+    opt.first_step()
+    with pytest.raises(RuntimeError, match=r"take_parameters\(\) while"):
+        opt.take_parameters()
