@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if re.search(SLOW.get(item.path.name, "$^"), item.name) or _is_slow(item):
             item.add_marker(pytest.mark.slow)
+    # Single tests that take minutes come first: no process is left alone with them at the end.
+    items.sort(key=lambda item: item.path.name != "test_cuda_emulated.py")
 
 
 def _is_slow(item: pytest.Item) -> bool:
