@@ -5,6 +5,7 @@ test_loops.py has what they do in stand-ins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -24,6 +25,8 @@ from methods import METHODS, Method, every_method, over
 from models import assert_same_bits, relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+import sharpkern as sk
 
 pytestmark = pytest.mark.slow
 
@@ -224,6 +227,10 @@ def test_the_callback_refuses_what_it_cannot_do_right() -> None:
     with pytest.raises(RuntimeError, match="calls no configure_gradient_clipping"):
         lightning_trainer().fit(module, loader())
     module = lightning_module(sam)
+    type(module).training_step = lambda self, dataloader_iter: None
+    with pytest.raises(RuntimeError, match=r"does not support training_step\(dataloader_iter\)"):
+        lightning_trainer().fit(module, loader())
+    module = lightning_module(sam)
     module.opt = torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="there is none"):
         lightning_trainer().fit(module, loader())
@@ -242,8 +249,105 @@ def test_the_callback_refuses_what_it_cannot_do_right() -> None:
     trainer = lightning_trainer(accumulate_grad_batches=MICRO, val_check_interval=STEPS * MICRO // 2 + 1)
     with pytest.raises(RuntimeError, match="validation in the middle of a step"):
         trainer.fit(module, loader(MICRO), loader())
-    assert module.opt.is_perturbed
-    module.opt.restore()
+    assert not module.opt.is_perturbed
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("micro", [1, MICRO])
+def test_lightning_shows_the_first_gradient(micro: int, scaled: bool) -> None:
+    """Unscaled, to on_before_optimizer_step; it belongs to one pass, so that it is not to be changed there."""
+    seen: list[Tensor] = []
+    norm = lambda model: nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # noqa: E731
+
+    def train(hook: Callable[..., None]) -> Any:
+        module, trainer = lightning_module(METHODS["sam"]), lightning_trainer(accumulate_grad_batches=micro)
+        type(module).on_before_optimizer_step = hook
+        if scaled:
+            trainer.strategy.precision_plugin = scaled_precision()
+        try:
+            trainer.fit(module, loader(micro))
+        finally:
+            assert not module.opt._step.micro_batches
+        return module
+
+    train(lambda module, _: seen.append(norm(module.model)))
+    model, _ = make(METHODS["sam"])
+    mean_loss(model, data(micro)[:micro])
+    assert len(seen) == STEPS
+    torch.testing.assert_close(seen[0], norm(model))
+    for i, _ in enumerate(model.parameters()):
+        with pytest.raises(RuntimeError, match="changed the gradients of the first pass"):
+            train(lambda module, _, i=i: list(module.model.parameters())[i].grad.zero_())
+
+
+def test_lightning_gives_the_clipping_back() -> None:
+    module = lightning_module(METHODS["sam"])
+    lightning_trainer(gradient_clip_val=0.3).fit(module, loader())
+    assert module.opt.max_grad_norm is None
+    type(module).on_before_optimizer_step = lambda *_: 1 / 0
+    trainer = lightning_trainer(gradient_clip_val=0.3)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, loader())
+    assert module.opt.max_grad_norm is None
+    assert "optimizer_step" not in vars(trainer.strategy.precision_plugin)
+
+
+@over([METHODS["sam"], METHODS["momentumsam"]])
+def test_lightning_drops_a_step_that_is_not_done(method: Method) -> None:
+    """At the end of a fit and after an exception; the next fit has nothing of it."""
+    lightning, weights = pytest.importorskip("lightning"), []
+
+    class Stop(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            trainer.should_stop = True
+            if fails:
+                raise ZeroDivisionError
+
+    for fails in (False, True):
+        module, trainer = lightning_module(method), lightning_trainer(accumulate_grad_batches=MICRO)
+        module.model.eval()
+        before = {name: p.clone() for name, p in module.model.named_parameters()}
+        trainer.callbacks.append(Stop())
+        try:
+            trainer.fit(module, loader(MICRO))
+        except ZeroDivisionError:
+            assert fails
+        assert not module.opt.is_perturbed
+        assert not module.opt._step.micro_batches
+        assert_same_bits(before, dict(module.model.named_parameters()))
+        lightning_trainer(accumulate_grad_batches=MICRO).fit(module, loader(MICRO))
+        weights.append(module)
+    assert_same_bits(*(dict(module.model.named_parameters()) for module in weights))
+
+
+@pytest.mark.parametrize("loop", ["closure", "accumulating"])
+def test_lightning_logs_the_first_pass_in_manual_optimization(loop: str) -> None:
+    module, first = lightning_module(METHODS["sam"], loop), []
+
+    def backward(loss: Tensor) -> None:
+        if not module.opt.is_perturbed:
+            first.append(float(loss))
+        module.log("loss", loss)
+        type(module).manual_backward(module, loss)
+
+    module.manual_backward = backward
+    type(module).on_train_batch_end = lambda self, *_: self.losses.append(float(self.trainer.callback_metrics["loss"]))
+    lightning_trainer().fit(module, loader(MICRO))
+    assert module.losses == first
+
+
+def test_lightning_steps_may_take_things_out_of_a_batch() -> None:
+    module = lightning_module(METHODS["sam"])
+
+    def training_step(self: Any, batch: Any, _: int) -> Tensor:
+        y = batch.pop("y")
+        loss = nn.functional.cross_entropy(self.model(batch["x"]), y)
+        self.log("loss", loss)
+        return loss
+
+    type(module).training_step = training_step
+    lightning_trainer().fit(module, DataLoader([{"x": x, "y": y} for x, y in data()], batch_size=None))
+    assert_same((module.model, module.opt), plain(METHODS["sam"], schedule=SCHEDULE))
 
 
 def scaled_precision(init_scale: float = 2.0**10) -> Any:
@@ -398,6 +502,29 @@ def test_a_variable_of_the_loop_is_refused() -> None:
         for batch in batches:
             with accelerator.accumulate(model):
                 opt.step(lambda: accelerated_closure(accelerator, model, batch))  # noqa: B023
+
+
+def test_accelerate_refuses_a_second_pass_of_the_last_batch() -> None:
+    _, accelerator, model, opt, batches, _ = accelerated(METHODS["sam"], MICRO)
+    with pytest.raises(RuntimeError, match=r"Call step\(closure\)"):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                accelerated_closure(accelerator, model, batch)
+                opt.first_step()
+
+
+def test_accelerate_saves_no_perturbed_weights(tmp_path: Path) -> None:
+    run, accelerator, model, opt, batches, _ = accelerated(METHODS["momentumsam"], MICRO)
+    for batch in itertools.islice(batches, MICRO + 1):
+        with accelerator.accumulate(model):
+            opt.step(functools.partial(accelerated_closure, accelerator, model, batch))
+    assert opt.is_perturbed
+    for save in (accelerator.save_state, functools.partial(accelerator.save_model, model)):
+        with pytest.raises(RuntimeError, match="the weights are perturbed"):
+            save(str(tmp_path / "state"))
+    opt.restore()
+    assert not run[1].is_perturbed
+    accelerator.save_state(str(tmp_path / "state"))
 
 
 def scaled_backward(scaler: Any, loss: Tensor) -> None:
@@ -601,6 +728,81 @@ def test_transformers_resumes(method: Method) -> None:
     assert_same(run, plain(method, MICRO, SCHEDULE))
 
 
+def test_transformers_gives_the_clipping_back() -> None:
+    for fails in (False, True):
+        (model, opt), trainer = transformers_trainer(METHODS["sam"], max_grad_norm=0.1)
+        if fails:
+            calls = itertools.count()
+            model.register_forward_hook(lambda *_: 1 / (next(calls) - 5) and None)  # noqa: B023
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            trainer.train()
+        assert opt.max_grad_norm is None
+
+
+def test_transformers_refuses_changes_of_one_gradient() -> None:
+    callback = pytest.importorskip("transformers").TrainerCallback
+    for i, _ in enumerate(make(METHODS["sam"])[0].parameters()):
+
+        class Change(callback):  # type: ignore[misc, valid-type]
+            def on_pre_optimizer_step(self, *_: Any, model: Any, i: int = i, **__: Any) -> None:
+                list(model.parameters())[i].grad.zero_()
+
+        _, trainer = transformers_trainer(METHODS["sam"])
+        trainer.add_callback(Change())
+        with pytest.raises(RuntimeError, match="gradients were changed"):
+            trainer.train()
+
+
+def test_transformers_refuses_a_training_step_around_ours() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = pytest.importorskip("sharpkern.integrations.transformers")
+    own = {"training_step": lambda self, *args: super(type(self), self).training_step(*args)}
+    for bases in ((ours.SharpnessAwareTrainer,), (ours.SharpnessAware, transformers.Trainer)):
+        with pytest.raises(TypeError, match=r"training_step\(\) of Mine would run in the first pass only"):
+            type("Mine", bases, own)
+    with pytest.raises(TypeError, match=r"training_step\(\) of Trainer"):
+        type("Mine", (transformers.Trainer, ours.SharpnessAware), {})
+    type("Mine", (ours.SharpnessAware, type("Theirs", (transformers.Trainer,), own)), {})
+
+
+@over([METHODS["sam"], METHODS["momentumsam"]])
+def test_transformers_drops_a_step_that_is_not_done(method: Method) -> None:
+    """An epoch that stops between two micro-batches is saved, and ends, at the model's own weights."""
+    callback = pytest.importorskip("transformers").TrainerCallback
+    seen: list[Any] = []
+
+    class Stop(callback):  # type: ignore[misc, valid-type]
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = control.should_save = True
+            if method.one_gradient:
+                with pytest.raises(RuntimeError, match="evaluate between steps"):
+                    trainer.evaluate(trainer.train_dataset)
+
+        def on_save(self, args: Any, *_: Any, model: Any, **__: Any) -> None:
+            seen.append(dict(model.named_parameters()))
+
+    (_, opt), trainer = transformers_trainer(method, micro=MICRO)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert not opt.is_perturbed
+    assert not opt._step.micro_batches
+    assert_same_bits(before, dict(trainer.model.named_parameters()))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("model", ["the trainer's", None])
+def test_transformers_gives_the_optimizer_its_model(model: Any) -> None:
+    """Statistics are then those of the first pass."""
+    _, trainer = transformers_trainer(METHODS["sam"])
+    own = {} if model else {"model": None}
+    trainer.optimizer, trainer.lr_scheduler = None, None
+    trainer.optimizer_cls_and_kwargs = sk.SAM, {"base_optimizer": torch.optim.SGD, "lr": 0.1, **own}
+    trainer.train()
+    assert int(trainer.model.model.bn.num_batches_tracked) == (STEPS if model else 2 * STEPS)
+    assert ("model" in trainer.optimizer_cls_and_kwargs[1]) == (model is None)
+
+
 def test_a_trainer_of_transformers_without_ours_is_told() -> None:
     (_, opt), trainer = transformers_trainer(METHODS["sam"], ours=False)
     with pytest.warns(UserWarning, match="is a step of SGD alone"):
@@ -667,6 +869,36 @@ def test_ignite_supervised(method: Method, scaled: bool) -> None:
     with pytest.raises(ValueError, match="Invalid gradient_accumulation_steps: 0"):
         ours.create_supervised_trainer(model, opt, None, gradient_accumulation_steps=0)
     assert type(ours.create_supervised_trainer(model, opt, None, deterministic=True)) is engine.DeterministicEngine
+
+
+@over([METHODS["sam"], METHODS["momentumsam"]])
+def test_ignite_drops_a_step_that_is_not_done(method: Method) -> None:
+    """At the end of a run and after an exception; an epoch ends at the model's own weights."""
+    ours, engine = pytest.importorskip("sharpkern.integrations.ignite"), pytest.importorskip("ignite.engine")
+    for handled in (None, False, True):
+        model, opt = make(method)
+        seen: list[bool] = []
+        trainer = ours.create_supervised_trainer(
+            model, opt, nn.functional.cross_entropy, gradient_accumulation_steps=MICRO
+        )
+        trainer.add_event_handler(engine.Events.EPOCH_COMPLETED, lambda: seen.append(opt.is_perturbed))  # noqa: B023
+        if handled is not None:
+            trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda: 1 / 0)
+        if handled:
+            trainer.add_event_handler(engine.Events.EXCEPTION_RAISED, lambda _: seen.append(False))  # noqa: B023
+        with pytest.raises(ZeroDivisionError) if handled is False else contextlib.nullcontext():
+            trainer.run(data(MICRO)[: MICRO + 1], max_epochs=2)
+        assert not any(seen)
+        assert bool(seen) == (handled is not False)
+        assert not opt.is_perturbed
+        assert not opt._step.micro_batches
+
+
+def test_ignite_takes_our_optimizers_only() -> None:
+    ours = pytest.importorskip("sharpkern.integrations.ignite")
+    model = make(METHODS["sam"])[0]
+    with pytest.raises(TypeError, match="one of sharpkern"):
+        ours.create_supervised_trainer(model, torch.optim.SGD(model.parameters()), nn.functional.cross_entropy)
 
 
 def test_ignites_own_process_function_is_told() -> None:

@@ -40,6 +40,16 @@ class Accelerator(accelerate.Accelerator):
             adopt(prepared, self)
         return prepared
 
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
+        """As in Accelerate, also for ``save_state`` and ``save_model``.
+
+        Raises:
+            RuntimeError: at perturbed weights, between two batches of a MomentumSAM step.
+        """
+        if any(opt.is_perturbed for opt in self._optimizers if isinstance(opt, PreparedOptimizer)):
+            raise RuntimeError("the weights are perturbed, in the middle of a step: save between steps, or restore()")
+        return super().get_state_dict(model, unwrap)
+
 
 class PreparedOptimizer(AcceleratedOptimizer):
     """What :class:`Accelerator` makes of an optimizer of sharpkern."""
@@ -78,8 +88,26 @@ class PreparedOptimizer(AcceleratedOptimizer):
         return loss
 
     def first_step(self, zero_grad: bool = False) -> bool:
-        """By hand, with the scaler: whether another backward is wanted before ``step()``."""
+        """By hand, with the scaler: whether another backward is wanted before ``step()``.
+
+        Raises:
+            RuntimeError: with accumulated gradients, of which the second pass would have the last batch only.
+        """
+        if self.gradient_state.num_steps > 1:
+            raise RuntimeError(
+                "first_step() with gradient_accumulation_steps > 1: the second pass would be of the last batch only. "
+                "Call step(closure) with every batch"
+            )
         return self.gradient_state.sync_gradients and bool(self.optimizer.first_step(zero_grad, scaler=self.scaler))
+
+    @property
+    def is_perturbed(self) -> bool:
+        """As of the optimizer."""
+        return bool(self.optimizer.is_perturbed)
+
+    def restore(self) -> None:
+        """Give the unperturbed weights back, and drop the batches of a step that is not done."""
+        self.optimizer.restore()
 
     def _apart(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Also in passes that are taken when gradients are exchanged."""

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ignite.engine import DeterministicEngine, Engine, _prepare_batch
+from ignite.engine import DeterministicEngine, Engine, Events, _prepare_batch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+
+from ..optim.optimizer import SharpnessAwareOptimizer
 
 
 def supervised_training_step(
@@ -36,7 +38,12 @@ def supervised_training_step(
 
     Returns:
         A function for ``Engine``; what it gives to ``output_transform`` is of the first pass.
+
+    Raises:
+        TypeError: for an optimizer that is not one of sharpkern.
     """
+    if not isinstance(optimizer, SharpnessAwareOptimizer):
+        raise TypeError(f"the optimizer should be one of sharpkern, but got {optimizer!r}")
     if gradient_accumulation_steps <= 0:
         raise ValueError(f"Invalid gradient_accumulation_steps: {gradient_accumulation_steps}")
 
@@ -68,10 +75,29 @@ def supervised_training_step(
     return update
 
 
-def create_supervised_trainer(*arguments: Any, deterministic: bool = False, **options: Any) -> Engine:
-    """An engine that trains, of the arguments of :func:`supervised_training_step`.
+def create_supervised_trainer(
+    model: nn.Module, optimizer: Any, *arguments: Any, deterministic: bool = False, **options: Any
+) -> Engine:
+    """An engine that trains, of the arguments of :func:`supervised_training_step`. Batches that are left when a run
+    ends or fails are dropped; an epoch ends at the model's own weights.
 
     Args:
         deterministic: make a ``DeterministicEngine``.
     """
-    return (DeterministicEngine if deterministic else Engine)(supervised_training_step(*arguments, **options))
+    update = supervised_training_step(model, optimizer, *arguments, **options)
+    engine = (DeterministicEngine if deterministic else Engine)(update)
+
+    def at_home() -> None:
+        if optimizer.is_perturbed:  # else a step may go on in the next epoch
+            optimizer.restore()
+
+    def failed(engine: Engine, exception: BaseException) -> None:
+        optimizer.restore()
+        if len(engine._event_handlers[Events.EXCEPTION_RAISED]) == 1:
+            raise exception  # as without a handler
+
+    engine.add_event_handler(Events.EPOCH_COMPLETED, at_home)
+    for event in (Events.COMPLETED, Events.TERMINATE):
+        engine.add_event_handler(event, lambda: optimizer.restore())
+    engine.add_event_handler(Events.EXCEPTION_RAISED, failed)
+    return engine

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -15,6 +17,7 @@ from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
@@ -26,42 +29,70 @@ class SharpnessAware(Callback):
     - ``gradient_clip_val``: clips the gradient of the last pass, where the optimizer has no ``max_grad_norm`` itself.
     - ``precision="16-mixed"``: the optimizer has the gradients of every pass unscaled. In manual optimization, by hand,
       give ``first_step`` the scaler: ``scaler=self.trainer.precision_plugin.scaler``.
-    - What ``training_step`` logs, and the loss that hooks are given, is of the first pass. ``on_before_optimizer_step``
-      is called after the first pass. Metrics that it updates itself see a batch once a pass.
+    - What ``training_step`` logs, and the loss that hooks are given, is of the first pass; in manual optimization what
+      a closure logs. Metrics that it updates itself see a batch once a pass.
+    - ``on_before_optimizer_step`` is called after the first pass, with its gradients unscaled.
+    - What a fit leaves of a step that it did not end is dropped, and the weights are given back.
 
     Raises:
         RuntimeError: when a fit starts, for what cannot be done right: other strategies than one device and DDP,
-            clipping by value or by ``configure_gradient_clipping``, no optimizer of sharpkern; and for a validation at
-            perturbed weights, between two batches of a MomentumSAM step.
+            clipping by value or by ``configure_gradient_clipping``, ``training_step(dataloader_iter)``, no optimizer of
+            sharpkern; for gradients that ``on_before_optimizer_step`` changed, which no further pass would have; and
+            for a validation at perturbed weights, between two batches of a MomentumSAM step.
     """
+
+    _clips: Sequence[SharpnessAwareOptimizer] = ()  # that have the trainer's norm
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the place of the trainer's own steps."""
         opts = _ours(trainer)
         if not opts:
             raise RuntimeError("SharpnessAware() is for optimizers of sharpkern, and there is none")
+        _restore(trainer)
         strategy = trainer.strategy
         known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
         if not known or strategy.handles_gradient_accumulation:
             raise RuntimeError(f"SharpnessAware() does not support {type(strategy).__name__}: one device, or DDP")
         if is_overridden("configure_gradient_clipping", pl_module):
             raise RuntimeError("SharpnessAware() calls no configure_gradient_clipping(): max_grad_norm= clips")
-        if trainer.gradient_clip_val:
-            if str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower() != "norm":
-                raise RuntimeError("SharpnessAware() clips by norm, not by value")
-            for opt in opts:
-                if opt.max_grad_norm is None:
-                    opt.max_grad_norm = float(trainer.gradient_clip_val)
+        automatic = pl_module.automatic_optimization
+        if automatic and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise RuntimeError(
+                "SharpnessAware() does not support training_step(dataloader_iter): every pass would take the next "
+                "batch. Take training_step(batch, batch_idx)"
+            )
+        algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
+        if trainer.gradient_clip_val and algorithm != "norm":
+            raise RuntimeError("SharpnessAware() clips by norm, not by value")
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         if not hasattr(_AutomaticOptimization, "_make_closure"):
             raise RuntimeError("SharpnessAware() does not know this version of Lightning")
-        if pl_module.automatic_optimization:
+        if trainer.gradient_clip_val:
+            self._clips = [opt for opt in opts if opt.max_grad_norm is None]
+            for opt in self._clips:
+                opt.max_grad_norm = float(trainer.gradient_clip_val)
+        if automatic:
             loop.__class__ = _Optimization
         plugin = strategy.precision_plugin
         plugin.optimizer_step = functools.partial(_step, plugin, type(plugin).optimizer_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give it back."""
+        self._give_back(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The weights are the model's again, whatever the last step came to."""
+        _restore(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lightning does not tear down then."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Any) -> None:
+        _restore(trainer)
+        for opt in self._clips:
+            opt.max_grad_norm = None
+        self._clips = ()
         vars(trainer.strategy.precision_plugin).pop("optimizer_step", None)
         trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = _AutomaticOptimization
 
@@ -72,9 +103,22 @@ class SharpnessAware(Callback):
                 "validation in the middle of a step, whose weights are perturbed: validate between steps"
             )
 
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """At the model's own weights."""
+        _restore(trainer)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """At the model's own weights."""
+        _restore(trainer)
+
 
 def _ours(trainer: Any) -> list[Any]:
     return [opt for opt in trainer.optimizers if isinstance(opt, SharpnessAwareOptimizer)]
+
+
+def _restore(trainer: Any) -> None:
+    for opt in _ours(trainer):
+        opt.restore()
 
 
 class _Closure(Closure):
@@ -94,7 +138,7 @@ class _Closure(Closure):
         trainer, _, accumulates = self.batch
         with contextlib.ExitStack() as stack:
             if self.called:
-                stack.enter_context(_no_log(trainer.lightning_module))
+                stack.enter_context(_logging(trainer.lightning_module, False))
             stack.enter_context(_block_parallel_sync_behavior(trainer.strategy, block=accumulates))
             result = self.closure()
         if not self.called:
@@ -111,14 +155,39 @@ class _Optimization(_AutomaticOptimization):
         closure.batch = self.trainer, optimizer, self.trainer.fit_loop._should_accumulate()
         return closure
 
+    def _training_step(self, kwargs: Any) -> Any:
+        """With a batch of each pass's own, as far as its outermost container goes: a step may take things out of it."""
+        containers = dict, list, UserDict
+        own = ((name, copy.copy(value) if isinstance(value, containers) else value) for name, value in kwargs.items())
+        return super()._training_step(OrderedDict(own))
+
 
 @contextlib.contextmanager
-def _no_log(module: Any) -> Iterator[None]:
-    module.log = module.log_dict = lambda *_, **__: None
+def _logging(module: Any, on: bool) -> Iterator[None]:
+    """``module.log`` and ``log_dict`` log, or do nothing."""
+    own, names = vars(module), ("log", "log_dict")
+    before = {name: own.pop(name) for name in names if name in own}
+    if not on:
+        own.update(dict.fromkeys(names, lambda *_, **__: None))
     try:
         yield
     finally:
-        del module.log, module.log_dict
+        for name in names:
+            own.pop(name, None)
+        own.update(before)
+
+
+def _before_step(module: Any, opt: SharpnessAwareOptimizer) -> None:
+    """The hooks that look at the gradients of the first pass."""
+    marks = opt._step.marks()
+    call._call_callback_hooks(module.trainer, "on_before_optimizer_step", opt)
+    call._call_lightning_module_hook(module.trainer, "on_before_optimizer_step", opt)
+    if not (opt.one_gradient or opt.one_pass) and opt._step.changed_since(marks):
+        raise RuntimeError(
+            "on_before_optimizer_step() changed the gradients of the first pass, and another pass has its own: "
+            "gradient_clip_val or max_grad_norm= clips, and what changes gradients belongs into on_after_backward(), "
+            "which is called in every pass"
+        )
 
 
 def _step(plugin: Any, original: Any, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
@@ -130,16 +199,27 @@ def _step(plugin: Any, original: Any, optimizer: Any, model: Any, closure: Calla
         if isinstance(opt, SharpnessAwareOptimizer):
             opt.restore()  # by hand: the scaler does not step after an overflow
         return result
-    calls = itertools.count()
+    calls, scaled = itertools.count(), scaler is not None and scaler.is_enabled()
+
+    def before_step() -> None:
+        with _logging(model, True):
+            _before_step(model, opt)
 
     def evaluate() -> Any:
-        loss = closure()
-        if next(calls) == 0:
-            call._call_callback_hooks(model.trainer, "on_before_optimizer_step", opt)
-            call._call_lightning_module_hook(model.trainer, "on_before_optimizer_step", opt)
+        first = next(calls) == 0
+        with _logging(model, first):
+            loss = closure()
+        if first and not scaled:
+            before_step()
         return loss
 
-    result = opt.step(evaluate, scaler=scaler, **kwargs)
+    if scaled:
+        opt._step.unscaler.after_first = before_step
+    try:
+        with _logging(model, False):
+            result = opt.step(evaluate, scaler=scaler, **kwargs)
+    finally:
+        opt._step.unscaler.after_first = None
     if scaler is not None:
         scaler.update()
     return result

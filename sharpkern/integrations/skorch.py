@@ -32,6 +32,11 @@ class SharpnessAware:
         super().__init__(*args, **kwargs)
         self.gradient_accumulation_steps = gradient_accumulation_steps
 
+    def initialize_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in skorch; nothing is taken yet."""
+        self._taken = 0
+        return super().initialize_optimizer(*args, **kwargs)  # type: ignore[misc]
+
     def get_loss(self: Any, *args: Any, training: bool = False, **kwargs: Any) -> Tensor:
         """In training the batch's part of the step's loss."""
         loss: Tensor = super().get_loss(*args, training=training, **kwargs)  # type: ignore[misc]

@@ -89,7 +89,7 @@ class Checkpoints(Optimizer):
         """Load a state dict of this class or of the base optimizer.
 
         Options and numbers that it lacks keep their values; state is copied and never cast down. A warning tells of
-        state without the numbers that the training depends on.
+        state without the numbers that the training depends on. What ``accumulate`` took is dropped.
 
         Raises:
             ValueError, TypeError: when it does not fit the parameters, or an option of a group is out of range, before
@@ -105,6 +105,8 @@ class Checkpoints(Optimizer):
         finally:
             handle.remove()
             self._step.loading = None
+        if self._step.micro_batches:  # of the training before
+            self._step.finish()
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
         step = self._step

@@ -238,6 +238,8 @@ class Driver(Checkpoints):
             self._check_accumulated()
         loss = self._evaluate(lambda: micro_batches.take(closure, keep))
         step.choose_witness()
+        if keep:
+            step.note_accumulated()
         return loss
 
     @property
@@ -251,6 +253,7 @@ class Driver(Checkpoints):
     def _check_accumulated(self) -> None:
         """Drop what was accumulated, and raise, where another pass would not have the gradients that are there."""
         try:
+            self._step.micro_batches.check_between()
             self._step.check_unchanged()
         except RuntimeError:
             self.restore()

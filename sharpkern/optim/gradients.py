@@ -41,6 +41,7 @@ class Gradients:
         self._noted: _Mark | None = None
         self._watch: RemovableHandle | None = None  # on the witness, while a step by hand takes one pass
         self._added: list[bool] = []  # backward passes that it saw
+        self._accumulated: Marks = {}  # after the last micro-batch
         self._looks = 3  # at the values of gradients that were there before a closure: each waits for the device
 
     @property
@@ -122,10 +123,25 @@ class Gradients:
                 "says so"
             )
 
+    def marks(self) -> Marks:
+        """Of every parameter's gradient."""
+        return {p: _mark(p) for p in self._params()}
+
+    def changed_since(self, marks: Marks) -> bool:
+        """Whether any gradient is another one now, or was written to; through ``.data`` nobody sees it."""
+        for p in self._params():
+            mark, noted = _mark(p), marks.get(p)
+            if mark != noted and not (mark and noted and mark[0] != noted[0]):  # moved together with its parameter
+                return True
+        return False
+
+    def note_accumulated(self) -> None:
+        """The gradients that are there are the sum of the micro-batches so far."""
+        self._accumulated = self.marks()
+
     def check_unchanged(self) -> None:
-        """Raise where the gradients are not those that were noted: another pass's would not be changed in that way."""
-        mark, noted = None if self._witness is None else _mark(self._witness), self._noted
-        if mark != noted and not (mark and noted and mark[0] != noted[0]):  # moved together with its parameter
+        """Raise where they are not those that were noted: another pass's would not be changed in that way."""
+        if self.changed_since(self._accumulated):
             raise RuntimeError(
                 "the gradients were changed after accumulate(), which another pass would not see: max_grad_norm= clips "
                 "and step(scaler=scaler) unscales, in each pass as it should be; restore() drops what was accumulated"
@@ -197,6 +213,7 @@ class Gradients:
 # Memory of a parameter, memory of its gradient, and the version of that. Not addresses, which are used again; not weak
 # references to the tensors, of which torch swaps none (torch.__future__.set_swap_module_params_on_conversion).
 _Mark = tuple[StorageWeakRef, StorageWeakRef, int | None]
+Marks = dict[Tensor, _Mark | None]
 
 
 def _mark(p: Tensor) -> _Mark | None:

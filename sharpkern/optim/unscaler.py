@@ -44,6 +44,8 @@ class Unscaler:
         self._early = False  # whether the user unscaled the gradients of the first pass
         self._as_is = False  # whether a step by hand goes on with them
         self.scaler: GradScaler | None = None  # of the step that is open, where it is told
+        # A trainer's, for its hooks: called once, when the first gradients of a step are unscaled.
+        self.after_first: Callable[[], None] | None = None
 
     def begin(self, scaler: Any, skips: bool, wrapper: Any = None) -> None:
         """Take the scaler of a step; one that is not enabled is none.
@@ -145,6 +147,9 @@ class Unscaler:
         if i == 0:
             self._agree(scaler, id(self._passes[i]))
         self._used = scaler._per_optimizer_states
+        if self.after_first is not None:
+            after_first, self.after_first = self.after_first, None
+            after_first()
 
     def _agree(self, scaler: GradScaler, key: int) -> None:
         """Where gradients are each process's own, all note the overflow of one: they lower the scale together."""

@@ -299,6 +299,21 @@ def test_gradients_that_only_the_first_pass_would_have_are_refused(method: Metho
     accumulated_step(model, opt)
 
 
+@pytest.mark.parametrize("how", ["written to", "replaced", "reset"])
+def test_a_change_of_any_gradient_is_refused(how: str) -> None:
+    model, opt = make(SAM)
+    before = weights(model)
+    for p in model.parameters():
+        opt.accumulate(micro_closure(model, data()[0]))
+        if how == "written to":
+            p.grad.mul_(0)
+        else:
+            p.grad = None if how == "reset" else torch.zeros_like(p)
+        with pytest.raises(RuntimeError, match="gradients were changed after"):
+            opt.step()
+    assert_same_bits(weights(model), before)
+
+
 LOOP: Any = None  # a variable of a module's loop
 
 
@@ -389,6 +404,18 @@ def test_esam_ranks_samples_of_the_whole_batch() -> None:
     opt = sk.ESAM(model.parameters(), lr=0.1, gamma=0.5)
     with pytest.raises(RuntimeError, match="compares the losses of all samples"):
         opt.accumulate(lambda: None)
+
+
+def test_loading_drops_them() -> None:
+    (model, opt), (twin, other) = (make(SAM, model=None) for _ in range(2))
+    for net in (model, twin):
+        net.eval()  # no statistics
+    opt.accumulate(micro_closure(model, data()[0]))
+    opt.load_state_dict(opt.state_dict())
+    model.zero_grad()
+    accumulated_step(model, opt, 1)
+    other.step(of_all(twin, 1))
+    assert_same_bits(weights(model), weights(twin))
 
 
 def test_gradients_that_were_there_are_told_of() -> None:
