@@ -103,14 +103,6 @@ class SharpnessAware(Callback):
                 "validation in the middle of a step, whose weights are perturbed: validate between steps"
             )
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """At the model's own weights."""
-        _restore(trainer)
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """At the model's own weights."""
-        _restore(trainer)
-
 
 def _ours(trainer: Any) -> list[Any]:
     return [opt for opt in trainer.optimizers if isinstance(opt, SharpnessAwareOptimizer)]
