@@ -17,8 +17,19 @@ import emulation
 import pytest
 
 HERE = Path(__file__).parent
-# What is about callers, buffers of the model, arguments, lifetimes and other tools' files does not depend on a kernel.
-ELSEWHERE = {"buffers", "callers", "composition", "family", "lifetime", "methods", "options", "scaler", "tools"}
+# What is about callers, buffers of the model, arguments, lifetimes, files and micro-batches does not depend on a kernel.
+ELSEWHERE = {
+    "accumulation",
+    "buffers",
+    "callers",
+    "checkpoint",
+    "composition",
+    "family",
+    "lifetime",
+    "methods",
+    "options",
+}
+ELSEWHERE |= {"scaler", "tools"}
 CONTRACT = sorted({path.name for path in (HERE / "contract").glob("test_*.py")} - {f"test_{x}.py" for x in ELSEWHERE})
 # The reference and Triton are no part of this.
 OURS = "not reference and not triton"
@@ -79,7 +90,7 @@ def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
 def test_trajectories(library: Path) -> None:
     """On lists of tensors, without tables that go up: every rule, and steps in half precision."""
     chosen = f"{CLASSES} and not wrapped and (float32 or half)"
-    pytest_through(library, "tests/contract/test_trajectory.py", "-k", chosen)
+    pytest_through(library, "tests/contract/test_trajectory.py", "-k", chosen, "-m", "not slow")
 
 
 # Whether the emulation notices what it is there to notice.

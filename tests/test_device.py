@@ -738,7 +738,15 @@ def test_a_decision_is_all_that_is_read(method: str, remote: None, monkeypatch: 
             mode.host.add(got.untyped_storage().data_ptr())
             return got
 
+        clear = Sender.clear
+
+        def clearing(sender: Sender, row: int) -> None:
+            mode.sending = True
+            clear(sender, row)
+            mode.sending = False
+
         monkeypatch.setattr(Sender, "send", sending)
+        monkeypatch.setattr(Sender, "clear", clearing)
         monkeypatch.setattr(Receiver, "read", reading)
         for _ in range(4):
             for p, g in gradients.items():

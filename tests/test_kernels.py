@@ -142,9 +142,11 @@ def test_report() -> None:
     options = ["--only", "triton", "--kernels", "restore", "--targets", "sm_90"]
     done = python("-m", "bench.kernels", *options, TRITON_INTERPRET="1", SHARPKERN_BACKEND="triton")
     _, *rows, _, verdict = done.stdout.splitlines()
-    assert [row.split()[:4] for row in rows] == [["triton", "restore", dtype, "sm_90"] for dtype in kernels.DTYPES]
+    plain = [["triton", "restore", dtype, "sm_90"] for dtype in kernels.DTYPES]
+    masters = [["triton", "restore,", "master", dtype] for dtype in ("bfloat16", "float16")]
+    assert [row.split()[:4] for row in rows] == plain + masters
     assert all("16 x" in row for row in rows)
-    assert verdict == "4 kernels: nothing spilled, no stack, 16 bytes wide."
+    assert verdict == "6 kernels: nothing spilled, no stack, 16 bytes wide."
     assert done.returncode == 0
 
 
