@@ -17,7 +17,7 @@ import emulation
 import pytest
 
 HERE = Path(__file__).parent
-# What is about callers, buffers of the model, arguments, lifetimes, files and micro-batches does not depend on a kernel.
+# What is about callers, buffers, arguments, lifetimes, files and micro-batches does not depend on a kernel.
 ELSEWHERE = {
     "accumulation",
     "buffers",
@@ -88,7 +88,7 @@ def test_the_contract_as_on_a_device(library: Path, file: str) -> None:
 
 @pytest.mark.slow
 def test_trajectories(library: Path) -> None:
-    """On lists of tensors, without tables that go up: every rule, and steps in half precision."""
+    """On a table that kernels read where it is: those of the first tier, and steps in half precision."""
     chosen = f"{CLASSES} and not wrapped and (float32 or half)"
     pytest_through(library, "tests/contract/test_trajectory.py", "-k", chosen, "-m", "not slow")
 
