@@ -17,16 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)  # of these it is known at once
+
 
 def is_sharded(t: object) -> bool:
     """Whether it is a DTensor."""
+    if type(t) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return isinstance(t, getattr(module, "DTensor", ()))
 
 
 def local(t: Any) -> Tensor:
     """What this process has of a tensor: all of it, or of a DTensor its local tensor."""
-    if not is_sharded(t):
+    if type(t) in _PLAIN or not is_sharded(t):
         return t  # type: ignore[no-any-return]
     found = t._local_tensor
     return found if isinstance(found, nn.Parameter) or type(found) is Tensor else found.wait()  # a collective's result

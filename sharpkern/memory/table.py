@@ -56,6 +56,7 @@ class Table:
         self._drawn = False  # whether rows are left out of this step
         self.any_scaled = bool(self._scale.any())  # whether any row has another T_w than 1
         self.grad_column = self.host[:, schema.GRAD]
+        self._grads_at = self.grad_column.data_ptr()
         self._backup_column = self.host[:, schema.BACKUP]
         self._grad_strides = strides_of(segments)
         self._status = torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -67,6 +68,8 @@ class Table:
         self._param_strides = strides_of(params)
         self._found = torch.zeros_like(self.host)
         self._found_status = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self._addresses = torch.zeros(len(params), dtype=torch.int64, device="cpu")
+        self._addresses_at = self._addresses.data_ptr()
         rows = self._param_strides, self._grad_strides
         self._scan = None if shards else make_scan(list(params), self.none, *rows)
         # The copy on a device.
@@ -86,7 +89,7 @@ class Table:
 
     def moved(self, params: Sequence[Tensor]) -> Tensor | None:
         """Addresses of the parameters, where they lie elsewhere than this table says."""
-        if self._scan is not None and self._scan.unmoved(self._addresses.data_ptr()):
+        if self._scan is not None and self._scan.unmoved(self._addresses_at):
             return None
         addresses = self.locate(params)
         return None if torch.equal(addresses, self._addresses) else addresses
@@ -97,7 +100,7 @@ class Table:
         self._touched = True
         if self._complete:
             self.send()
-        self._addresses = addresses.clone()  # last: an interrupt before it finds them changed again
+        self._addresses.copy_(addresses)  # last: an interrupt before it finds them changed again
 
     def _point(self) -> None:
         self.host[:, schema.PARAM] = torch.tensor([s.data_ptr() for s in self.segments], device="cpu")
@@ -108,7 +111,7 @@ class Table:
             return False
         # An interrupt may come when addresses are written: they count as others until it is known that they are not.
         touched, self._touched = self._touched, True
-        mismatches, self.missing, changed = self._scan.gather(self.grad_column.data_ptr(), schema.COLUMNS)
+        mismatches, self.missing, changed = self._scan.gather(self._grads_at, schema.COLUMNS)
         self._touched = touched or changed
         return not mismatches
 
