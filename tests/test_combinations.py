@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -139,5 +140,6 @@ def _two(rank: int) -> None:
     masters_apart(rank)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     processes.run(_two, tmp_path)
