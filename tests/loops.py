@@ -28,11 +28,13 @@ def data(micro: int = 1) -> list[Batch]:
     return batches(STEPS * micro, size=8)
 
 
-def mean_loss(model: nn.Module, taken: list[Batch], backward: Callable[[Tensor], Any] = Tensor.backward) -> Tensor:
-    """Of micro-batches, one backward each."""
+def mean_loss(
+    model: nn.Module, taken: list[Batch], backward: Callable[[Tensor], Any] = Tensor.backward, parts: int | None = None
+) -> Tensor:
+    """Of micro-batches, one backward each; each counts as one of so many parts, of all by default."""
     total = torch.zeros((), dtype=torch.float64)
     for x, y in taken:
-        loss = nn.functional.cross_entropy(model(x), y) / len(taken)
+        loss = nn.functional.cross_entropy(model(x), y) / (parts or len(taken))
         backward(loss)
         total += loss.detach()
     return total

@@ -173,15 +173,7 @@ def test_lightning_accumulates_and_clips(method: Method, precision: str) -> None
     model, opt = make(method, max_grad_norm=0.3)
     scheduler = SCHEDULE(opt)
     for i in range(0, len(taken), MICRO):
-
-        def closure(part: list[Batch] = taken[i : i + MICRO]) -> Tensor:
-            losses = []
-            for x, y in part:
-                losses.append(nn.functional.cross_entropy(model(x), y) / MICRO)
-                losses[-1].backward()
-            return sum(loss.detach() for loss in losses)
-
-        opt.step(closure)
+        opt.step(functools.partial(mean_loss, model, taken[i : i + MICRO], parts=MICRO))
         scheduler.step()
     assert_same((module.model, module.opt), (model, opt))
     assert trainer.global_step == STEPS
@@ -953,15 +945,7 @@ def test_skorch(method: Method) -> None:
     net.fit(x, y)
     model, opt = make(method)
     for i in range(0, len(taken), MICRO):
-
-        def closure(part: list[Batch] = taken[i : i + MICRO]) -> Tensor:
-            losses = []
-            for x, y in part:
-                losses.append(nn.functional.cross_entropy(model(x), y) / MICRO)
-                losses[-1].backward()
-            return sum(loss.detach() for loss in losses)
-
-        opt.step(closure)
+        opt.step(functools.partial(mean_loss, model, taken[i : i + MICRO], parts=MICRO))
     assert_same((net.module_, net.optimizer_), (model, opt))
     assert len(net.history[0, "batches", :, "train_loss"]) == len(taken)
 

@@ -1,10 +1,10 @@
 """Flat buffers: where each parameter's backup and state lie.
 
 The parameters of one (device, dtype) share one layout; of DTensors those of one mesh and placements, by their local
-tensors. Parameter i owns the elements ``[slot_i, slot_i + numel_i)`` of
-every flat buffer (backup, momentum, ...), in the parameter's own memory order, so that a buffer's slot seen with the
-parameter's shape and strides is its state. Slots start at multiples of 64 bytes in every buffer of the layout. Weights
-and gradients stay where they are; a table of their addresses is what the kernels walk.
+tensors. Parameter i owns the elements ``[slot_i, slot_i + numel_i)`` of every flat buffer (backup, momentum, ...), in
+the parameter's own memory order, so that a buffer's slot seen with the parameter's shape and strides is its state.
+Slots start at multiples of 64 bytes in every buffer of the layout. Weights and gradients stay where they are; a table
+of their addresses is what the kernels walk.
 """
 
 from __future__ import annotations
@@ -142,15 +142,14 @@ class Layout:
             self._versions[i] = -1  # the parameter may be of another run
         elif not self.table.is_marked(i):
             p = self._memory()[i]
-            self.view(MASTER, i).copy_(p.detach())
+            self.view(MASTER, i).copy_(p)
             self._versions[i] = p._version
 
     def return_master(self, i: int, master: Tensor) -> None:
         """The exact weights of parameter i, which was of a half type, where nobody wrote any since."""
         found, p = (master if self.shards is None else self.shards.shard_of(master)), self._memory()[i]
         if any(torch.equal(found.to(half).to(p.dtype), p) for half in (torch.bfloat16, torch.float16)):
-            with torch.no_grad():
-                p.copy_(found)
+            p.copy_(found)
 
     def doubt_parameters(self) -> None:
         """Any of them may have been written."""

@@ -30,7 +30,7 @@ def is_sharded(t: object) -> bool:
 
 def local(t: Any) -> Tensor:
     """What this process has of a tensor: all of it, or of a DTensor its local tensor."""
-    if type(t) in _PLAIN or not is_sharded(t):
+    if not is_sharded(t):
         return t  # type: ignore[no-any-return]
     found = t._local_tensor
     return found if isinstance(found, nn.Parameter) or type(found) is Tensor else found.wait()  # a collective's result

@@ -246,7 +246,6 @@ class Driver(Checkpoints):
     def _step_supports_amp_scaling(self) -> bool:
         """What ``scaler.step(opt)`` asks first: no. It unscaled the gradients of the first pass and no other's."""
         if self._step.micro_batches.kept:
-            self.restore()
             raise RuntimeError("scaler.step() after accumulate(): call step(scaler=scaler), which unscales each pass")
         return False
 

@@ -15,6 +15,10 @@ from ..memory.layouts import Group, Layouts
 from ..memory.shards import local
 from .msharpness import MSharpness
 
+UNSCALED = (
+    "step(scaler=scaler) unscales the gradients: scaler.unscale_ is not to be called as well. max_grad_norm= clips them"
+)
+
 
 class _Pass:
     """What a scaler takes for one more optimizer: it unscales each once an update, and notes what overflowed there."""
@@ -78,10 +82,7 @@ class Unscaler:
     def refuse_unscaled(self) -> None:
         """Raise where the user unscaled the gradients of a step that unscales those of every pass."""
         if self.scaler is not None and self._early:
-            raise RuntimeError(
-                "step(scaler=scaler) unscales the gradients: scaler.unscale_ is not to be called as well. "
-                "max_grad_norm= clips them"
-            )
+            raise RuntimeError(UNSCALED)
 
     def end(self) -> None:
         """No step is open."""
@@ -100,10 +101,7 @@ class Unscaler:
         def unscaled() -> Any:
             result = closure()
             if self._is_unscaled(scaler):
-                raise RuntimeError(
-                    "step(closure, scaler=scaler) unscales the gradients: scaler.unscale_ is not to be called as well. "
-                    "max_grad_norm= clips them"
-                )
+                raise RuntimeError(UNSCALED)
             self._unscale(scaler, next(calls))
             return result
 

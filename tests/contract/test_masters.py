@@ -147,7 +147,7 @@ def test_it_trains_as_a_float32_model_that_is_read_through_casts(
 ) -> None:
     if method.name in ("momentumsam", "friendlysam", "vasso"):
         if dtype != bf16:
-            pytest.skip("of one dtype")
+            pytest.skip("the twin rounds its directions to bfloat16, whatever the dtype")
         rounded_directions()
     if backend == "triton" and DEVICE.type == "cpu":
         round_in_the_interpreter()
