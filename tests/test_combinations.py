@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,26 @@ def accumulated_shards(rank: int) -> None:
         assert all(map(torch.equal, *ends)), cls
 
 
+def accumulated_in_buckets(rank: int) -> None:
+    """Gradients that become views of DDP's buckets with the last micro-batch are those of all of them."""
+    ends = []
+    for views in (False, True):
+        model = DistributedDataParallel(net(), gradient_as_bucket_view=views)
+        opt = sk.SAM(model.module.parameters(), SGD, lr=0.1)
+
+        def apart(batch: tuple[Tensor, Tensor], model: DistributedDataParallel = model) -> Tensor:
+            with model.no_sync():
+                return loss_of(model, batch, 0.5)
+
+        batches = data(rank)
+        for first, last in zip(batches[::2], batches[1::2], strict=True):
+            opt.accumulate(partial(apart, first))
+            opt.accumulate(partial(loss_of, model, last, 0.5))
+            opt.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
 def masters_apart(rank: int) -> None:
     """Each process along its own gradient: masters are the same in all of them; SAM's near those of a float32 model
     that is cast for each pass. Sums over processes are rounded to the half type here, not there."""
@@ -135,6 +156,8 @@ def masters_apart(rank: int) -> None:
 
 
 def _two(rank: int) -> None:
+    warnings.filterwarnings("error", message="the closure of a micro-batch")
+    accumulated_in_buckets(rank)
     masters_of_shards(rank)
     accumulated_shards(rank)
     masters_apart(rank)

@@ -228,7 +228,8 @@ class Driver(Checkpoints):
             raise RuntimeError(
                 "accumulate() with m_sharpness: call step(closure) with a closure that goes over the micro-batches"
             )
-        if not micro_batches:
+        first = not micro_batches
+        if first:
             self._refuse_open("accumulate()")
             step.warn_of_discarded_gradients()
             step.reset_gradients()
@@ -239,7 +240,7 @@ class Driver(Checkpoints):
         loss = self._evaluate(lambda: micro_batches.take(closure, keep))
         step.choose_witness()
         if keep:
-            step.note_accumulated()
+            step.note_accumulated(first)
         return loss
 
     @property

@@ -135,9 +135,25 @@ class Gradients:
                 return True
         return False
 
-    def note_accumulated(self) -> None:
-        """The gradients that are there are the sum of the micro-batches so far."""
-        self._accumulated = self.marks()
+    def note_accumulated(self, first: bool) -> None:
+        """The gradients that are there are the sum of the micro-batches so far. Warn, once, where those of the ones
+        before seem not to be in it: autograd adds in place, but to a graph of gradients, and
+        DistributedDataParallel may put a view of its bucket there.
+
+        Args:
+            first: whether this is the first one of its step.
+        """
+        before, self._accumulated = {} if first else self._accumulated, self.marks()
+        for p, noted in before.items():
+            now = self._accumulated.get(p)
+            moved = now is not None and noted is not None and now[0] != noted[0]
+            kept = p.grad is not None and (p.grad.requires_grad or p.grad._is_view())
+            if noted and not (moved or kept) and (now is None or now[1] != noted[1]):
+                self.warn_once(
+                    "the closure of a micro-batch dropped the gradients of the ones before it, or put others in their "
+                    "place: leave model.zero_grad() out of what accumulate() calls"
+                )
+                return
 
     def check_unchanged(self) -> None:
         """Raise where they are not those that were noted: another pass's would not be changed in that way."""

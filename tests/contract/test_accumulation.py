@@ -474,3 +474,31 @@ def test_gradients_that_the_user_unscaled_are_not_unscaled_again() -> None:
     with pytest.raises(RuntimeError, match="unscale_ is not to be called"):
         opt.step(scaler=scaler)
     assert torch.equal(p, torch.ones(5))
+
+
+def test_a_closure_that_drops_the_gradients_before_it_is_told_so() -> None:
+    """The model's zero_grad() does not ask the optimizer; a graph of gradients is added to out of place."""
+    p = nn.Parameter(torch.ones(5))
+    held = nn.ParameterList([p])
+    opt = sk.SAM([p], torch.optim.SGD, lr=0.1)
+
+    def resetting() -> Tensor:
+        held.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    def with_a_graph() -> Tensor:
+        loss = p.square().sum()
+        loss.backward(create_graph=True)
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using backward")
+        for _ in range(2):
+            opt.accumulate(with_a_graph)
+        opt.step()
+    opt.zero_grad()
+    opt.accumulate(resetting)
+    with pytest.warns(UserWarning, match="leave model.zero_grad"):
+        opt.accumulate(resetting)
