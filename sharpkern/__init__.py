@@ -3,6 +3,7 @@
 from . import policy
 from .batch_stats import frozen_batch_stats, frozen_buffers
 from .direction import norm_layers
+from .distributed import replicate
 from .ops import available_backends, build_info, use_backend
 from .optim import (
     AESAM,
@@ -47,5 +48,6 @@ __all__ = [
     "frozen_buffers",
     "norm_layers",
     "policy",
+    "replicate",
     "use_backend",
 ]

@@ -197,6 +197,8 @@ def _every_class(rank: int) -> None:
     _errors(rank)
     _long(rank)
     _join(rank)
+    replicas(rank, 1, ("sam", "aesam", "looksam"))
+    replicas_and_the_rest(rank, 1)
 
 
 def _trained() -> nn.Module:
@@ -544,6 +546,157 @@ def _groups(rank: int) -> None:
 @pytest.mark.slow
 def test_each_pair_along_its_own_gradient(tmp_path: Path) -> None:
     processes.run(_quiet, tmp_path, _groups, processes=4)
+
+
+def copies(shards: int, model: nn.Module | None = None) -> nn.Module:
+    """Two of a model, each in shards. They start apart: all copies become the first one."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (2, shards), mesh_dim_names=("copies", "shards"))
+    model = model or _trained()
+    for module in (model.trunk, model):
+        fully_shard(module, mesh=mesh["shards"])
+    if mesh.get_local_rank(0) == 1:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(2)
+    return sk.replicate(model, mesh)
+
+
+def whole(t: Any) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else torch.as_tensor(t)
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    twin = _trained()
+    with torch.no_grad():
+        for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+            p.copy_(whole(q.detach()))
+    return twin
+
+
+def assert_copies(opt: Any, model: nn.Module, what: str) -> None:
+    """Weights, state and what is counted have the same bits in every copy."""
+    tensors = [x.detach() for x in model.parameters()]
+    tensors += [x for p in model.parameters() for x in opt.state.get(p, {}).values()]
+    tensors += [x for name, x in opt.stats.items() if name != "grad_norm"]
+    flat = torch.cat([whole(t).double().reshape(-1) for t in tensors]).nan_to_num(nan=-1.0)
+    others = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, flat)
+    assert all(torch.equal(flat, other) for other in others), f"{what}: the copies drifted apart"
+
+
+def replicas(rank: int, shards: int, names: Sequence[str] = ()) -> None:
+    """Each copy of a sharded model along the gradient of its own part."""
+    parts = (range(shards), range(shards, 2 * shards))
+    for method, base in MEMBERS:
+        if names and method.name not in names:
+            continue
+        twin, naive = expected(method, base, parts, 2 * shards)
+        for loop in ("closure", "by hand"):
+            model = copies(shards)
+            opt = method.make(used(model), base, STEPS, model=model, m_sharpness="replica", **options_of(method))
+            for batch in data():
+                backward = partial(loss_of, model, part(batch, (rank,), 2 * shards))
+                opt.step(backward) if loop == "closure" else by_hand(opt, backward)
+            assert_copies(opt, model, f"{method}, {loop}")
+            assert relative_error(gathered(model), twin) < 1e-11, f"{method}, {loop}"
+            assert int(opt.stats["second_passes"]) == sum(naive.decisions), f"{method}, {loop}"
+
+
+def replicas_and_the_rest(rank: int, shards: int) -> None:
+    mine = partial(part, ranks=(rank,), processes=2 * shards)
+    model = copies(shards)
+    opt = sk.SALR(model.parameters(), SGD, lr=0.1)  # of the copies it is not told
+    with pytest.warns(UserWarning, match="SALR in several processes compares"):
+        opt.step(partial(loss_of, model, mine(data()[0])))
+    # Joint gradients in both passes, and losses of all processes, where nothing else is asked for.
+    for cls in (sk.SAM, sk.SALR):
+        model, twin = copies(shards), _trained()
+        opts = [cls(m.parameters(), SGD, lr=0.1, momentum=0.9, model=m) for m in (model, twin)]
+        for batch in data():
+            opts[0].step(partial(loss_of, model, mine(batch)))
+            with warnings.catch_warnings(action="ignore"):  # this process trains a model of its own
+                opts[1].step(partial(loss_of, twin, batch))
+        assert_copies(opts[0], model, cls.__name__)
+        assert relative_error(gathered(model), twin) < 1e-11
+    # One exchange instead of two, of both modules' gradients.
+    for m, exchanges in [("global", 2), ("replica", 1)]:
+        model, reduced = copies(shards), mock.Mock(side_effect=Counted.real)
+        opt = sk.SAM(model.parameters(), SGD, lr=0.1, model=model, m_sharpness=m)
+        with mock.patch.object(dist, "all_reduce", reduced):
+            opt.step(partial(loss_of, model, mine(data()[0])))
+        sizes = [call.args[0].numel() for call in reduced.call_args_list]
+        assert sum(size > 8 for size in sizes) == 2 * exchanges
+    # What is not finite in one process: its copy stays where it is; the scale is lowered in all of them.
+    for cls, more, skipped in [(sk.SAM, {}, 0), (sk.LookSAM, {}, 1)]:
+        model = copies(shards)
+        opt = cls(model.parameters(), SGD, lr=0.1, model=model, m_sharpness="replica", **more)
+        calls = iter(range(9))
+
+        def bad(model: nn.Module = model, calls: Iterator[int] = calls) -> Tensor:
+            x, y = mine(data()[0])
+            loss = nn.functional.cross_entropy(model(x), y)
+            (loss * (float("inf") if rank == 0 and next(calls) == 0 else 1)).backward()
+            return loss.detach()
+
+        opt.step(bad)
+        assert_copies(opt, model, cls.__name__)
+        assert int(opt.stats["skipped_steps"]) == skipped
+    model, scaler, calls = copies(shards), torch.amp.GradScaler("cpu", init_scale=1024.0), iter(range(9))
+    opt = sk.AESAM(model.parameters(), SGD, total_steps=9, lr=0.1, model=model, m_sharpness="replica")
+
+    def scaled() -> Tensor:
+        x, y = mine(data()[0])
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if rank == 0 and next(calls) == 0 else 1)).backward()
+        return loss.detach()
+
+    opt.step(scaled, scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert int(opt.stats["skipped_steps"]) == 1
+    # An exception in a first pass: the next one is exchanged, or not, as ever.
+    model, twin = copies(shards), copies(shards)
+    opts = [sk.SSSAM(m.parameters(), SGD, p=0.5, lr=0.1, model=m, m_sharpness="replica") for m in (model, twin)]
+    for batch in data():
+        with pytest.raises(ZeroDivisionError):
+            opts[0].step(lambda: 1 / 0)
+        for opt, m in zip(opts, (model, twin), strict=True):
+            opt.step(partial(loss_of, m, mine(batch)))
+    assert_same_bits(weights(gathered(model)), weights(gathered(twin)))
+    assert_copies(opts[0], model, "after exceptions")
+    # What cannot be.
+    with pytest.raises(ValueError, match="is none of the model that was replicated"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="model= has to be one that went through sharpkern.replicate"):
+        sk.SAM(twin.parameters(), SGD, lr=0.1, model=_trained(), m_sharpness="replica")
+    mesh = dist.init_device_mesh("cpu", (2, shards), mesh_dim_names=("copies", "shards"))
+    for m, on, error, words in [
+        (_trained(), mesh, TypeError, "should be under torch.distributed.fsdp.fully_shard, but got .*Net"),
+        (twin, mesh["copies"], ValueError, "a dimension of copies and others of shards"),
+        (twin, None, TypeError, "mesh should be a DeviceMesh, but got None"),
+    ]:
+        with pytest.raises(error, match=words):
+            sk.replicate(m, on)
+    from torch.distributed.fsdp import fully_shard
+
+    with pytest.raises(ValueError, match="trunk.weight lies on .*, but should lie on the processes"):
+        sk.replicate(fully_shard(_trained(), mesh=mesh), mesh)
+    half = _trained()
+    fully_shard(half.trunk, mesh=mesh["shards"])
+    with pytest.raises(ValueError, match="heads.0.weight is no DTensor"):
+        sk.replicate(half, mesh)
+
+
+def _replicas_of_two(rank: int) -> None:
+    replicas(rank, 2)
+    replicas_and_the_rest(rank, 2)
+
+
+@pytest.mark.slow
+def test_each_copy_of_a_sharded_model_along_its_own_gradient(tmp_path: Path) -> None:
+    processes.run(_quiet, tmp_path, _replicas_of_two, processes=4)
 
 
 def test_refused() -> None:

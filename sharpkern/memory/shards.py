@@ -150,7 +150,7 @@ class Scope:
         mesh = _union({placed[0] for placed in placings if placed is not None})
         self.size: int = mesh.size()
         self._device_type: str = mesh.device_type
-        self._groups = _groups(mesh)
+        self._groups = groups_of(mesh)
         # Each layout's sums are counted so many times in the sum over all processes.
         self._copies = torch.tensor([self.size // _pieces(placed) for placed in placings], device="cpu")
 
@@ -196,7 +196,7 @@ def _union(meshes: set[Any]) -> Any:
     return widest
 
 
-def _groups(mesh: Any) -> list[Any]:
+def groups_of(mesh: Any) -> list[Any]:
     """Groups that reduce over a mesh one after the other: a single one where there is, or may be, one of all of it."""
     if mesh.ndim == 1:
         return [mesh.get_group()]

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import group_of
+from ..distributed import copies_of
 from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
@@ -92,6 +91,11 @@ class Measurements(Gradients):
     def spread(self) -> bool:
         """Whether other processes have a part of the numbers that are measured."""
         return self.layouts.scope is not None or self.alone
+
+    @property
+    def processes(self) -> int:
+        """How many hold the parameters together."""
+        return 1 if self.layouts.scope is None else self.layouts.scope.size
 
     @property
     def alone(self) -> bool:
@@ -187,12 +191,12 @@ class Measurements(Gradients):
         like = self.scalars.row("first", self.layouts[0].device)
         wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
         numbers = torch.stack([x.detach().reshape(()).to(like) for x in wide])
-        group, scope = group_of(self.settings.model), self.layouts.scope
-        if mean and scope is not None:
+        copies, scope = copies_of(self.settings.model) if mean else None, self.layouts.scope
+        if copies is not None:
+            copies.all_reduce(numbers)
+            numbers /= copies.size
+        elif mean and scope is not None:
             numbers = scope.all_reduce(numbers) / scope.size
-        elif mean and group is not None:
-            dist.all_reduce(numbers, group=group)
-            numbers /= group.size()
         read: list[float] = self._receiver.read(numbers).tolist()
         return read
 
@@ -263,7 +267,7 @@ class Measurements(Gradients):
         Raises:
             RuntimeError: for a direction of each process's own where one may lack gradients that another one has.
         """
-        if self.alone and self.apart and self.apart.looks_for_parameters:
+        if self.alone and self.apart and self.apart.copies.looks_for_parameters:
             raise RuntimeError(
                 f"{self._owner} averages what each process goes along: with m_sharpness= all of them need gradients of "
                 "the same parameters, find_unused_parameters=False"

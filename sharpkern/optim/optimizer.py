@@ -18,7 +18,6 @@ from ..checks import check_number, check_params, type_name, warn, warn_half
 from ..direction import Direction, Predicate
 from ..distributed import refuse_within_zero
 from ..memory.layouts import check_aliases, entries
-from ..memory.shards import is_sharded
 from ..ops import schema
 from ..policy import Adaptive, Always, Policy, Scheduled, choose
 from ..rules import FusedRule, make_rule
@@ -89,10 +88,6 @@ class SharpnessAwareOptimizer(Driver):
         super().__init__(params, {**rule.defaults, **own, NUMBERS: None})
         members = list(entries(self.param_groups))
         params = [p for p, *_ in members]
-        if m_sharpness != "global" and any(map(is_sharded, params)):
-            raise TypeError(
-                "m_sharpness= takes no DTensor: a gradient that is summed in shards is that of all processes"
-            )
         if not master_weights:
             warn_half(params)
         self._bound()
@@ -174,6 +169,9 @@ class SharpnessAwareOptimizer(Driver):
         self.direction.check_part(params)
         known = {p for other in self.param_groups for p in other["params"]}
         trained = [(p, name) for p, _, _, name in entries(self.param_groups) if p.requires_grad and not p.is_meta]
-        check_aliases(trained + check_params(params, len(self.param_groups), known))
+        fresh = check_params(params, len(self.param_groups), known)
+        if self._step.apart:
+            self._step.apart.check(fresh)
+        check_aliases(trained + fresh)
         super().add_param_group(group)
         self._step.layouts.valid = False

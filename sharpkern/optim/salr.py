@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..direction import Nowhere
-from ..distributed import group_of, processes
+from ..distributed import copies_of, processes
 from ..memory.scalars import Sum
 from ..policy import refuse
 from ..rules import FusedRule
@@ -150,7 +150,7 @@ class SALR(SharpnessAwareOptimizer):
         step.rewind()
         step.put_gradients(grads)
         highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
-        if processes() > 1 and group_of(step.settings.model) is None and not step.spread:
+        if processes() > step.processes and copies_of(step.settings.model) is None:
             step.warn_once(ALONE)
         low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms), mean=True)
         return (low - high if self.param_groups[0].get("maximize") else high - low), finite == 1

@@ -82,8 +82,8 @@ class SAM(SharpnessAwareStep):
             ``DistributedDataParallel``. "global": that of the joint batch, :math:`g = \frac1R \sum_r g_r`. "rank": each
             process its own, :math:`e_r = \rho\, g_r / \|g_r\|`, and the step is along
             :math:`\frac1R \sum_r \nabla L_r(w + e_r)`: the paper's m-sharpness, and half of the communication; a first
-            gradient that is not finite moves nothing there. Or a process group: its processes share one. By hand
-            ``first_pass`` is needed.
+            gradient that is not finite moves nothing there. Or a process group: its processes share one. "replica":
+            each copy of a sharded model its own, see :func:`sharpkern.replicate`. By hand ``first_pass`` is needed.
         master_weights: keep float32 masters of bfloat16 and float16 parameters, ``opt.state[p]["master"]``, from which
             the weights are perturbed and which the base rule steps on; the parameters are their rounded values. That
             takes 2 bytes a parameter more: the masters are the backup, too. Not with a wrapped base optimizer.

@@ -137,7 +137,7 @@ class Step(Measurements):
         for layout, places in zip(self.layouts, self.layouts.places, strict=True):
             layout.table.leave_out(~kept[places])
         self._measured = None
-        if self.apart and self.apart.local and self.apart.may_miss:
+        if self.apart and self.apart.local and self.apart.copies.may_miss:
             return True  # others may have a gradient that is left in
         return not self.has_gradients or any(layout.table.any_left_in() for layout in self.layouts)
 
