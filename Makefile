@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/emulation/*.h tests/emulation/*.cpp)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/aten/* csrc/cpu/* csrc/cuda/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/aten/* csrc/cpu/* csrc/cuda/* tests/emulation/*.h tests/emulation/*.cpp)
 ARGS ?=
 # A process a core, a thread a process: threads of several processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

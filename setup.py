@@ -1,6 +1,7 @@
 """Build of the extension sharpkern._C; everything else is in pyproject.toml.
 
 SHARPKERN_EXT=0 leaves the extension out: the package then runs on its plain PyTorch reference.
+SHARPKERN_ATEN=0 leaves out the part of it that is of one version of torch: the host takes longer for many tensors.
 SHARPKERN_CUDA=0 leaves the CUDA kernels out, SHARPKERN_CUDA=1 insists on them; otherwise they are built where
 nvcc is found (CUDA_HOME, CUDA_PATH, or on the PATH). TORCH_CUDA_ARCH_LIST names other architectures, as numbers.
 """
@@ -144,22 +145,29 @@ def extension():
         sys.exit("sharpkern found no C++ compiler. Install one, or build without the kernels: SHARPKERN_EXT=0")
 
     toolkit = find_toolkit(torch)
-    sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-    built = CppExtension(
-        "sharpkern._C",
-        sources,
-        depends=[str(path) for path in sorted(Path("csrc").rglob("*.*"))],
-        include_dirs=[pybind11.get_include()],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-        extra_compile_args=[
-            "-O3",
-            "-std=c++20",
-            "-fopenmp-simd",
-            "-fno-math-errno",
-            "-fvisibility=hidden",
-            "-Wall",
-        ],
-    )
+
+    def compiled(name, folders, macro):
+        return CppExtension(
+            name,
+            sorted(str(path) for folder in folders for path in Path(folder).glob("*.cpp")),
+            depends=[str(path) for path in sorted(Path("csrc").rglob("*.*"))],
+            include_dirs=[pybind11.get_include()],
+            define_macros=[macro],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-fopenmp-simd",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+                "-Wall",
+            ],
+        )
+
+    built = compiled("sharpkern._C", ["csrc", "csrc/cpu"], ("TORCH_TARGET_VERSION", TORCH_TARGET))
+    # By torch's C++ classes, which have no stable ABI: it is used with this very torch, and may be left out.
+    of_this_torch = f'"{torch.__version__} {torch.version.git_version}"'
+    helper = compiled("sharpkern._aten", ["csrc/aten"], ("SHARPKERN_TORCH_VERSION", of_this_torch))
+    helper.optional = True
     if toolkit is not None:
         built.define_macros += [
             ("SHARPKERN_CUDA_VERSION", f'"{toolkit.version}"'),
@@ -185,7 +193,16 @@ def extension():
                 built.extra_objects += compile_cuda(toolkit, Path(self.build_temp) / "csrc/cuda", include_paths())
             super().build_extensions()
 
-    return {"ext_modules": [built], "cmdclass": {"build_ext": Build}}
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if extension is not helper:
+                    raise
+                print(f"sharpkern: building without sharpkern._aten, which this torch does not compile: {error}")
+
+    modules = [built] if os.environ.get("SHARPKERN_ATEN") == "0" else [built, helper]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
 setup(**({} if os.environ.get("SHARPKERN_EXT") == "0" else extension()))

@@ -14,8 +14,9 @@
 namespace py = pybind11;
 
 namespace sharpkern {
+void define_lists(py::module_& m);
 void define_scan(py::module_& m);
-}
+}  // namespace sharpkern
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sharpkern; importing the module registers them with torch.";
@@ -39,5 +40,6 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_architectures"] = SHARPKERN_CUDA_ARCHITECTURES;
     return info;
   });
+  sharpkern::define_lists(m);
   sharpkern::define_scan(m);
 }

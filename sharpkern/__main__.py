@@ -19,8 +19,12 @@ def info() -> str:
     if build["extension"]:
         cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda_architectures"] else "no CUDA"
         lines.append(f"extension: {build['compiler']}, built with torch {build['torch']}, {cuda}")
-    found = "by the extension" if scan.available() else "by an op: slower where a model has many"
-    lines.append(f"parameters and gradients are found {found}")
+    found = {
+        "aten": "by a part of the extension that is of this torch alone",
+        "dlpack": "through DLPack: slower where a model has many",
+        "op": "by an op: slower still where a model has many",
+    }
+    lines.append(f"parameters and gradients are found {found[scan.path()]}")
     for device in dict.fromkeys(["cpu", "cuda", *([accelerator.type] if accelerator else [])]):
         running = current_backend(device)
         here = device == "cpu" or (accelerator is not None and accelerator.type == device)

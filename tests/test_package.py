@@ -22,6 +22,7 @@ PACKAGE = Path(sk.__file__).parent
 LAYERS = {
     "ops": 1,
     "_C": 1,
+    "_aten": 1,
     "batch_stats": 2,
     "flatten": 2,
     "memory": 3,
@@ -72,9 +73,9 @@ def test_imports_point_downwards() -> None:
 
 def test_public_names() -> None:
     classes = {method.cls.__name__ for method in METHODS.values()}
-    functions = {"available_backends", "build_info", "frozen_batch_stats", "frozen_buffers", "norm_layers"}
+    functions = {"available_backends", "build_info", "frozen_batch_stats", "frozen_buffers", "norm_layers", "replicate"}
     assert set(sk.__all__) == {*classes, *functions, "__version__", "policy", "use_backend"}
-    for name in {*classes, "frozen_batch_stats", "frozen_buffers", "norm_layers", "use_backend"}:
+    for name in {*classes, *functions, "use_backend"}:
         assert len(getattr(sk, name).__doc__) > 80
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..flatten import Flattened
 from ..ops import schema
 from ..ops.backend import prepare, walks_lists
+from ..ops.scan import increment_version
 from .shapes import ALIGNMENT, blocks_of, is_dense, slots_of
 from .shards import Placing, Shards, placing
 from .table import Table
@@ -299,7 +300,7 @@ class Layout:
                     memory[i].copy_(segment)
             params = [p for p, t in zip(params, touched, strict=True) if t]
         if self.shards is None:
-            torch.autograd.graph.increment_version(params)
+            increment_version(params)
         else:
             self.shards.written(params)
         if self.masters:

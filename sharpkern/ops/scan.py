@@ -1,9 +1,10 @@
-"""Where parameters and gradients lie, asked of all of them in one call of the extension."""
+"""Where parameters and gradients lie, asked of all of them in one call of compiled code."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 try:
@@ -11,18 +12,30 @@ try:
 except ImportError:  # built without the extension, or for another torch or Python
     Scan = None  # type: ignore[assignment, misc]
 
+# torch's own C++ classes, which are those of one version.
+try:
+    import sharpkern._aten as _aten
+except ImportError:
+    _aten = None  # type: ignore[assignment]
+else:
+    if _aten.torch_version != f"{torch.__version__} {torch.version.git_version}":
+        _aten = None  # type: ignore[assignment]
+
 # DLPack's table of functions, of torch 2.11 and later; without it the op ``gather`` finds tensors.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-def available() -> bool:
-    """Whether tensors are found that way."""
-    return Scan is not None and _EXCHANGE is not None
+def path() -> str:
+    """Who finds tensors: "aten", the extension's part that is of this torch alone; "dlpack", by torch's table of
+    functions; "op", slower where a model has many."""
+    if _aten is not None:
+        return "aten"
+    return "op" if Scan is None or _EXCHANGE is None else "dlpack"
 
 
 def make_scan(params: list[Tensor], like: Tensor, param_layouts: Tensor, grad_layouts: Tensor) -> Any:
-    """The extension's ``Scan`` of parameters; None where it cannot be, as of tensors that wrap others.
+    """A ``Scan`` of parameters; None where there can be none, as of tensors that wrap others.
 
     Args:
         params: the list is kept.
@@ -30,7 +43,13 @@ def make_scan(params: list[Tensor], like: Tensor, param_layouts: Tensor, grad_la
         param_layouts, grad_layouts: how they lie, and how their gradients have to: ``memory.shapes.strides_of``. Kept
             by the caller.
     """
-    if not available() or any(type(p) not in _PLAIN for p in params):
+    found = path()
+    if found == "op" or any(type(p) not in _PLAIN for p in params):
         return None
     rows = param_layouts.data_ptr(), grad_layouts.data_ptr(), grad_layouts.size(1)
-    return Scan(_EXCHANGE, params, like, *rows)
+    return _aten.Scan(params, like, *rows) if found == "aten" else Scan(_EXCHANGE, params, like, *rows)
+
+
+def increment_version(tensors: list[Tensor]) -> None:
+    """Tell autograd that these were written to."""
+    (torch.autograd.graph if _aten is None else _aten).increment_version(tensors)

@@ -177,9 +177,9 @@ class Step(Measurements):
                 layout.complete_kept_gradient()
         if isinstance(self.rule, WrappedRule):
             self._step_wrapped(self.rule, first, last, direction)
+            self.layouts.state_written()
         else:
             self._step_fused(self.rule, first, last, direction)
-        self.layouts.state_written()
 
     def shift(self, direction: str, scale: float = 1.0) -> None:
         r"""After ``descend`` :math:`w \leftarrow w - s\, \eta\, (a\, g + b\, v)`, past the base rule: with the group's
@@ -243,8 +243,6 @@ class Step(Measurements):
         rule, groups = self.rule, self.layouts.param_groups
         assert isinstance(rule, FusedRule)
         self.layouts.expose(tuple((*rule.state_names(group), *self.state_names) for group in groups), trained)
-        if trained:
-            self.layouts.state_written()
 
     def _step_wrapped(self, rule: WrappedRule, first: str, last: str, direction: str | None) -> None:
         self.back()
@@ -286,7 +284,6 @@ class Step(Measurements):
             rest = (self._counters_for(layout), grads, layout.rows(directions), *walk, values, sq, along)
             ops.nudge_sgd.default(*head, *rest, **numbers, dtype=layout.dtype)
             layout.written()
-        self.layouts.state_written()
 
     def skip(self) -> None:
         """Take no step, and count that."""

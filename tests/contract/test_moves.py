@@ -14,9 +14,21 @@ from models import assert_same_bits, batches, make_closure, make_net, relative_e
 from torch import Tensor, nn
 
 import sharpkern as sk
+from sharpkern.ops import scan
 
 f32 = torch.float32
 flattened = pytest.mark.parametrize("flatten", [False, True], ids=["segments", "flat"])
+
+
+@pytest.fixture(
+    params=["aten", pytest.param("dlpack", marks=pytest.mark.slow), pytest.param("op", marks=pytest.mark.slow)]
+)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every way that tensors are found; the first one is whichever is there."""
+    if request.param != "aten":
+        monkeypatch.setattr(scan, "_aten", None)
+    if request.param == "op":
+        monkeypatch.setattr(scan, "_EXCHANGE", None)
 
 
 def addresses(model: nn.Module) -> list[int]:
@@ -99,6 +111,7 @@ MOVES = SWAPS | {f.__name__: f for f in (reload, to_none, to_zero)}
 @flattened
 @every_base
 @every_method
+@pytest.mark.usefixtures("path")
 def test_moved_between_steps(method: Method, base: str, flatten: bool, how: str) -> None:
     """A move that keeps the values keeps the trajectory: what g_v or momentum a parameter has goes along."""
     model, still = make_net(), make_net()
@@ -115,6 +128,7 @@ def test_moved_between_steps(method: Method, base: str, flatten: bool, how: str)
 @flattened
 @every_base
 @every_later_call
+@pytest.mark.usefixtures("path")
 def test_moved_between_passes(method: Method, call: int, base: str, flatten: bool, how: str) -> None:
     """Before any call of the closure but the first; the step ends well, or is restored."""
     act = {**SWAPS, "freeze_and_swap": freeze_and_swap}[how]
@@ -196,6 +210,7 @@ def test_a_model_moves_while_a_group_joins(method: Method, base: str) -> None:
 @flattened
 @every_base
 @every_method
+@pytest.mark.usefixtures("path")
 def test_model_changes_dtype(method: Method, base: str, flatten: bool) -> None:
     """``model.to(dtype)``: the state follows, and the next steps are those of an optimizer made in that dtype."""
     model = make_net(f32)
@@ -442,6 +457,7 @@ def on_meta(dtype: torch.dtype = f32) -> nn.Module:
 
 @flattened
 @each_method
+@pytest.mark.usefixtures("path")
 def test_memory_before_the_first_step(method: Method, base: str, flatten: bool, swapped_parameters: None) -> None:
     for rule in {base, "wrapped-adagrad"}:  # the latter makes its state when it is made
         straight, model = make_net(f32), on_meta()
