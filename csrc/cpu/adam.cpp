@@ -11,8 +11,9 @@ namespace {
 template <bool kMax, class T, class W, class Gradient>
 SK_CLONES void update(
     T* w, W* from, Gradient g, arithmetic_t<T>* m, arithmetic_t<T>* v, arithmetic_t<T>* vmax, int64_t n,
-    bool stream, AdamCoefficients<arithmetic_t<T>> c) {
+    bool stream, const AdamCoefficients<arithmetic_t<T>>& coefficients) {
   using A = arithmetic_t<T>;
+  const auto c = coefficients;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
     A first = m[j];
     A second = v[j];
@@ -52,16 +53,16 @@ void adam_step(
           vmax != nullptr || groups[row.group * kAdamValues + kAdamAmsgrad] == 0 || row.numel == 0,
           "sharpkern: max_exp_avg_sq is empty");
     }
-    const auto* steps = static_cast<const float*>(step.const_data_ptr());
+    const Coefficients<AdamCoefficients<A>> of_row(rows, step, [&](int64_t group, float t) {
+      return adam_coefficients<A>(groups + group * kAdamValues, static_cast<double>(t) + 1, descent.scale);
+    });
     descent.run<T, W>(
         dtype,
         [&](int64_t i, T* w, auto* from, auto g, int64_t slot, int64_t n, bool stream) {
-          const double* x = groups + rows[i].group * kAdamValues;
-          const auto c = adam_coefficients<A>(x, static_cast<double>(steps[i]) + 1, descent.scale);
-          if (x[kAdamAmsgrad] != 0) {
-            update<true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, c);
+          if (groups[rows[i].group * kAdamValues + kAdamAmsgrad] != 0) {
+            update<true>(w, from, g, m + slot, v + slot, vmax + slot, n, stream, of_row[i]);
           } else {
-            update<false>(w, from, g, m + slot, v + slot, nullptr, n, stream, c);
+            update<false>(w, from, g, m + slot, v + slot, nullptr, n, stream, of_row[i]);
           }
         },
         [](int64_t) { return true; });

@@ -26,6 +26,30 @@ struct Mixed {
   }
 };
 
+// What a rule computes with: compute(group, step) for each row, once for rows that have these in common and
+// follow one another. In memory long before a kernel reads it: what was just stored would be waited for.
+template <class C>
+class Coefficients {
+ public:
+  template <class Compute>
+  Coefficients(const Rows& rows, const Tensor& step, Compute&& compute) : places_(rows.size()) {
+    const float* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
+    STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      if (i == 0 || rows[i].group != rows[i - 1].group || steps[i] != steps[i - 1]) {
+        values_.push_back(compute(rows[i].group, steps[i]));
+      }
+      places_[i] = static_cast<int32_t>(values_.size()) - 1;
+    }
+  }
+
+  const C& operator[](int64_t row) const { return values_[places_[row]]; }
+
+ private:
+  std::vector<C> values_;
+  std::vector<int32_t> places_;
+};
+
 // The arguments that every rule takes after its own state.
 struct Descent {
   const Rows& rows;

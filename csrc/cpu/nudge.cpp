@@ -25,8 +25,9 @@ SK_INLINE void for_bursts(int64_t n, F&& f) {
 template <bool kMomentumBuffer, class T, class W>
 SK_CLONES void add_products(
     Sums<T>* sums, const W* w, const T* g, const arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
-    int64_t slot, int64_t n, SgdCoefficients<arithmetic_t<T>> c) {
+    int64_t slot, int64_t n, const SgdCoefficients<arithmetic_t<T>>& coefficients) {
   using A = arithmetic_t<T>;
+  const auto c = coefficients;
   for_bursts(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
     alignas(64) A kept[kBurst];
     alignas(64) A pulled[kBurst];
@@ -53,8 +54,10 @@ SK_CLONES void add_products(
 template <bool kMomentumBuffer, class T, class W>
 SK_CLONES void update(
     T* w, W* from, const T* g, arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
-    const arithmetic_t<T>* factors, int64_t slot, int64_t n, SgdCoefficients<arithmetic_t<T>> c) {
+    const arithmetic_t<T>* factors, int64_t slot, int64_t n,
+    const SgdCoefficients<arithmetic_t<T>>& coefficients) {
   using A = arithmetic_t<T>;
+  const auto c = coefficients;
   for_bursts(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
     alignas(64) A correction[kBurst] = {};
     for (int64_t k = 0; k < directions.count; ++k) {
@@ -99,8 +102,6 @@ void nudge_dots(
   const Rows rows(table);
   const double* groups = values(group_values, rows, kNudgeValues, "values");
   double* squared = element(sq);
-  const auto* steps = buffer<float>(step, ScalarType::Float, rows.size(), "step");
-  STD_TORCH_CHECK(steps != nullptr || rows.size() == 0, "sharpkern: step is empty");
   check_master(master, dtype);
   visit_weights(dtype, weights_dtype(master, dtype), [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
@@ -111,19 +112,20 @@ void nudge_dots(
     check_along(along, directions.count);
     const Reduction<1 + 2 * kMostDirections> reduction(rows, partials, 1 + 2 * directions.count);
     const A* buf = buffer_of_momentum<A>(rows, groups, momentum_buffer, state_dtype(dtype));
+    const Coefficients<SgdCoefficients<A>> of_row(rows, step, [&](int64_t group, float t) {
+      return nudge_coefficients<A>(groups + group * kNudgeValues, t == 0, 1);
+    });
     const auto add = [&](Sums<T>* sums, int64_t i, int64_t offset, int64_t slot, int64_t n) {
       const Row& row = rows[i];
       if (row.grad == 0) {
         return;
       }
-      const double* v = groups + row.group * kNudgeValues;
-      const auto c = nudge_coefficients<A>(v, steps[i] == 0, 1);
       const W* w = kIsMaster<T, W> ? weights + slot : at<W>(row.param, offset);
       const T* g = at<T>(row.grad, offset);
-      if (v[kSgdMomentum] != 0) {
-        add_products<true, T>(sums, w, g, buf + slot, directions, slot, n, c);
+      if (groups[row.group * kNudgeValues + kSgdMomentum] != 0) {
+        add_products<true, T>(sums, w, g, buf + slot, directions, slot, n, of_row[i]);
       } else {
-        add_products<false, T>(sums, w, g, buf, directions, slot, n, c);
+        add_products<false, T>(sums, w, g, buf, directions, slot, n, of_row[i]);
       }
     };
     const auto totals = reduction.template run<T>(add);
@@ -152,7 +154,9 @@ void nudge_sgd(
     const Directions<A> directions(eigenvectors, state_dtype(dtype), rows.extent());
     const double* sums = matrix(along, 2 * directions.count, "along");
     A* buf = buffer_of_momentum<A>(rows, groups, momentum_buffer, state_dtype(dtype));
-    const auto* steps = static_cast<const float*>(step.const_data_ptr());
+    const Coefficients<SgdCoefficients<A>> of_row(rows, step, [&](int64_t group, float t) {
+      return nudge_coefficients<A>(groups + group * kNudgeValues, t == 0, descent.scale);
+    });
     double products[kMostDirections] = {};
     for (int64_t k = 0; k < directions.count; ++k) {
       products[k] = product_along(sums, along.size(1), k, descent.scale);
@@ -161,15 +165,14 @@ void nudge_sgd(
         dtype,
         [&](int64_t i, T* w, auto* from, Plain<T> g, int64_t slot, int64_t n, bool) {
           const double* v = groups + rows[i].group * kNudgeValues;
-          const auto c = nudge_coefficients<A>(v, steps[i] == 0, descent.scale);
           A factors[kMostDirections];
           for (int64_t k = 0; k < directions.count; ++k) {
             factors[k] = static_cast<A>((v[kNudge] - 1) * products[k]);
           }
           if (v[kSgdMomentum] != 0) {
-            update<true>(w, from, g.g, buf + slot, directions, factors, slot, n, c);
+            update<true>(w, from, g.g, buf + slot, directions, factors, slot, n, of_row[i]);
           } else {
-            update<false>(w, from, g.g, buf, directions, factors, slot, n, c);
+            update<false>(w, from, g.g, buf, directions, factors, slot, n, of_row[i]);
           }
         },
         [&](int64_t i) { return momentum(i) != 0; });

@@ -10,8 +10,9 @@ namespace {
 template <bool kMomentumBuffer, class T, class W, class Gradient>
 SK_CLONES void update(
     T* w, W* from, Gradient g, arithmetic_t<T>* buf, int64_t n, bool stream,
-    SgdCoefficients<arithmetic_t<T>> c) {
+    const SgdCoefficients<arithmetic_t<T>>& coefficients) {
   using A = arithmetic_t<T>;
+  const auto c = coefficients;
   update_elements(w, from, g, n, stream, [&](int64_t j, A x, A d) __attribute__((always_inline)) {
     if constexpr (kMomentumBuffer) {
       A b = buf[j];
@@ -43,16 +44,16 @@ void sgd(
       STD_TORCH_CHECK(
           buf != nullptr || momentum(i) == 0 || rows[i].numel == 0, "sharpkern: momentum_buffer is empty");
     }
-    const auto* steps = static_cast<const float*>(step.const_data_ptr());
+    const Coefficients<SgdCoefficients<A>> of_row(rows, step, [&](int64_t group, float t) {
+      return sgd_coefficients<A>(groups + group * kSgdValues, t == 0, descent.scale);
+    });
     descent.run<T, W>(
         dtype,
         [&](int64_t i, T* w, auto* from, auto g, int64_t slot, int64_t n, bool stream) {
-          const double* v = groups + rows[i].group * kSgdValues;
-          const auto c = sgd_coefficients<A>(v, steps[i] == 0, descent.scale);
-          if (v[kSgdMomentum] != 0) {
-            update<true>(w, from, g, buf + slot, n, stream, c);
+          if (momentum(i) != 0) {
+            update<true>(w, from, g, buf + slot, n, stream, of_row[i]);
           } else {
-            update<false>(w, from, g, nullptr, n, stream, c);
+            update<false>(w, from, g, nullptr, n, stream, of_row[i]);
           }
         },
         [&](int64_t i) { return momentum(i) != 0; });
