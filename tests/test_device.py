@@ -56,13 +56,58 @@ def parameters(count: int, groups: int = 1) -> list[dict[str, Any]]:
     return [{"params": params[g::groups], "weight_decay": 0.01 * g} for g in range(groups)]
 
 
-def give_gradients(opt: torch.optim.Optimizer) -> None:
+def give_gradients(opt: torch.optim.Optimizer, value: float = 0.5) -> None:
     for group in opt.param_groups:
         for p in group["params"]:
-            p.grad = torch.full_like(p, 0.5)
+            p.grad = torch.full_like(p, value)
 
 
 # Launches.
+
+
+class Variants:
+    """What a GPU's Triton would compile of every kernel that is launched: it goes by types and by some values."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction, create_function_from_signature
+
+        self.found: dict[str, set[str]] = {}
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        launch = InterpretedFunction.run
+
+        def noted(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            compiled = JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
+            bind = create_function_from_signature(compiled.signature, compiled.params, backend)
+            self.found.setdefault(kernel.__name__, set()).add(str(bind(*args, **kwargs)[1]))
+            launch(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+        patch.setattr(InterpretedFunction, "run", noted)
+
+    def count(self) -> dict[str, int]:
+        return {name: len(keys) for name, keys in self.found.items()}
+
+
+@pytest.mark.parametrize("cls", [sk.AESAM, pytest.param(sk.AELookSAM, marks=pytest.mark.slow)])
+def test_nothing_is_compiled_in_the_middle_of_a_training(
+    cls: Any, remote: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are 0 or 1 for a step, as AE-SAM's coefficient is in the middle of its schedule, are numbers; and
+    other models, with as many parameters or not, take the same kernels."""
+    variants, counts = Variants(monkeypatch), []
+    for n in (3, 16, 1):
+        opt = cls(parameters(n), SGD, total_steps=8, lambda_start=1.0, lambda_end=-1.0, lr=0.1, momentum=0.9)
+        for t in range(8 if n == 3 else 2):
+            give_gradients(opt, 1.0 + t % 2)
+            opt.first_step()
+            opt.second_step()
+            counts.append(variants.count())
+        assert 0 < int(opt.stats["second_passes"]) < 8 or n != 3
+    first = next(i for i, count in enumerate(counts) if count == counts[7])
+    assert first < 4, counts
+    assert counts[7] == counts[-1], counts
 
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -73,12 +73,12 @@ def update(
     store_weights(param, source, shrink * w - change, piece, T, A, MASTER)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "max_norm"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "max_norm"])
 def adam_kernel(
     table, stride_row, stride_column, blocks, n_blocks, exp_avg, exp_avg_sq, max_exp_avg_sq, step, counters, backup,
-    direction, values, sq, n_buffers, coefficients, max_norm, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
-    MAX: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr, SKIP: tl.constexpr,
-    COUNT: tl.constexpr, PASSES: tl.constexpr,
+    direction, values, sq, n_buffers, coefficients, max_norm: tl.int64, T: tl.constexpr, A: tl.constexpr,
+    V: tl.constexpr, MAX: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr,
+    SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)

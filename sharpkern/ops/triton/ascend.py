@@ -61,10 +61,10 @@ def move(
     store(param, tl.where(go, (w + step).to(T), old), piece, T)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "eps"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "eps"])
 def ascend_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, backup, gradient, counters, radius, sq,
-    n_buffers, eps, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, backup, gradient, counters, radius, sq, n_buffers,
+    eps: tl.int64, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, BACKED: tl.constexpr, KEEP: tl.constexpr,
     MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = A if MASTER else T

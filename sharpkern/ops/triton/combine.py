@@ -45,7 +45,7 @@ def add_kept(piece, sums, second, A: tl.constexpr):
     return sums + v * v
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks"])
 def combine_kernel(
     table, stride_row, stride_column, blocks, n_blocks, out, sq, partials, x, v, coefficients, checks, n_buffers,
     FLAT: tl.constexpr, IN_PLACE: tl.constexpr, PASSES: tl.constexpr, T: tl.constexpr, A: tl.constexpr,

@@ -27,8 +27,8 @@ def on_line(constant, slope, q):
 
 @triton.jit(do_not_specialize=["constant_a", "constant_b", "slope_a", "slope_b"])
 def mix_kernel(
-    coefficients, numerator, n_numerators, denominator, n_denominators, constant_a, constant_b, slope_a, slope_b,
-    ROOT: tl.constexpr,
+    coefficients, numerator, n_numerators, denominator, n_denominators, constant_a: tl.int64, constant_b: tl.int64,
+    slope_a: tl.int64, slope_b: tl.int64, ROOT: tl.constexpr,
 ):  # fmt: skip
     x = sum_buffers(numerator, n_numerators)
     y = sum_buffers(denominator, n_denominators)

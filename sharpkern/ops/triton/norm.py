@@ -66,10 +66,11 @@ def update_ema(ema, n, decay, coefficient):
     tl.store(ema + FIRED, (seen & (n >= threshold)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["n_blocks", "buffer", "decay", "coefficient"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "buffer", "decay", "coefficient"])
 def norm_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, master, radius, ema, decay,
-    coefficient, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr, MASTER: tl.constexpr, EMA: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, sq, n_buffers, buffer, partials, master, radius, ema,
+    decay: tl.int64, coefficient: tl.int64, T: tl.constexpr, A: tl.constexpr, WEIGHTS: tl.constexpr,
+    MASTER: tl.constexpr, EMA: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = A if MASTER else T
     sums = tl.zeros((BLOCK,), A)

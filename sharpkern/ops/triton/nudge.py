@@ -83,7 +83,7 @@ def add_products(
     return sums
 
 
-@triton.jit(do_not_specialize=["n_blocks", "count"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "count"])
 def nudge_dots_kernel(
     table, stride_row, stride_column, blocks, n_blocks, sq, along, stride_along, partials, master, momentum_buffer,
     step, eigenvectors, size, count, values, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr,
@@ -136,10 +136,10 @@ def update(
 
 
 # With one buffer alone sum_buffers would be no loop, and ptxas would unroll the one around it until it spills.
-@triton.jit(do_not_specialize=["n_blocks", "count", "n_buffers", "max_norm"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "count", "n_buffers", "max_norm"])
 def nudge_sgd_kernel(
     table, stride_row, stride_column, blocks, n_blocks, master, momentum_buffer, step, counters, eigenvectors, size,
-    count, values, sq, along, n_buffers, max_norm, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr,
+    count, values, sq, along, n_buffers, max_norm: tl.int64, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr,
     BUFFER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)

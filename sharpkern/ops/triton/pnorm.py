@@ -89,10 +89,10 @@ def add_squares_and_max(piece, sums, grad, T: tl.constexpr, A: tl.constexpr):
     return squares + g * g, tl.maximum(most, tl.abs(g))
 
 
-@triton.jit(do_not_specialize=["n_blocks", "buffer", "decay", "coefficient"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "buffer", "decay", "coefficient"])
 def norm_max_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, largest, n_buffers, buffer, partials, ema, decay,
-    coefficient, T: tl.constexpr, A: tl.constexpr, EMA: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, sq, largest, n_buffers, buffer, partials, ema,
+    decay: tl.int64, coefficient: tl.int64, T: tl.constexpr, A: tl.constexpr, EMA: tl.constexpr,
 ):  # fmt: skip
     sums = (tl.zeros((BLOCK,), A), tl.zeros((BLOCK,), A))
     rest = (tl.zeros((STEP,), A), tl.zeros((STEP,), A))
@@ -121,9 +121,9 @@ def add_powers(piece, sums, grad, near, inverse, y, T: tl.constexpr, A: tl.const
     return sums + large_power(load(grad, piece, T).to(A), near, inverse, y, A)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "q"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "q"])
 def norm_p_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, partials, largest, n_buffers, q,
+    table, stride_row, stride_column, blocks, n_blocks, sq, partials, largest, n_buffers, q: tl.int64,
     T: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     near, inverse = inverse_of(largest_of(largest, n_buffers), A)
@@ -161,10 +161,10 @@ def move(
     store(param, tl.where(go, (old.to(A) + d).to(T), old), piece, T)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "exponent", "eps"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "exponent", "eps"])
 def ascend_p_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, backup, counters, radius, sq, n_buffers, largest,
-    n_largest, powers, n_powers, exponent, eps, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, backup, counters, radius, sq, n_buffers, largest, n_largest,
+    powers, n_powers, exponent: tl.int64, eps: tl.int64, T: tl.constexpr, A: tl.constexpr, SIGN: tl.constexpr,
     MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = A if MASTER else T

@@ -39,10 +39,10 @@ def add_products(piece, sums, first, second, has_first, T: tl.constexpr, A: tl.c
     return squares + g_s * g_s, products + tl.where(has_first, g * g_s, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks"])
 def dots_kernel(
-    table, stride_row, stride_column, blocks, n_blocks, sq, stride_sq, partials, gradient,
-    T: tl.constexpr, A: tl.constexpr,
+    table, stride_row, stride_column, blocks, n_blocks, sq, stride_sq, partials, gradient, T: tl.constexpr,
+    A: tl.constexpr,
 ):  # fmt: skip
     sums = (tl.zeros((BLOCK,), A), tl.zeros((BLOCK,), A))
     rest = (tl.zeros((STEP,), A), tl.zeros((STEP,), A))
@@ -73,7 +73,7 @@ def write_rest(
     return sums + g_v * g_v
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks"])
 def project_kernel(
     table, stride_row, stride_column, blocks, n_blocks, g_v, sq, partials, gradient, products, n_buffers,
     T: tl.constexpr, A: tl.constexpr,

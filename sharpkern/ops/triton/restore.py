@@ -20,7 +20,7 @@ def copy(piece, target, source, T: tl.constexpr, W: tl.constexpr):
     store(target, load(source, piece, W), piece, T)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks"])
 def restore_kernel(
     table, stride_row, stride_column, blocks, n_blocks, backup, T: tl.constexpr, A: tl.constexpr,
     MASTER: tl.constexpr,

@@ -39,12 +39,12 @@ def update(
     store_weights(param, source, w - lr * d, piece, T, A, MASTER)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "max_norm"])
+@triton.jit(do_not_specialize=["stride_column", "n_blocks", "max_norm"])
 def sgd_kernel(
     table, stride_row, stride_column, blocks, n_blocks, momentum_buffer, step, counters, backup, direction, values,
-    sq, n_buffers, coefficients, max_norm, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BUFFER: tl.constexpr,
-    MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
-    PASSES: tl.constexpr,
+    sq, n_buffers, coefficients, max_norm: tl.int64, T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
+    BUFFER: tl.constexpr, MIXED: tl.constexpr, BACKED: tl.constexpr, MASTER: tl.constexpr, SKIP: tl.constexpr,
+    COUNT: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     norm, finite = norms(sq, n_buffers, PASSES)
     go = finite | (not SKIP)

@@ -215,8 +215,9 @@ def norms(sq, n_buffers, PASSES: tl.constexpr):
 
 @triton.jit
 def float64(bits):
-    """A Python float reaches a kernel as float32; this one came as the bits of its float64."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)  # 0 comes as an int32
+    """A Python float reaches a kernel as float32; this one came as the bits of its float64. Its kernel's parameter is
+    annotated: 0.0 would be an int32, and another compilation."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)  # the interpreter knows of no annotation
 
 
 def bits(value: float) -> int:
