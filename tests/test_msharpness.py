@@ -7,7 +7,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -193,6 +193,7 @@ def _every_class(rank: int) -> None:
     _bad_gradients(rank)
     _scaler(rank)
     _other_heads(rank)
+    _a_first_gradient_that_is_missing(rank)
     _static_graph(rank)
     _errors(rank)
     _long(rank)
@@ -338,6 +339,30 @@ def _other_heads(rank: int) -> None:
             step_in_parts(naive, method, closures)
         assert_on_every_rank(model, name)
         assert relative_error(model, twin) < 1e-11, name
+
+
+class Both(Net):
+    """Of the heads; or the first one alone."""
+
+    def forward(self, x: Tensor, heads: int = 2) -> Tensor:
+        x = self.trunk(x).tanh()
+        return sum(head(x) for head in self.heads[:heads])
+
+
+def _a_first_gradient_that_is_missing(rank: int) -> None:
+    """In one process: it is zero there. DistributedDataParallel looks after the last pass only."""
+    for name in ("sam", "gsam", "looksam", "friendlysam"):
+        model, method = Both().double(), METHODS[name]
+        parallel, calls = DistributedDataParallel(model), iter(range(9))
+        opt = method.make(model.named_parameters(), "momentum", 8, model=parallel, m_sharpness="rank")
+
+        def closure(parallel: Any = parallel, calls: Iterator[int] = calls) -> Tensor:
+            heads = 1 if next(calls) == 0 and rank == 1 else 2
+            return loss_of(parallel, part(data()[0], (rank,)), heads)
+
+        for _ in range(2):
+            opt.step(closure)
+            assert_on_every_rank(model, name, opt)
 
 
 def _static_graph(rank: int) -> None:
@@ -548,12 +573,17 @@ def test_each_pair_along_its_own_gradient(tmp_path: Path) -> None:
     processes.run(_quiet, tmp_path, _groups, processes=4)
 
 
+@cache
+def mesh_of(*sizes: int) -> Any:
+    """Of all processes; made once, for its groups are."""
+    return dist.init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards", "rows")[: len(sizes)])
+
+
 def copies(shards: int, model: nn.Module | None = None) -> nn.Module:
     """Two of a model, each in shards. They start apart: all copies become the first one."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cpu", (2, shards), mesh_dim_names=("copies", "shards"))
-    model = model or _trained()
+    mesh, model = mesh_of(2, shards), model or _trained()
     for module in (model.trunk, model):
         fully_shard(module, mesh=mesh["shards"])
     if mesh.get_local_rank(0) == 1:
@@ -606,14 +636,10 @@ def replicas(rank: int, shards: int, names: Sequence[str] = ()) -> None:
 
 def replicas_and_the_rest(rank: int, shards: int) -> None:
     mine = partial(part, ranks=(rank,), processes=2 * shards)
-    model = copies(shards)
-    opt = sk.SALR(model.parameters(), SGD, lr=0.1)  # of the copies it is not told
-    with pytest.warns(UserWarning, match="SALR in several processes compares"):
-        opt.step(partial(loss_of, model, mine(data()[0])))
     # Joint gradients in both passes, and losses of all processes, where nothing else is asked for.
     for cls in (sk.SAM, sk.SALR):
         model, twin = copies(shards), _trained()
-        opts = [cls(m.parameters(), SGD, lr=0.1, momentum=0.9, model=m) for m in (model, twin)]
+        opts = [cls(m.parameters(), SGD, lr=0.1, momentum=0.9) for m in (model, twin)]
         for batch in data():
             opts[0].step(partial(loss_of, model, mine(batch)))
             with warnings.catch_warnings(action="ignore"):  # this process trains a model of its own
@@ -669,13 +695,14 @@ def replicas_and_the_rest(rank: int, shards: int) -> None:
     # What cannot be.
     with pytest.raises(ValueError, match="is none of the model that was replicated"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(ValueError, match="model= has to be one that went through sharpkern.replicate"):
+    with pytest.raises(ValueError, match="model= has to be one that .* went through sharpkern.replicate"):
         sk.SAM(twin.parameters(), SGD, lr=0.1, model=_trained(), m_sharpness="replica")
-    mesh = dist.init_device_mesh("cpu", (2, shards), mesh_dim_names=("copies", "shards"))
+    mesh = mesh_of(2, shards)
     for m, on, error, words in [
         (_trained(), mesh, TypeError, "should be under torch.distributed.fsdp.fully_shard, but got .*Net"),
         (twin, mesh["copies"], ValueError, "a dimension of copies and others of shards"),
         (twin, None, TypeError, "mesh should be a DeviceMesh, but got None"),
+        (twin.trunk, mesh, ValueError, "has an all-reduce hook"),
     ]:
         with pytest.raises(error, match=words):
             sk.replicate(m, on)
@@ -687,11 +714,120 @@ def replicas_and_the_rest(rank: int, shards: int) -> None:
     fully_shard(half.trunk, mesh=mesh["shards"])
     with pytest.raises(ValueError, match="heads.0.weight is no DTensor"):
         sk.replicate(half, mesh)
+    _exchanged_after_all(shards, mine(data()[0]))
+    _what_copies_start_with(shards)
+    _the_same_bits_in_every_copy(rank, shards)
+
+
+def _exchanged_after_all(shards: int, batch: Batch) -> None:
+    """A first pass whose gradients were exchanged, or not seen, is an error; another optimizer's is none."""
+    model = copies(shards)
+    assert sk.replicate(model, mesh_of(2, shards)) is model
+    opts = [sk.SAM(model.parameters(), SGD, lr=0.1, model=model, m_sharpness="replica") for _ in range(2)]
+    with opts[0].first_pass():
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    with pytest.raises(RuntimeError, match="gradients of the first pass were exchanged"):
+        opts[0].first_step()
+    with pytest.raises(RuntimeError, match="did not go through the hooks"), opts[0].first_pass():
+        pass
+    opts[0].zero_grad()
+    with opts[0].first_pass():
+        with opts[1].first_pass():
+            loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+        model(batch[0]).sum().backward()
+    assert opts[0].first_step()
+    opts[0].restore()
+    for module in (model.trunk, model):
+        module.set_all_reduce_hook(lambda shards: None)
+    with pytest.raises(RuntimeError, match="did not go through the hooks"):
+        opts[0].step(partial(loss_of, model, batch))
+
+
+def _what_copies_start_with(shards: int) -> None:
+    """Buffers of any dtype and any strides; nothing beside them is written."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, model = mesh_of(2, shards), _trained()
+    copy, beside = mesh.get_local_rank(0), torch.zeros(16) + mesh.get_local_rank(0)
+    model.register_buffer("repeated", torch.full((1, 4), copy + 1.0).expand(3, 4))
+    model.register_buffer("gaps", beside[::2])
+    model.register_buffer("columns", (torch.arange(6.0).view(2, 3) + copy).t())
+    for dtype in (torch.int16, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.complex64):
+        model.register_buffer(str(dtype).replace(".", "_"), torch.full((), copy + 1).to(dtype))
+    model.register_buffer("empty", torch.zeros(0))
+    sk.replicate(fully_shard(model, mesh=mesh["shards"]), mesh)
+    assert torch.equal(model.repeated, torch.ones(3, 4))
+    assert torch.equal(model.gaps, torch.zeros(8))
+    assert torch.equal(beside[1::2], torch.zeros(8) + copy)
+    assert torch.equal(model.columns, torch.arange(6.0).view(2, 3).t())
+    assert all(b.float() == 1 for name, b in model.named_buffers() if name.startswith("torch_") and not b.is_complex())
+
+
+def _the_same_bits_in_every_copy(rank: int, shards: int) -> None:
+    """Also where the shards of another copy are summed in another order."""
+    mine = partial(part, ranks=(rank,), processes=2 * shards)
+    for cls, more in [(sk.SAM, {"max_grad_norm": 0.01}), (sk.LookSAM, {"k": 2}), (sk.GSAM, {}), (sk.StableSAM, {})]:
+        for m in ("global", "replica"):
+            model = copies(shards)
+            opt = cls(model.parameters(), SGD, lr=0.1, model=model, m_sharpness=m, **more)
+            opt._step.refresh()
+            here = opt._step.layouts.scope.here
+            order = 1 + 2.0**-51 * (rank // shards)
+            with mock.patch.object(
+                here, "all_reduce", lambda *o, f=order, real=here.all_reduce, **k: real(*o, **k) * f, create=True
+            ):
+                for batch in data(4):
+                    opt.step(partial(loss_of, model, mine(batch)))
+            assert_copies(opt, model, f"{cls.__name__}, {m}")
+
+
+def _tensor_parallel(rank: int) -> None:
+    """Of two processes that have rows of one layer, and share the other one and a plain sum of squares with it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    twin, naive = expected(METHODS["aesam"], "momentum", ((0, 1), (2, 3)), 4)
+    mesh, model = mesh_of(2, 1, 2), _trained()
+    parallelize_module(model, mesh["rows"], {"trunk": ColwiseParallel(output_layouts=Replicate())})
+    sk.replicate(fully_shard(model, mesh=mesh["shards"]), mesh)
+    opt = METHODS["aesam"].make(
+        used(model), "momentum", STEPS, model=model, m_sharpness="replica", **options_of(METHODS["aesam"])
+    )
+    for batch in data():
+        opt.step(partial(loss_of, model, part(batch, [(0, 1), (2, 3)][rank // 2], 4)))
+    assert relative_error(gathered(model), twin) < 1e-11
+    assert int(opt.stats["second_passes"]) == sum(naive.decisions)
+
+
+def _numbers(rank: int) -> None:
+    """All-reduces of a few numbers a step, of the shards of a copy and over all."""
+    for cls, more, expected_counts in [
+        (sk.SAM, {}, [2, 2]),
+        (sk.AESAM, dict(total_steps=2, lambda_start=9, lambda_end=9), [3, 3]),
+        (sk.AESAM, dict(total_steps=2, lambda_start=-9, lambda_end=-9), [3, 3]),
+        (sk.LookSAM, dict(k=2), [4, 1]),
+        (sk.GSAM, {}, [3, 3]),
+        (sk.StableSAM, {}, [3, 3]),
+        (sk.FriendlySAM, {}, [4, 4]),
+    ]:
+        model, found = copies(2), []
+        opt = cls(model.parameters(), SGD, lr=0.1, model=model, m_sharpness="replica", **more)
+        for batch in data(2):
+            reduced = mock.Mock(side_effect=Counted.real)
+            with mock.patch.object(dist, "all_reduce", reduced):
+                opt.step(partial(loss_of, model, part(batch, (rank,), 4)))
+            found.append(sum(call.args[0].numel() <= 4 for call in reduced.call_args_list))
+        assert found == expected_counts, cls.__name__
 
 
 def _replicas_of_two(rank: int) -> None:
     replicas(rank, 2)
     replicas_and_the_rest(rank, 2)
+    _tensor_parallel(rank)
+    _numbers(rank)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from .layout import SCRATCH, Layout
 from .members import count_entries, identical
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
-from .shards import Placing, Scope, check_supported, local, placing, scope_of
+from .shards import Scope, check_supported, everybody_of, is_sharded, local, placing, scope_of
 from .state import LayoutState, Names, check_shapes
 
 Group = dict[str, Any]
@@ -66,7 +66,7 @@ class Layouts:
         self._layouts: list[Layout] = []
         # The processes that have the parameters together, each a part; None where one has all of them.
         self.scope: Scope | None = None
-        self._scoped: list[Placing] = []  # for what it was made
+        self._scoped: Any = None  # for what it was made
         self.states: list[LayoutState] = []
         self.places: list[Tensor] = []  # of every layout's parameters, in the order of the groups
         self.idle: list[Tensor] = []  # frozen, without a gradient or such state: in no layout
@@ -186,8 +186,9 @@ class Layouts:
                 if p in backups:
                     layout.take_over(i, *backups[p])
         placings = [layout.placing for layout in layouts]
-        if placings != self._scoped:
-            self.scope, self._scoped = scope_of(placings), placings
+        everybody = next((found for p, _ in laid if is_sharded(p) and (found := everybody_of(p))), None)
+        if (placings, everybody) != self._scoped:
+            self.scope, self._scoped = scope_of(placings, everybody), (placings, everybody)
         self._layouts, self.idle = layouts, idle
         place = {p: i for i, (p, *_) in enumerate(entries(groups))}
         self.places = [torch.tensor([place[p] for p in layout.params], device="cpu") for layout in layouts]

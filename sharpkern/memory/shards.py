@@ -136,41 +136,74 @@ class Shards:
                 alive.reshard()
 
 
+class Processes:
+    """Some of them, which reduce numbers.
+
+    Args:
+        groups: that reduce over them one after the other.
+        device_type: where these reduce; None: anywhere.
+    """
+
+    def __init__(self, groups: Sequence[Any], size: int, device_type: str | None = None) -> None:
+        self._groups, self.size, self._device_type = groups, size, device_type
+
+    def all_reduce(self, numbers: Tensor, largest: bool = False) -> Tensor:
+        """The sum over all of them, or the largest; the same bits on each. ``numbers`` may be overwritten."""
+        there = numbers if self._device_type in (None, numbers.device.type) else numbers.to(self._device_type)
+        for group in self._groups:
+            dist.all_reduce(there, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+        return there.to(numbers.device)
+
+
 class Scope:
     """The processes that hold the parameters of an optimizer together.
 
     Args:
         placings: of every layout. A plain tensor beside DTensors is the same on every process.
+        everybody: those of all copies of the parameters, where there are several: what is measured of a gradient that
+            copies have in common is summed over them, too, so that it has the same bits in each.
 
     Raises:
         RuntimeError: for meshes of which none contains the others.
     """
 
-    def __init__(self, placings: Sequence[Placing]) -> None:
-        mesh = _union({placed[0] for placed in placings if placed is not None})
-        self.size: int = mesh.size()
-        self._device_type: str = mesh.device_type
-        self._groups = groups_of(mesh)
-        # Each layout's sums are counted so many times in the sum over all processes.
-        self._copies = torch.tensor([self.size // _pieces(placed) for placed in placings], device="cpu")
+    def __init__(self, placings: Sequence[Placing], everybody: Processes | None = None) -> None:
+        self.here = processes_of(_union({placed[0] for placed in placings if placed is not None}))
+        self.everybody = everybody or self.here
+        # Each layout's sums are counted so many times in the sum over the processes here.
+        self._counts = torch.tensor([self.here.size // _pieces(placed) for placed in placings], device="cpu")
 
-    def all_reduce(self, numbers: Tensor, largest: bool = False) -> Tensor:
-        """The sum over all processes, or the largest; the same bits on each."""
-        there = numbers if numbers.device.type == self._device_type else numbers.to(self._device_type)
-        for group in self._groups:
-            dist.all_reduce(there, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-        return there.to(numbers.device)
+    def complete(self, parts: Tensor, largest: bool = False, joint: bool = True) -> Tensor:
+        """Of sums whose parts were measured here, ``[sums, layouts]``, the parts that all processes measured.
 
-    def complete(self, parts: Tensor, largest: bool = False) -> Tensor:
-        """Of sums whose parts were measured here, ``[sums, layouts]``, the parts that all processes measured."""
-        return self.all_reduce(parts.clone() if largest else parts / self._copies.to(parts), largest)
+        Args:
+            joint: whether they are of what all copies have in common.
+        """
+        processes = self.everybody if joint else self.here
+        counts = self._counts * (processes.size // self.here.size)
+        return processes.all_reduce(parts.clone() if largest else parts / counts.to(parts), largest)
 
 
-def scope_of(placings: Sequence[Placing]) -> Scope | None:
+def scope_of(placings: Sequence[Placing], everybody: Processes | None = None) -> Scope | None:
     """The processes that hold parameters which lie so; None where each process has them by itself."""
-    if all(placed is None or placed[0].size() == 1 for placed in placings):
+    if everybody is None and all(placed is None or placed[0].size() == 1 for placed in placings):
         return None
-    return Scope(placings)
+    return Scope(placings, everybody)
+
+
+# The processes of all copies of a sharded model, whose gradients are averaged.
+_copies: weakref.WeakKeyDictionary[nn.Module, Processes] = weakref.WeakKeyDictionary()
+
+
+def note_copies(model: nn.Module, everybody: Processes) -> None:
+    """The processes here hold one of several copies of a model."""
+    _copies[model] = everybody
+
+
+def everybody_of(p: Tensor) -> Processes | None:
+    """The processes of all copies of a parameter; None where there is one copy."""
+    found = (everybody for model, everybody in list(_copies.items()) if any(p is q for q in model.parameters()))
+    return next(found, None)
 
 
 def _pieces(placed: Placing) -> int:
@@ -196,7 +229,12 @@ def _union(meshes: set[Any]) -> Any:
     return widest
 
 
-def groups_of(mesh: Any) -> list[Any]:
+def processes_of(mesh: Any) -> Processes:
+    """All of a mesh."""
+    return Processes(_groups(mesh), mesh.size(), mesh.device_type)
+
+
+def _groups(mesh: Any) -> list[Any]:
     """Groups that reduce over a mesh one after the other: a single one where there is, or may be, one of all of it."""
     if mesh.ndim == 1:
         return [mesh.get_group()]
@@ -216,11 +254,27 @@ def _fsdp_modules(ids: set[int] | None = None) -> Iterator[tuple[Any, list[Tenso
     known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for module in list(known) if fsdp is not None else ():
         if isinstance(module, fsdp):
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            params = [each.sharded_param for group in groups if group is not None for each in group.fsdp_params]
+            params = [each.sharded_param for group in _param_groups(module) for each in group.fsdp_params]
             if ids is None or not ids.isdisjoint(map(id, params)):
                 yield module, params
+
+
+def fsdp_modules_of(model: nn.Module) -> list[Any]:
+    """Those of a model."""
+    fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def has_all_reduce_hook(module: Any) -> bool:
+    """Whether a module under fully_shard has one."""
+    return any(getattr(group, "_all_reduce_hook", None) is not None for group in _param_groups(module))
+
+
+def _param_groups(module: Any) -> list[Any]:
+    """What a module under fully_shard knows of its parameters; torch 2.13 has several of these."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def left_behind(params: Iterable[Tensor], model: nn.Module | None) -> bool:

@@ -91,7 +91,11 @@ class Gradients:
     def _any_nonzero_anywhere(self) -> bool:
         """The same, whatever process has it."""
         here, scope = self._any_nonzero(), self.layouts.scope
-        return here if scope is None else bool(scope.all_reduce(torch.tensor(float(here), device="cpu"), largest=True))
+        return (
+            here
+            if scope is None
+            else bool(scope.here.all_reduce(torch.tensor(float(here), device="cpu"), largest=True))
+        )
 
     def note_gradient(self) -> None:
         """The gradients that are there are of a step, or were reset: no news to the next one."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import copies_of
+from ..distributed import everybody_of
 from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
@@ -93,11 +93,6 @@ class Measurements(Gradients):
         return self.layouts.scope is not None or self.alone
 
     @property
-    def processes(self) -> int:
-        """How many hold the parameters together."""
-        return 1 if self.layouts.scope is None else self.layouts.scope.size
-
-    @property
     def alone(self) -> bool:
         """Whether the first gradient is not everybody's."""
         return self.apart is not None and self.apart.local
@@ -110,7 +105,8 @@ class Measurements(Gradients):
         scope = self.layouts.scope
         if scope is not None:
             home = self.layouts[0].device
-            complete = scope.complete(torch.stack([self.scalars.row(name, home) for name in sums]), largest)
+            own = self.apart is not None and self.apart.own
+            complete = scope.complete(torch.stack([self.scalars.row(name, home) for name in sums]), largest, not own)
             for device in self.layouts.devices:
                 for name, parts in zip(sums, complete, strict=True):
                     self.scalars.row(name, device).copy_(parts)
@@ -191,12 +187,8 @@ class Measurements(Gradients):
         like = self.scalars.row("first", self.layouts[0].device)
         wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
         numbers = torch.stack([x.detach().reshape(()).to(like) for x in wide])
-        copies, scope = copies_of(self.settings.model) if mean else None, self.layouts.scope
-        if copies is not None:
-            copies.all_reduce(numbers)
-            numbers /= copies.size
-        elif mean and scope is not None:
-            numbers = scope.all_reduce(numbers) / scope.size
+        if mean and (found := everybody_of(self.settings.model, self.layouts.scope)) is not None:
+            numbers = found.all_reduce(numbers) / found.size
         read: list[float] = self._receiver.read(numbers).tolist()
         return read
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import type_name
-from ..distributed import DataParallel, Replicas, replicas_of
+from ..distributed import EXCHANGED, DataParallel, Replicas, replicas_of
 from ..memory.layouts import Layouts
-from ..memory.shards import is_sharded, local
+from ..memory.shards import fsdp_modules_of, is_sharded, local
 
 
 def make_msharpness(model: nn.Module | None, over: Any, scheduled: bool) -> MSharpness | None:
@@ -47,9 +47,15 @@ def make_msharpness(model: nn.Module | None, over: Any, scheduled: bool) -> MSha
         if (replicas := replicas_of(model)) is None:
             raise ValueError(
                 'm_sharpness="replica" leaves the first gradient of a step to each copy of a sharded model: model= has '
-                f"to be one that went through sharpkern.replicate(), but got {type_name(model)}"
+                "to be one that was sharded over the processes of a copy, and went through sharpkern.replicate(), but "
+                f"got {type_name(model)}"
             )
         return None if replicas.group.size() == 1 else MSharpness(replicas)
+    if isinstance(model, nn.Module) and fsdp_modules_of(model):
+        raise ValueError(
+            f"m_sharpness={over!r} goes with DistributedDataParallel: gradients under fully_shard are summed in shards "
+            'over all processes. Shard copies of the model, sharpkern.replicate() them, and take "replica"'
+        )
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             f"m_sharpness leaves the first gradient of a step to each process: model= has to be the model under "
@@ -67,7 +73,7 @@ def make_msharpness(model: nn.Module | None, over: Any, scheduled: bool) -> MSha
             raise ValueError(f"m_sharpness is the group of processes {ranks}: not of this one and others of the model")
         if len(ranks) == 1:
             part = None
-    return None if parallel.size == (1 if part is None else part.size()) else MSharpness(parallel, part)
+    return None if parallel.group.size() == (1 if part is None else part.size()) else MSharpness(parallel, part)
 
 
 class MSharpness:
@@ -84,20 +90,22 @@ class MSharpness:
         self.inside = False  # whether the first pass is under way
         self.taken = False  # whether first_pass() was around the pass whose gradients are there
         self.local = False  # whether those are not everybody's
+        self.own = False  # whether the gradients that are there are of such a pass
+        self._exchanges = 0  # that there were at the end of the first pass
         self._kept: str | None = None  # the flat buffer that is being averaged
         self._rows: list[Tensor] = []  # of each layout: whether a parameter had a gradient, in any process
         self._works: list[Any] = []
 
     def check(self, params: Iterable[tuple[Tensor, str]]) -> None:
         """Raise TypeError or ValueError for parameters, each with its name, whose gradients are not averaged here."""
-        sharded = isinstance(self.copies, Replicas)
+        sharded, exchanged = isinstance(self.copies, Replicas), self.copies.parameters
         for p, label in params:
             if is_sharded(p) and not sharded:
                 raise TypeError(
                     f"m_sharpness= takes no DTensor, but {label} is one: its gradient is summed in shards, over all "
                     'processes. Shard copies of the model, sharpkern.replicate() them, and take m_sharpness="replica"'
                 )
-            if sharded and p not in self.copies.parameters:
+            if sharded and p not in exchanged:
                 raise ValueError(f'm_sharpness="replica": {label} is none of the model that was replicated')
 
     @contextmanager
@@ -119,13 +127,20 @@ class MSharpness:
         try:
             with self.copies.without_exchange() if alone else nullcontext():
                 yield
-            self.taken = True
+            self.taken, self._exchanges = True, self.copies.exchanges
         finally:
             self.inside, self.local = False, alone and self.taken
         self._joint_steps = max(0, self._joint_steps - 1)
 
     def begin(self, layouts: Layouts) -> bool:
-        """The gradients become those of the processes that share them. Returns whether they changed."""
+        """The gradients become those of the processes that share them. Returns whether they changed.
+
+        Raises:
+            RuntimeError: where gradients were exchanged since the first pass.
+        """
+        if self.local and self.copies.exchanges != self._exchanges:
+            raise RuntimeError(EXCHANGED)
+        self.own = self.local
         if not (self.local and self._part):
             return False
         self._average(layouts, self._part)
@@ -136,23 +151,23 @@ class MSharpness:
         if not self.local:
             return False
         self._average(layouts, self.copies.group)
-        self.local = False
+        self.local = self.own = False
         return True
 
     def mean(self, number: Tensor) -> Tensor:
         """Of a number on the device, over everybody: a collective."""
-        mean: Tensor = number / self.copies.size
-        self.copies.all_reduce(mean)
-        return mean
+        everybody = self.copies.everybody
+        return everybody.all_reduce(number / everybody.size)
 
-    def any(self, flag: Tensor) -> None:
-        """A number on the device becomes everybody's largest: a collective."""
-        self.copies.all_reduce(flag, dist.ReduceOp.MAX)
+    def any(self, flag: Tensor) -> Tensor:
+        """Everybody's largest of a number on the device: a collective."""
+        return self.copies.everybody.all_reduce(flag, largest=True)
 
     def _average(self, layouts: Layouts, group: Any) -> None:
         """One collective a layout."""
+        exchanged = self.copies.parameters
         for layout in layouts:
-            places = [i for i, p in enumerate(layout.params) if p in self.copies.parameters and p.requires_grad]
+            places = [i for i, p in enumerate(layout.params) if p in exchanged and p.requires_grad]
             if not places:
                 continue
             params = [layout.params[i] for i in places]
@@ -181,11 +196,12 @@ class MSharpness:
             first: its squared norm on a device; where it is not finite nobody moved, and the average is not, either.
         """
         self._kept = name
+        exchanged = self.copies.parameters
         for layout in layouts:
             for p, label in zip(layout.params, layout.names, strict=True):
-                if p not in self.copies.parameters:
+                if p not in exchanged:
                     raise RuntimeError(
-                        f"m_sharpness: {label} is none of the parameters that DistributedDataParallel exchanges, and "
+                        f"m_sharpness: {label} is none of the parameters whose gradients are exchanged, and "
                         "this optimizer averages what goes along the first gradient"
                     )
             buffer, having = layout.buffer(name), layout.table.has_gradient()
@@ -207,6 +223,8 @@ class MSharpness:
         self.wait()
         for layout, rows in zip(layouts, self._rows, strict=True):
             having = [count > 0 for count in rows.tolist()]
+            if not self.copies.may_miss:  # what one process had no first gradient of is zero there
+                having = [had or p.grad is not None for had, p in zip(having, layout.params, strict=True)]
             layout.keep_rows(having)
             layout.follow(self._kept, having)
         self._kept, self._rows = None, []
@@ -216,7 +234,7 @@ class MSharpness:
         """No step is open."""
         self.wait()
         if not self.inside:
-            self.taken = self.local = False
+            self.taken = self.local = self.own = False
         self._kept, self._rows = None, []
 
     def wait(self) -> None:

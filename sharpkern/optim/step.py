@@ -351,7 +351,10 @@ class Step(Measurements):
             self.collect()
 
     def freeze(self) -> None:
-        """Every pass from here on computes with the buffers of the model as the first pass left them."""
+        """Every pass from here on computes with the buffers of the model as the first pass left them, and its gradients
+        are those of all processes."""
+        if self.apart:
+            self.apart.own = False
         if self._buffers is not None:
             self._buffers.restore()
         elif self.settings.model is not None:

@@ -157,7 +157,7 @@ class Unscaler:
         found = scaler._per_optimizer_states[key]["found_inf_per_device"]
         flags = [torch.zeros((), device=device), *(flag.reshape(()).to(device) for flag in found.values())]
         flag = torch.stack(flags).max()  # one number, whatever this process has met
-        self._apart.any(flag)
+        flag = self._apart.any(flag)
         for each in found.values():
             each.copy_(flag)
         found.setdefault(device, flag.reshape(1))
