@@ -22,6 +22,8 @@
 
 namespace sharpkern {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
@@ -71,9 +73,9 @@ void visit(ScalarType dtype, F&& f) {
     case ScalarType::Double:
       return f(Tag<double>{});
     case ScalarType::BFloat16:
-      return f(Tag<torch::headeronly::BFloat16>{});
+      return f(Tag<BFloat16>{});
     case ScalarType::Half:
-      return f(Tag<torch::headeronly::Half>{});
+      return f(Tag<Half>{});
     default:
       STD_TORCH_CHECK(false, "sharpkern: unsupported dtype ", torch::headeronly::toString(dtype));
   }

@@ -7,83 +7,86 @@
 namespace sharpkern::cpu {
 namespace {
 
-template <class T, class W, bool kScaled>
-SK_INLINE T perturbed(W w, T g, arithmetic_t<T> s, arithmetic_t<T> eta) {
-  using A = arithmetic_t<T>;
-  const A x = static_cast<A>(w);
-  const A d = static_cast<A>(g);
+template <bool kScaled, class A>
+SK_INLINE A perturbed(A w, A g, A s, A eta) {
   if constexpr (kScaled) {
-    return static_cast<T>(ascend_scaled(x, d, s, eta));
+    return ascend_scaled(w, g, s, eta);
   } else {
-    return static_cast<T>(ascend(x, d, s));
+    return ascend(w, g, s);
   }
 }
 
-// Of weights that a master has:  w = backup + s g.
-template <class T, class W, bool kScaled, bool kGradient>
-SK_CLONES void move_from_master(
-    T* w, const W* master, T* gradient, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta,
-    bool stream) {
-  int64_t i = 0;
-  if (stream) {
-    for (; i + kBurst <= n; i += kBurst) {
-      alignas(64) T next[kBurst];
-      alignas(64) T kept_g[kBurst];
-#pragma omp simd
-      for (int64_t j = 0; j < kBurst; ++j) {
-        kept_g[j] = g[i + j];
-        next[j] = perturbed<T, W, kScaled>(master[i + j], kept_g[j], s, eta);
-      }
-      stream_burst(w + i, next);
-      if constexpr (kGradient) {
-        stream_burst(gradient + i, kept_g);
-      }
-    }
-    stream_end();
-  }
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) {
-    if constexpr (kGradient) {
-      gradient[j] = g[j];
-    }
-    w[j] = perturbed<T, W, kScaled>(master[j], g[j], s, eta);
-  }
-}
-
-template <class T, bool kScaled, bool kBackup, bool kGradient>
+// From the weights, which the backup keeps where there is one; or from a master, which is the backup.
+template <class T, class W, bool kScaled, bool kBackup, bool kGradient>
 SK_CLONES void move(
-    T* w, T* backup, T* gradient, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta,
+    T* w, W* backup, T* gradient, const T* g, int64_t n, arithmetic_t<T> s, arithmetic_t<T> eta,
     bool stream) {
-  int64_t i = 0;
+  using A = arithmetic_t<T>;
+  constexpr bool kMaster = kIsMaster<T, W>;
+  constexpr bool kKeep = kBackup && !kMaster;
+  const auto burst = [&](int64_t i, int64_t m, T* next, T* kept, T* kept_g) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<T, A>) {
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) {
+        const A x = w[i + j];
+        const A d = g[i + j];
+        if constexpr (kKeep) {
+          kept[j] = x;
+        }
+        if constexpr (kGradient) {
+          kept_g[j] = d;
+        }
+        next[j] = perturbed<kScaled>(x, d, s, eta);
+      }
+    } else {
+      alignas(64) A x[kBurst];
+      alignas(64) A d[kBurst];
+      if constexpr (kMaster) {
+        convert(backup + i, x, m);
+      } else {
+        convert(w + i, x, m);
+      }
+      convert(g + i, d, m);
+      if constexpr (kKeep) {
+        copy(w + i, kept, m);
+      }
+      if constexpr (kGradient) {
+        copy(g + i, kept_g, m);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) {
+        x[j] = perturbed<kScaled>(x[j], d[j], s, eta);
+      }
+      convert(x, next, m);
+    }
+  };
+  int64_t whole = 0;
   if (stream) {
-    for (; i + kBurst <= n; i += kBurst) {
+    for (; whole + kBurst <= n; whole += kBurst) {
+      alignas(64) T next[kBurst];
       alignas(64) T kept[kBurst];
       alignas(64) T kept_g[kBurst];
-#pragma omp simd
-      for (int64_t j = 0; j < kBurst; ++j) {
-        kept[j] = w[i + j];
-        kept_g[j] = g[i + j];
-        w[i + j] = perturbed<T, T, kScaled>(kept[j], kept_g[j], s, eta);
+      burst(whole, kBurst, kMaster ? next : w + whole, kept, kept_g);
+      if constexpr (kMaster) {
+        stream_burst(w + whole, next);
       }
-      if constexpr (kBackup) {
-        stream_burst(backup + i, kept);
+      if constexpr (kKeep) {
+        stream_burst(backup + whole, kept);
       }
       if constexpr (kGradient) {
-        stream_burst(gradient + i, kept_g);
+        stream_burst(gradient + whole, kept_g);
       }
     }
     stream_end();
   }
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) {
-    if constexpr (kBackup) {
-      backup[j] = w[j];
+  for_bursts(n - whole, [&](int64_t first, int64_t m) __attribute__((always_inline)) {
+    const int64_t i = whole + first;
+    T* kept = nullptr;
+    if constexpr (kKeep) {
+      kept = backup + i;
     }
-    if constexpr (kGradient) {
-      gradient[j] = g[j];
-    }
-    w[j] = perturbed<T, T, kScaled>(w[j], g[j], s, eta);
-  }
+    burst(i, m, w + i, kept, kGradient ? gradient + i : nullptr);
+  });
 }
 
 bool moves(const Row& row, bool scaled) { return row.grad != 0 && !(scaled && row.scale == kLeftOut); }
@@ -103,17 +106,12 @@ void run(
     T* kept_g = gradient != nullptr ? buffer<T>(*gradient, dtype, rows.extent(), "gradient") : nullptr;
     STD_TORCH_CHECK(kept != nullptr || !scaled || rows.extent() == 0, "sharpkern: backup is empty");
     const auto move_all = [&](bool by_magnitude) {
-      if constexpr (kIsMaster<T, W>) {
-        return by_magnitude        ? move_from_master<T, W, true, false>
-               : kept_g != nullptr ? move_from_master<T, W, false, true>
-                                   : move_from_master<T, W, false, false>;
-      } else if (kept == nullptr) {
-        return kept_g != nullptr ? move<T, false, false, true> : move<T, false, false, false>;
-      } else {
-        return by_magnitude        ? move<T, true, true, false>
-               : kept_g != nullptr ? move<T, false, true, true>
-                                   : move<T, false, true, false>;
+      if (kept == nullptr) {
+        return kept_g != nullptr ? move<T, W, false, false, true> : move<T, W, false, false, false>;
       }
+      return by_magnitude        ? move<T, W, true, true, false>
+             : kept_g != nullptr ? move<T, W, false, true, true>
+                                 : move<T, W, false, true, false>;
     };
     const bool around = stream<T>(rows) && (kept != nullptr || kept_g != nullptr);
     walk_parallel(rows, [&](int64_t i, int64_t offset, int64_t slot, int64_t n) {

@@ -11,6 +11,7 @@ template <class T>
 struct Plain {
   const T* g;
   SK_INLINE arithmetic_t<T> operator[](int64_t i) const { return static_cast<arithmetic_t<T>>(g[i]); }
+  SK_INLINE void read(int64_t i, arithmetic_t<T>* to, int64_t n) const { convert(g + i, to, n); }
 };
 
 // a g + b v, with v of the parameters' or of the state's dtype: as many bytes more.
@@ -23,6 +24,15 @@ struct Mixed {
   A b;
   SK_INLINE A operator[](int64_t i) const {
     return combined(static_cast<A>(g[i]), static_cast<A>(v[i]), a, b);
+  }
+  SK_INLINE void read(int64_t i, A* to, int64_t n) const {
+    alignas(64) A along[kBurst];
+    convert(g + i, to, n);
+    convert(v + i, along, n);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      to[j] = combined(to[j], along[j], a, b);
+    }
   }
 };
 
@@ -185,6 +195,29 @@ SK_INLINE void update_elements(T* w, W* from, Gradient g, int64_t n, bool stream
     }
     return next;
   };
+  if constexpr (!std::is_same_v<T, A>) {
+    for_bursts(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+      alignas(64) A x[kBurst];
+      alignas(64) A d[kBurst];
+      convert(from + i, x, m);
+      g.read(i, d, m);
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) {
+        x[j] = f(i + j, x[j], d[j]);
+      }
+      if (stream && m == kBurst) {
+        alignas(64) T next[kBurst];
+        convert(x, next, kBurst);
+        stream_burst(w + i, next);
+      } else {
+        convert(x, w + i, m);
+      }
+    });
+    if (stream) {
+      stream_end();
+    }
+    return;
+  }
   int64_t i = 0;
   if (stream) {
     for (; i + kBurst <= n; i += kBurst) {

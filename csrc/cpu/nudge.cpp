@@ -10,18 +10,6 @@
 namespace sharpkern::cpu {
 namespace {
 
-// f(first element, how many of them) for every burst of a piece.
-template <class F>
-SK_INLINE void for_bursts(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kBurst <= n; i += kBurst) {
-    f(i, kBurst);
-  }
-  if (i < n) {
-    f(i, n - i);
-  }
-}
-
 template <bool kMomentumBuffer, class T, class W>
 SK_CLONES void add_products(
     Sums<T>* sums, const W* w, const T* g, const arithmetic_t<T>* buf, Directions<arithmetic_t<T>> directions,
@@ -67,18 +55,15 @@ SK_CLONES void update(
         correction[j] += factors[k] * e[j];
       }
     }
-#pragma omp simd
-    for (int64_t j = 0; j < m; ++j) {
+    const auto step = [&](int64_t j, A x, A d) __attribute__((always_inline)) {
       A b = kMomentumBuffer ? buf[i + j] : A(0);
-      const A next = nudge_sgd(static_cast<A>(from[i + j]), static_cast<A>(g[i + j]), b, correction[j], c);
-      if constexpr (!std::is_const_v<W>) {
-        from[i + j] = next;  // a master
-      }
-      w[i + j] = static_cast<T>(next);
+      const A next = nudge_sgd(x, d, b, correction[j], c);
       if constexpr (kMomentumBuffer) {
         buf[i + j] = b;
       }
-    }
+      return next;
+    };
+    update_elements(w + i, from + i, Plain<T>{g + i}, m, false, step);
   });
 }
 

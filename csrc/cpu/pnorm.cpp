@@ -34,28 +34,21 @@ SK_CLONES void move(
     T* w, W* backup, const T* g, int64_t n, arithmetic_t<T> s, Peak<arithmetic_t<T>> peak, arithmetic_t<T> y,
     bool stream) {
   using A = arithmetic_t<T>;
-  // Of half types in three loops: in one, with a power between two conversions, none would be vectorised.
   const auto burst = [&](int64_t i, int64_t count, T* next, W* kept) __attribute__((always_inline)) {
     alignas(64) A x[kBurst];
     alignas(64) A d[kBurst];
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      if constexpr (kIsMaster<T, W>) {
-        x[j] = backup[i + j];
-      } else {
-        kept[j] = w[i + j];
-        x[j] = static_cast<A>(w[i + j]);
-      }
-      d[j] = static_cast<A>(g[i + j]);
+    if constexpr (kIsMaster<T, W>) {
+      convert(backup + i, x, count);
+    } else {
+      copy(w + i, kept, count);
+      convert(w + i, x, count);
     }
+    convert(g + i, d, count);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       x[j] = ascend_p<kSign>(x[j], d[j], s, peak, y);
     }
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      next[j] = static_cast<T>(x[j]);
-    }
+    convert(x, next, count);
   };
   int64_t i = 0;
   for (; i + kBurst <= n; i += kBurst) {

@@ -5,6 +5,8 @@
 #include "../common.h"
 #include "../math.h"
 
+#include <cstring>
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <emmintrin.h>
 #define SK_X86 1
@@ -38,6 +40,38 @@ bool stream(const Rows& rows) {
   (void)rows;
   return false;
 #endif
+}
+
+// f(first element, how many of them) for every burst of a piece.
+template <class F>
+SK_INLINE void for_bursts(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kBurst <= n; i += kBurst) {
+    f(i, kBurst);
+  }
+  if (i < n) {
+    f(i, n - i);
+  }
+}
+
+// Half types take their conversions and copies in loops of their own, without a branch: beside arithmetic of
+// another width, and where they are copied as they are, the compiler would vectorise nothing.
+template <class From, class To>
+SK_INLINE void convert(const From* from, To* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    if constexpr (std::is_same_v<To, BFloat16> || std::is_same_v<To, Half>) {
+      const uint16_t bits = static_cast<To>(from[j]).x;  // one store, whatever the branches of the rounding
+      to[j].x = bits;
+    } else {
+      to[j] = static_cast<To>(from[j]);
+    }
+  }
+}
+
+template <class T>
+SK_INLINE void copy(const T* from, T* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(T));
 }
 
 // dst[0, kBurst) = burst, around the cache. Both are 16-byte aligned.
@@ -93,10 +127,7 @@ SK_CLONES void put_back(T* w, const W* backup, int64_t n) {
   if constexpr (std::is_same_v<T, W>) {
     std::copy(backup, backup + n, w);
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      w[i] = static_cast<T>(backup[i]);
-    }
+    convert(backup, w, n);
   }
 }
 
