@@ -1,27 +1,34 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one and maybe no package index:
 #
-#     bash bench/gpu_check.sh [versions|build|gpu|test|sanitize|bench|profile|all]...
+#     bash bench/gpu_check.sh [versions|build|smoke|values|kernels|steps|iteration|sanitize|profile|all]...
 #
-# "all", the default, is all but the profile. Steps go on after one that failed; the last lines of the output say what
-# each one came to, and the exit status is not 0 when one failed. Logs, gpu.json and gpu.md go to $OUT. Environment:
-# OUT=gpu_check, PYTHON=python3, LIMIT=540 (seconds of one command), SECTIONS (of the benches), TESTS (for pytest, such
-# as "-x -k graph"), TOOLS (of compute-sanitizer), COMMIT (where the tree is a copy without its history), and
-# DRY_RUN=1: on a machine without a GPU, tiny benches on the CPU, a few tests, no tool of NVIDIA's.
+# "all", the default, is all but the profile, in this order. Steps go on after one that failed; the last lines of the
+# output say what each one came to, and the exit status is not 0 when one failed. What takes longer than DEADLINE is cut
+# off: what was measured until then is in the JSON. A call for each step fits a machine that is lent for minutes:
+#
+#     DEADLINE=300 bash bench/gpu_check.sh build smoke
+#
+# A log a kind, gpu-<section>.json and gpu.md go to $OUT; kernels that Triton compiled stay in $TRITON_CACHE_DIR. Environment:
+# DEADLINE=3600 (seconds of the whole call), OUT=gpu_check, PYTHON=python3, TESTS (for pytest, such as "-x -k graph"),
+# WORKERS=14 (processes of the value tests), TOOLS (of compute-sanitizer), COMMIT (where the tree is a copy without its
+# history), and DRY_RUN=1: on a machine without a GPU, tiny benches on the CPU, a few tests, no tool of NVIDIA's.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-OUT=${OUT:-gpu_check} PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-540} SECTIONS=${SECTIONS:-} TESTS=${TESTS:-}
+OUT=${OUT:-gpu_check} PYTHON=${PYTHON:-python3} DEADLINE=${DEADLINE:-3600} TESTS=${TESTS:-} WORKERS=${WORKERS:-14}
 DRY_RUN=${DRY_RUN:-} TOOLS=${TOOLS:-memcheck racecheck synccheck initcheck}
 mkdir -p "$OUT" || exit 2
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 summary=() failures=0
 
 # run NAME LOG COMMAND...: append the output to $OUT/LOG, show its last lines, note how it ended.
 run() {
-    local name=$1 log=$OUT/$2 start=$SECONDS code word=ok
+    local name=$1 log=$OUT/$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code word=ok
     shift 2
+    if ((left < 5)); then summary+=("skipped $name: no time is left") failures=$((failures + 1)) && return; fi
     printf '\n== %s: %s\n' "$name" "$*" | tee -a "$log"
-    timeout --kill-after=20 "$LIMIT" "$@" 2>&1 | tee -a "$log" | tail -n 25 | cut -c1-300
+    timeout --kill-after=5 "$left" "$@" 2>&1 | tee -a "$log" | tail -n 25 | cut -c1-300
     code=${PIPESTATUS[0]}
     # pytest's 5: no test was selected.
     if ((code == 5)); then word=skipped; elif ((code)); then word=FAILED failures=$((failures + 1)); fi
@@ -34,9 +41,9 @@ tool() {
 }
 
 versions() {
-    tool nvidia-smi versions.log nvidia-smi
-    tool nvcc versions.log nvcc --version
-    run versions versions.log "$PYTHON" -m torch.utils.collect_env
+    tool nvidia-smi build.log nvidia-smi
+    tool nvcc build.log nvcc --version
+    run versions build.log "$PYTHON" -m torch.utils.collect_env
 }
 
 build() { # for the GPU that is here and no other: minutes less
@@ -48,8 +55,19 @@ build() { # for the GPU that is here and no other: minutes less
 }
 
 # shellcheck disable=SC2086  # TESTS and TOOLS are lists of words
-tests() { # tests LOG ARGUMENTS...; one thread each is what the tests are written for
-    OMP_NUM_THREADS=1 run "pytest ${*:2}" "$1" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:2}" $TESTS
+tests() { # tests LOG PROCESSES ARGUMENTS...; one thread each is what the tests are written for
+    local many=()
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then many=(-n "$2" --dist worksteal); fi
+    OMP_NUM_THREADS=1 run "pytest ${*:3}" "$1" "$PYTHON" -m pytest -q -p no:cacheprovider "${many[@]}" "${@:3}" $TESTS
+}
+
+smoke() { # launches, graphs, streams: what no other machine shows
+    tests test.log 4 tests/test_gpu.py -m gpu -k "not values"
+}
+
+values() { # the other files' tests, on the device, a process a file; or a few here
+    if [[ -z $DRY_RUN ]]; then tests test.log "$WORKERS" tests/test_gpu.py -m gpu -k values
+    else tests test.log 1 tests/test_policy.py; fi
 }
 
 sanitize() { # the caching allocator hides what lies outside a tensor
@@ -60,9 +78,9 @@ sanitize() { # the caching allocator hides what lies outside a tensor
     done
 }
 
-bench() { # what was measured before a time limit is in the JSON, and is rendered
-    run bench bench.log "$PYTHON" -m bench --device cuda ${DRY_RUN:+--dry-run} --out "$OUT/gpu.json" --sections "$SECTIONS"
-    "$PYTHON" -m bench.render "$OUT/gpu.json" | tee "$OUT/gpu.md"
+bench() { # bench SECTIONS: each into a file of its own, all of which are rendered
+    run "bench $1" bench.log "$PYTHON" -m bench --device cuda ${DRY_RUN:+--dry-run} --out "$OUT/gpu-$1.json" --sections "$1"
+    [[ ! -f $OUT/gpu-$1.json ]] || "$PYTHON" -m bench.render "$OUT/gpu-$1.json" | tee -a "$OUT/gpu.md"
 }
 
 profile() { # the program starts the profiler itself, once everything is warm
@@ -72,12 +90,11 @@ profile() { # the program starts the profiler itself, once everything is warm
 }
 
 [[ $# -gt 0 ]] || set -- all
-[[ $* != all ]] || set -- versions build gpu test sanitize bench
+[[ $* != all ]] || set -- versions build smoke values kernels steps iteration sanitize
 for step in "$@"; do
     case $step in
-        versions | build | sanitize | bench | profile) "$step" ;;
-        gpu) tests test-gpu.log ${DRY_RUN:+tests/test_gpu.py} -m gpu ;;
-        test) tests test.log ${DRY_RUN:+tests/test_bench.py} -m "not gpu" ;;
+        versions | build | smoke | values | sanitize | profile) "$step" ;;
+        kernels | steps | iteration) bench "$step" ;;
         *) echo "usage: see the top of bench/gpu_check.sh" >&2 && exit 2 ;;
     esac
 done

@@ -233,8 +233,10 @@ class Run:
         return {"environment": {**self.environment, **notes}, "rows": self.rows}
 
     def save(self) -> None:
-        if self.out is not None:
-            self.out.write_text(json.dumps(self.results(), indent=1) + "\n", encoding="utf-8")
+        if self.out is not None:  # whole, whenever the run is killed
+            unfinished = self.out.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(self.results(), indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self.out)
 
     @contextmanager
     def attempt(self, *labels: str) -> Iterator[None]:

@@ -277,9 +277,31 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_gpu_check(tmp_path: Path) -> None:
-    env = {**os.environ, "DRY_RUN": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    check = partial(subprocess.run, env=env, capture_output=True, text=True, timeout=300)
-    done = check(["bash", str(ROOT / "bench" / "gpu_check.sh"), "build", "sanitize", "profile"])
+    """Every step of it, as far as it goes without a GPU."""
+    out = tmp_path / "out"
+    env = {**os.environ, "DRY_RUN": "1", "OUT": str(out), "PYTHON": sys.executable, "TRITON_CACHE_DIR": str(tmp_path)}
+    script = ["bash", str(ROOT / "bench" / "gpu_check.sh")]
+    check = partial(subprocess.run, env=env, capture_output=True, text=True, timeout=500)
+    done = check([*script, "build", "smoke", "values", "kernels", "steps", "iteration", "sanitize", "profile"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cpu: " in (tmp_path / "build.log").read_text(encoding="utf-8")
-    assert check(["bash", str(ROOT / "bench" / "gpu_check.sh"), "everything"]).returncode == 2
+    assert "cpu: " in (out / "build.log").read_text(encoding="utf-8")
+    for section in ("kernels", "steps", "iteration"):
+        assert json.loads((out / f"gpu-{section}.json").read_text(encoding="utf-8"))["rows"]
+    assert "| norm |" in (out / "gpu.md").read_text(encoding="utf-8")
+    assert len(list(out.iterdir())) <= 8
+    assert check([*script, "everything"]).returncode == 2
+    late = check([*script, "build", "smoke"], env={**env, "DEADLINE": "1"})
+    assert late.returncode == 1
+    assert "no time is left" in late.stdout
+
+
+def test_a_run_that_is_killed_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "rows.json"
+    run = Run(Plan(False, tiny=True), Machine(), out=out)
+    run.rows = [{"ms": 1.0}]
+    run.save()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    run.rows.append({"ms": 2.0})
+    with pytest.raises(KeyboardInterrupt):
+        run.save()
+    assert json.loads(out.read_text(encoding="utf-8"))["rows"] == [{"ms": 1.0}]
