@@ -143,7 +143,7 @@ def replicate(model: nn.Module, mesh: Any) -> nn.Module:
         mesh: a ``DeviceMesh`` whose first dimension is that of the copies.
 
     Returns:
-        The model. Give it to the optimizer, too: ``model=``.
+        The model, which ``model=`` of the optimizer takes.
 
     Raises:
         ValueError: for a mesh of one dimension, for parameters that lie otherwise, and for modules that have such
