@@ -77,7 +77,9 @@ def rows() -> list[tuple[str, str, tuple[float, float], tuple[float, float]]]:
 
 
 def main() -> None:
-    print("| | base rule | held, bytes | at most within a step | beyond the base rule, held |\n|---|---|---:|---:|---:|")
+    print(
+        "| | base rule | held, bytes | at most within a step | beyond the base rule, held |\n|---|---|---:|---:|---:|"
+    )
     for label, name, (held, most), (base, _) in rows():
         print(f"| {label} | {name} | {held:.1f} | {most:.1f} | {held - base:.1f} |", flush=True)
 
