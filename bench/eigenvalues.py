@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import load_data
-from experiments.recipes import RECIPES
+from experiments.models import mlp_bn
 from sharpkern import analysis
 from sharpkern.analysis.hessian import Hessian
 
@@ -44,9 +44,9 @@ def power_iteration(hessian: Hessian, k: int, tol: float, steps: int, seed: int 
 
 def trained() -> tuple[nn.Module, Tensor, Tensor]:
     """The comparison study's net for digits after three epochs of SGD, and 500 of its training images."""
-    data, recipe = load_data("digits", None, None, torch.device("cpu")), RECIPES["digits"]
+    data = load_data("digits", None, None, torch.device("cpu"))
     torch.manual_seed(0)
-    model = recipe.model()
+    model = mlp_bn()
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(3):
         for x, y in zip(data.train_x.split(64), data.train_y.split(64), strict=True):

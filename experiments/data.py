@@ -85,7 +85,7 @@ def load_data(dataset: str, folder: Path | None, train_size: int | None, device:
     available = len(data.train_y)
     if train_size is not None:
         if train_size > available:
-            raise Failure(f"--train-size {train_size}: {dataset} has {available} training examples")
+            raise Failure(f"{train_size} training examples are wanted: {dataset} has {available}")
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data.train_x, data.train_y = data.train_x[chosen], data.train_y[chosen]
     mean, std = data.train_x.mean(), data.train_x.std().clamp_min(1e-6)
@@ -107,3 +107,12 @@ def with_noise(labels: Tensor, percent: float, seed: int) -> Tensor:
     noisy = labels.clone()
     noisy[wrong] = (labels[wrong] + shift) % CLASSES
     return noisy
+
+
+def hold_out(data: Data, count: int, seed: int) -> Data:
+    """The training part alone: so many of it, drawn at random, stand where the test part was."""
+    if count >= len(data.train_y) - 1:
+        raise Failure(f"held_out {count}: there are {len(data.train_y)} training examples")
+    order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(2_000_000 + seed))
+    held, kept = order[:count].to(data.train_y.device), order[count:].to(data.train_y.device)
+    return Data(data.train_x[kept], data.train_y[kept], data.train_x[held], data.train_y[held])

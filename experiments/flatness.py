@@ -15,6 +15,7 @@ from .data import CHUNK
 
 SHARPNESS_RHO = 0.05  # the same ball for everyone, whatever radius the optimizer trained with
 SLICE_POINTS = 41
+SLICE_RADIUS = 0.5  # how far the loss is followed along the eigenvector, in units of the weights
 
 
 def chunks(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""The pictures: of the runs and the recipe that they were made with, one column or row a noise level."""
+"""The pictures of a study, of its file alone: one column or row a noise level."""
 
 from __future__ import annotations
 
@@ -10,25 +10,35 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from .flatness import SLICE_POINTS
-from .recipes import OPTIMIZERS, Recipe
-from .training import SLICED, Run
+from .flatness import SLICE_POINTS, SLICE_RADIUS
+from .tables import Row
+from .training import SLICED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# The same in every picture; without C7, which is gray.
-COLORS = dict(zip(OPTIMIZERS, ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C9"), strict=True))
 
-
-def noise_levels(runs: Sequence[Run]) -> dict[float, str]:
+def noise_levels(rows: Sequence[Row]) -> dict[float, str]:
     """What the noise levels are called."""
-    return {r.noise: f"{r.noise:g} % of the training labels wrong" if r.noise else "clean labels" for r in runs}
+    return {r.noise: f"{r.noise:g} % of the training labels wrong" if r.noise else "clean labels" for r in rows}
 
 
-def trace_arrays(run: Run) -> dict[str, np.ndarray]:
-    return {key: np.array(values, dtype=float) for key, values in run.trace.items()}
+def traces(rows: Sequence[Row]) -> dict[tuple[float, str], dict[str, np.ndarray]]:
+    """Of seed 0, by noise level and name."""
+    return {
+        (row.noise, row.label): {key: np.array(values, dtype=float) for key, values in row.runs[0].trace.items()}
+        for row in rows
+        if 0 in row.runs
+    }
+
+
+def colors(rows: Sequence[Row]) -> dict[str, Any]:
+    """The same in every picture: SGD in blacks and grays, the others in order."""
+    labels = list(dict.fromkeys(row.label for row in rows))
+    others = [label for label in labels if not label.startswith("SGD")]
+    grays = dict(zip([label for label in labels if label not in others], ("0", "0.4", "0.65"), strict=False))
+    return grays | {label: plt.get_cmap("tab20")((2 * i % 20) + (i >= 10)) for i, label in enumerate(others)}
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -38,45 +48,46 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
     return figure, axes
 
 
-def plot_curves(runs: Sequence[Run], recipe: Recipe) -> Figure:
-    """Test accuracy against the time spent on it, and against gradient evaluations."""
-    levels = noise_levels(runs)
-    names = [name for name in OPTIMIZERS if any(run.optimizer == name for run in runs)]
-    figure, axes = canvas(len(levels), 2, 11, 0.8 + 4 * len(levels), sharex="col", sharey="row")
-    for row, (noise, level) in enumerate(levels.items()):
+def plot_curves(rows: Sequence[Row]) -> Figure:
+    """Test accuracy over the budget: in epochs, and in gradient evaluations."""
+    levels, color = noise_levels(rows), colors(rows)
+    figure, axes = canvas(len(levels), 2, 11, 1.2 + 4 * len(levels), sharex="col", sharey="row")
+    for line, (noise, level) in enumerate(levels.items()):
         shown = []
-        for name in names:
-            group = [run for run in runs if run.noise == noise and run.optimizer == name]
-            accuracies = np.array([run.test_accuracy for run in group])
+        for row in (row for row in rows if row.noise == noise):
+            accuracies = np.array([run.accuracy for run in row.runs.values()])
             mean = accuracies.mean(0)
-            std = accuracies.std(0, ddof=1) if len(group) > 1 else np.zeros_like(mean)
-            for axis, measure in zip(axes[row], ("seconds", "evaluations"), strict=True):
-                spent = np.mean([getattr(run, measure) for run in group], axis=0)
-                axis.plot(spent, mean, color=COLORS[name], linewidth=1.3, label=name)
-                axis.plot(spent[-1], mean[-1], "o", color=COLORS[name], markersize=5)
-                axis.fill_between(spent, mean - std, mean + std, color=COLORS[name], alpha=0.12, linewidth=0)
+            std = accuracies.std(0, ddof=1) if len(accuracies) > 1 else np.zeros_like(mean)
+            epochs = np.arange(1, row.epochs + 1)
+            gradients = np.mean([np.array(run.evaluations) / run.steps for run in row.runs.values()], axis=0)
+            for axis, spent in zip(axes[line], (epochs, gradients * row.epochs), strict=True):
+                axis.plot(spent, mean, color=color[row.label], linewidth=1.3, label=row.label)
+                axis.plot(spent[-1], mean[-1], "o", color=color[row.label], markersize=5)
+                axis.fill_between(spent, mean - std, mean + std, color=color[row.label], alpha=0.1, linewidth=0)
             # The first epochs may be far below: they would flatten the differences that matter.
-            settled = len(mean) // 10
+            settled = len(mean) // 5
             shown += [*(mean - std)[settled:], *(mean + std)[settled:]]
-        low, high = min(shown), min(max(shown), 100.0)
+        low, high = np.percentile(shown, 2), min(max(shown), 100.0)
         margin = 0.05 * (high - low) + 0.1
-        axes[row][0].set_ylim(low - margin, high + margin)
-        axes[row][0].set_ylabel(f"test accuracy (%)\n{level}")
-    for axis, label in zip(axes[-1], ("seconds of training", "gradient evaluations"), strict=True):
-        axis.set_xscale("log")  # the dearest optimizer takes many times what the cheapest does
+        axes[line][0].set_ylim(low - margin, high + margin)
+        axes[line][0].set_ylabel(f"test accuracy (%)\n{level}")
+    axes[-1][1].set_xscale("log")  # the dearest optimizer takes many times what the cheapest does
+    for axis, label in zip(axes[-1], ("epochs", "gradients, in those of an epoch of SGD"), strict=True):
         axis.set_xlabel(f"{label} (dot: the end)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    handles = dict(pair for axis in axes[:, 0] for pair in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def plot_adaptive(runs: Sequence[Run], recipe: Recipe) -> Figure:
+def plot_adaptive(rows: Sequence[Row]) -> Figure:
     """AE-SAM: the squared norm of the gradient, its threshold, and the steps that took a second pass."""
-    levels = noise_levels(runs)
-    traced = {(run.noise, run.optimizer): trace_arrays(run) for run in runs if run.trace}
-    names = [name for name in ("AESAM", "AELookSAM") if (runs[0].noise, name) in traced]
+    levels, traced = noise_levels(rows), traces(rows)
+    names = [name for name in ("AESAM", "AELookSAM") if any((noise, name) in traced for noise in levels)]
     figure, axes = canvas(len(names), len(levels), 0.5 + 5.5 * len(levels), 1 + 3.5 * len(names), sharex=True)
     for row, name in enumerate(names):
         for column, (noise, level) in enumerate(levels.items()):
+            if (noise, name) not in traced:
+                continue
             axis, trace = axes[row][column], traced[noise, name]
             squares, threshold = np.square(trace["grad_norm"]), trace["threshold"]
             fired = np.diff(trace["second_passes"], prepend=0) > 0
@@ -98,18 +109,18 @@ def plot_adaptive(runs: Sequence[Run], recipe: Recipe) -> Figure:
     return figure
 
 
-def plot_salr(runs: Sequence[Run], recipe: Recipe) -> Figure:
+def plot_salr(rows: Sequence[Row]) -> Figure:
     """SALR: the sharpness it measures above, what it makes of the learning rate below."""
-    levels = noise_levels(runs)
-    traced = {run.noise: trace_arrays(run) for run in runs if run.optimizer == "SALR" and run.trace}
+    traced = {noise: trace for (noise, label), trace in traces(rows).items() if label == "SALR"}
+    levels = {noise: level for noise, level in noise_levels(rows).items() if noise in traced}
     figure, axes = canvas(2, len(levels), 0.5 + 5.5 * len(levels), 6.5, sharex=True, sharey="row")
     for column, (noise, level) in enumerate(levels.items()):
         trace = traced[noise]
         steps = np.arange(1, len(trace["lr"]) + 1)
-        axes[0][column].plot(steps, trace["sharpness"], color=COLORS["SALR"], linewidth=0.8)
+        axes[0][column].plot(steps, trace["sharpness"], color="C0", linewidth=0.8)
         axes[0][column].set_title(level, fontsize="medium")
         axes[1][column].plot(
-            steps, trace["lr"] * trace["lr_scale"], color=COLORS["SALR"], linewidth=0.8, label="SALR's learning rate"
+            steps, trace["lr"] * trace["lr_scale"], color="C0", linewidth=0.8, label="SALR's learning rate"
         )
         axes[1][column].plot(steps, trace["lr"], color="k", linewidth=1, label="the schedule's")
         axes[1][column].set_xlabel("step")
@@ -120,20 +131,21 @@ def plot_salr(runs: Sequence[Run], recipe: Recipe) -> Figure:
     return figure
 
 
-def plot_slice(runs: Sequence[Run], recipe: Recipe) -> Figure:
+def plot_slice(rows: Sequence[Row]) -> Figure:
     """Training loss around the end points of SGD and SAM, along the Hessian's top eigenvector: every seed, the mean."""
-    levels = noise_levels(runs)
-    t = np.linspace(-recipe.slice_radius, recipe.slice_radius, SLICE_POINTS)
+    levels = noise_levels(rows)
+    t = np.linspace(-SLICE_RADIUS, SLICE_RADIUS, SLICE_POINTS)
     figure, axes = canvas(1, len(levels), 0.5 + 5.5 * len(levels), 4.5)
-    for axis, (noise, level) in zip(axes[0], levels.items(), strict=True):
-        for name in SLICED:
-            losses = np.array([run.slice_loss for run in runs if run.noise == noise and run.optimizer == name])
-            axis.plot(t, losses.T, color=COLORS[name], linewidth=0.7, alpha=0.4)
-            axis.plot(t, losses.mean(0), color=COLORS[name], linewidth=2, label=name)
+    for row in (row for row in rows if row.label in SLICED):
+        axis = axes[0][list(levels).index(row.noise)]
+        color = f"C{SLICED.index(row.label)}"
+        if losses := [run.slice_loss for run in row.runs.values() if run.slice_loss]:
+            axis.plot(t, np.transpose(losses), color=color, linewidth=0.7, alpha=0.4)
+            axis.plot(t, np.mean(losses, axis=0), color=color, linewidth=2, label=row.label)
+    for axis, level in zip(axes[0], levels.values(), strict=True):
         axis.set_title(level, fontsize="medium")
         axis.set_xlabel("distance along the top eigenvector")
-    part = f", first {recipe.hessian_examples} images" if recipe.hessian_examples else ""
-    axes[0][0].set_ylabel(f"training loss{part} (nats)")
+    axes[0][0].set_ylabel("training loss (nats)")
     axes[0][0].legend()
     return figure
 
@@ -141,13 +153,13 @@ def plot_slice(runs: Sequence[Run], recipe: Recipe) -> Figure:
 @dataclass(frozen=True)
 class Picture:
     file: str
-    plot: Callable[[Sequence[Run], Recipe], Figure]
+    plot: Callable[[Sequence[Row]], Figure]
     title: str
-    needs: tuple[tuple[str, ...], ...] = ()  # of each of these one optimizer at least
+    needs: tuple[tuple[str, ...], ...] = ()  # of each of these one optimizer at least, with seed 0
 
 
 PICTURES = (
-    Picture("compare.png", plot_curves, "Test accuracy and its price: mean and standard deviation over the seeds"),
+    Picture("compare.png", plot_curves, "Test accuracy over the budget: mean and standard deviation over the seeds"),
     Picture("adaptive.png", plot_adaptive, "When AE-SAM takes a second pass: seed 0", (("AESAM", "AELookSAM"),)),
     Picture("salr.png", plot_salr, "SALR's sharpness and learning rate: seed 0", (("SALR",),)),
     Picture(
@@ -159,18 +171,18 @@ PICTURES = (
 )
 
 
-def draw(runs: Sequence[Run], recipe: Recipe, title: str, folder: Path) -> tuple[list[str], list[str]]:
+def draw(rows: Sequence[Row], title: str, folder: Path) -> tuple[list[str], list[str]]:
     """Write the pictures there are runs for. Returns their names, and a line for each one left out."""
-    names = {run.optimizer for run in runs}
+    labels = {row.label for row in rows if 0 in row.runs}
     written, left_out = [], []
     for picture in PICTURES:
         path = folder / picture.file
-        if not all(names.intersection(alternatives) for alternatives in picture.needs):
-            needed = " and ".join(" or ".join(alternatives) for alternatives in picture.needs)
+        if not rows or not all(labels.intersection(alternatives) for alternatives in picture.needs):
+            needed = " and ".join(" or ".join(alternatives) for alternatives in picture.needs) or "a final run"
             left_out.append(f"left out {picture.file}: it needs {needed}")
             path.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
             continue
-        figure = picture.plot(runs, recipe)
+        figure = picture.plot(rows)
         figure.suptitle(f"{picture.title}\n{title}", fontsize="medium")
         figure.savefig(path, dpi=150)
         plt.close(figure)

@@ -4,74 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import CHUNK, Data, Failure, with_noise
-from .flatness import largest_eigenpair, loss_slice, sharpness
-from .recipes import Recipe, make_optimizer
+import sharpkern as sk
 
+from .data import CHUNK, Data, hold_out, with_noise
+from .flatness import SLICE_RADIUS, largest_eigenpair, loss_slice, sharpness
+from .models import MODELS
+from .study import Job, Run, Study, make_optimizer
 
-class Meter:
-    """Counts steps and gradient evaluations, and takes the time of steps and of the optimizer's part in them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.steps = 0
-        self.evaluations = 0  # a forward and a backward pass each
-        self.seconds = 0.0
-        self.optimizer_seconds = 0.0
-
-    def _now(self) -> float:
-        # A GPU works on after the call returns: without waiting, one part would be billed for another.
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        begin = self._now()
-        yield
-        seconds = self._now() - begin
-        self.steps += 1
-        self.seconds += seconds
-        self.optimizer_seconds += seconds
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Within a step: what the optimizer calls, but is not its own work."""
-        begin = self._now()
-        yield
-        self.evaluations += 1
-        self.optimizer_seconds -= self._now() - begin
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, meter: Meter) -> Tensor:
-    """One step on a minibatch. Returns the loss of its first pass."""
-
-    def closure() -> Tensor:
-        with meter.evaluation():
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss.detach()
-
-    with meter.step():
-        optimizer.zero_grad()  # torch's optimizers do not do it before they call the closure
-        return optimizer.step(closure)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent of the examples that the model gets right, in evaluation mode."""
-    model.eval()
-    right = sum((model(a).argmax(1) == b).sum() for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True))
-    return 100.0 * float(right) / len(y)
-
+# A pass without gradients, in passes forward and backward: backward has about twice the multiplications of forward.
+FORWARD = 1 / 3
 
 # What is kept of ``stats`` after each step, for the pictures.
 TRACED = {
@@ -82,81 +30,110 @@ TRACED = {
 SLICED = ("SGD", "SAM")
 
 
-@dataclass
-class Run:
-    """One training and what came of it. Curves have one value an epoch."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """One step on a minibatch. Returns the loss of its first pass and how many gradients of the batch it took."""
+    evaluations = 0.0
 
-    noise: float
-    optimizer: str
-    seed: int
-    train_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of the training steps so far, nothing else
-    evaluations: list[int] = field(default_factory=list)  # of the gradient, so far
-    final_accuracy: float = math.nan
-    best_accuracy: float = math.nan
-    sharpness: float = math.nan
-    hessian_eigenvalue: float = math.nan
-    second_pass_share: float = math.nan
-    evaluations_per_step: float = math.nan
-    epoch_seconds: float = math.nan
-    step_ms: float = math.nan
-    optimizer_ms: float = math.nan
-    trace: dict[str, list[float | None]] = field(default_factory=dict)  # one value a step
-    slice_loss: list[float] = field(default_factory=list)  # along the eigenvector
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def losses(index: Tensor | slice = slice(None)) -> Tensor:
+        nonlocal evaluations
+        found = F.cross_entropy(model(x[index]), y[index], reduction="none")
+        evaluations += len(found) / len(y) * (1 if torch.is_grad_enabled() else FORWARD)
+        return found
+
+    optimizer.zero_grad()  # torch's optimizers do not do it before they call the closure
+    loss = optimizer.step(losses if isinstance(optimizer, sk.ESAM) and optimizer.gamma < 1 else closure)
+    return loss, evaluations
 
 
-def train(
-    data: Data, recipe: Recipe, epochs: int, noise: float, optimizer_name: str, seed: int, tick: Callable[[], None]
-) -> Run:
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Percent of the examples that the model gets right, in evaluation mode."""
+    model.eval()
+    right = sum((model(a).argmax(1) == b).sum() for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True))
+    return 100.0 * float(right) / len(y)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """What the learning rate is multiplied by: a line up to 1, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(data: Data, study: Study, job: Job, tick: Callable[[], None]) -> Run:
     """Train a fresh model and measure it. Optimizers with the same seed and noise get the same of everything."""
-    run = Run(noise, optimizer_name, seed)
-    x, y = data.train_x, with_noise(data.train_y, noise, seed)
-    torch.manual_seed(seed)
-    model = recipe.model().to(x.device)
-    optimizer = make_optimizer(optimizer_name, model, recipe, recipe.steps(len(y), epochs), seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    shuffle = torch.Generator().manual_seed(seed)
-    batch_size = min(recipe.batch_size, len(y))
-    meter = Meter(x.device)
-    traced = TRACED.get(optimizer_name, ()) if seed == 0 else ()  # the pictures show one run
-    for _ in range(epochs):
+    run = Run(job)
+    if job.stage == "trial":
+        data = hold_out(data, study.held_out, job.seed)
+        # Nobody who has wrong labels has a part without: the held-out labels are as wrong as those trained on.
+        measured = data.test_x, with_noise(data.test_y, job.noise, 1_000_000 + job.seed)
+    else:
+        measured = data.test_x, data.test_y
+    x, y = data.train_x, with_noise(data.train_y, job.noise, job.seed)
+    torch.manual_seed(job.seed)
+    model = MODELS[study.model]().to(x.device)
+    batch_size = min(study.batch_size, len(y))
+    epoch_steps = len(y) // batch_size  # batch norm does badly on a short last batch: it is left out
+    run.steps = job.epochs * epoch_steps
+    warmup = study.warmup_epochs * epoch_steps
+    optimizer = make_optimizer(study, job.optimizer, model, job.arguments, run.steps, job.seed)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, run.steps, warmup))
+    shuffle = torch.Generator().manual_seed(job.seed)
+    traced = TRACED.get(job.optimizer, ()) if job.stage == "final" and job.seed == 0 else ()  # for the pictures
+    evaluations = seconds = 0.0
+    for _ in range(job.epochs):
         model.train()
         batches = torch.randperm(len(y), generator=shuffle).to(x.device).split(batch_size)
         losses = []
-        for batch in batches[: len(y) // batch_size]:  # the full ones
-            losses.append(train_step(model, optimizer, x[batch], y[batch], meter))
+        for batch in batches[:epoch_steps]:
+            begin = now(x.device)
+            loss, count = train_step(model, optimizer, x[batch], y[batch])
+            seconds += now(x.device) - begin
+            evaluations += count
+            losses.append(loss)
             if traced:
                 record_step(run.trace, optimizer, traced)
-        schedule.step()
-        run.train_loss.append(float(torch.stack(losses).mean()))
-        if not math.isfinite(run.train_loss[-1]):
-            raise Failure(f"{optimizer_name} diverged with seed {seed} and {noise:g} % label noise")
-        run.test_accuracy.append(accuracy(model, data.test_x, data.test_y))
-        run.seconds.append(meter.seconds)
-        run.evaluations.append(meter.evaluations)
+            rates.step()
+        run.train_loss.append(finite(torch.stack(losses).mean()))
+        run.accuracy.append(accuracy(model, *measured))
+        run.seconds.append(round(seconds, 4))
+        run.evaluations.append(evaluations)
         tick()
-    run.final_accuracy = run.test_accuracy[-1]
-    run.best_accuracy = max(run.test_accuracy)
-    run.sharpness = sharpness(model, x, y)
-    curved = x[: recipe.hessian_examples], y[: recipe.hessian_examples]
-    run.hessian_eigenvalue, direction = largest_eigenpair(model, *curved)
-    if optimizer_name in SLICED:
-        run.slice_loss = loss_slice(model, *curved, direction, recipe.slice_radius)
-    second_passes = float(optimizer.stats["second_passes"]) if optimizer_name != "SGD" else 0.0
-    run.second_pass_share = 100.0 * second_passes / meter.steps
-    run.evaluations_per_step = meter.evaluations / meter.steps
-    # Means: steps of one optimizer differ in what they do.
-    run.epoch_seconds = meter.seconds / epochs
-    run.step_ms = 1e3 * meter.seconds / meter.steps
-    run.optimizer_ms = 1e3 * meter.optimizer_seconds / meter.steps
+    if job.optimizer != "SGD":
+        run.second_pass_share = 100 * float(optimizer.stats["second_passes"]) / run.steps
+    # A training that diverged has an accuracy, a bad one, but no minimum to look at.
+    if job.stage == "final" and run.train_loss[-1] is not None:
+        run.sharpness = finite(sharpness(model, x, y))
+        curved = x[: study.hessian_examples], y[: study.hessian_examples]
+        eigenvalue, direction = largest_eigenpair(model, *curved)
+        run.hessian_eigenvalue = finite(eigenvalue)
+        if job.optimizer in SLICED:
+            run.slice_loss = loss_slice(model, *curved, direction, SLICE_RADIUS)
+    run.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return run
 
 
+def now(device: torch.device) -> float:
+    """Seconds. A GPU works on after a call returns, so it is waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def finite(value: Tensor | float) -> float | None:
+    """What JSON has; it has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
 def record_step(trace: dict[str, list[float | None]], optimizer: torch.optim.Optimizer, keys: Sequence[str]) -> None:
-    """Append a step's statistics and learning rate to the trace."""
+    """Append a step's statistics and learning rate to the trace: what a picture shows, not all of a double's digits."""
     stats = optimizer.stats
-    values = {"lr": float(optimizer.param_groups[0]["lr"]), **{key: float(stats[key]) for key in keys}}
-    for key, value in values.items():
-        # What a picture shows, not all of a double's digits; JSON has no NaN, which is what nothing measured yet is.
-        trace.setdefault(key, []).append(float(f"{value:.6g}") if math.isfinite(value) else None)
+    for key, value in {"lr": optimizer.param_groups[0]["lr"], **{key: stats[key] for key in keys}}.items():
+        trace.setdefault(key, []).append(finite(float(f"{float(value):.6g}")))

@@ -45,7 +45,7 @@ SLOW = {
     r"|test_skip.*(float64|bfloat16|float16).*triton|number_of_threads.*reference|big_buffers.*bfloat16",
     "test_device.py": r"test_steps_of_every_kind|test_a_decision_is_all_that_is_read\[(sssam|looksam)",
     "test_bench.py": r"test_quick_run|test_command_line\b|test_gpu_check",
-    "test_experiments.py": r"test_script\b|test_subset\[.*[^0]\]",
+    "test_experiments.py": r"test_killed|test_whole_command|test_resumed\[(40|1000000)\]",
     "test_kernels.py": r"test_report|test_a_bad_cuda_file",
     "test_package.py": r"test_triton_on_the_cpu_is|test_without_the_extension_a_device",
 }

@@ -1,4 +1,4 @@
-"""The comparison study: a tiny run of everything, what it counts, wrong input, its measures of flatness."""
+"""The comparison study: resumed runs, what trials pick, tables, what a run counts, wrong input, flatness."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import gzip
 import json
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,61 @@ for package in ("scipy", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(package)
 
 import matplotlib.pyplot as plt  # noqa: E402
+from scipy import stats  # noqa: E402
 
-from experiments import flatness, training  # noqa: E402
-from experiments.__main__ import main  # noqa: E402
-from experiments.data import load_data, with_noise  # noqa: E402
-from experiments.recipes import RECIPES  # noqa: E402
+from experiments import __main__ as command  # noqa: E402
+from experiments import flatness, runner, tables, training  # noqa: E402
+from experiments.data import Failure, hold_out, load_data, with_noise  # noqa: E402
+from experiments.study import STUDIES, Job, Run, Study, from_settings, make_optimizer, read_study  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILY = ["SGD", "SAM", "ASAM", "SSSAM", "AESAM", "LookSAM", "AELookSAM", "SALR"]
 PICTURES = {"compare.png", "adaptive.png", "salr.png", "slice.png"}
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+# A study of a second: three trials each, five kinds of final runs.
+SETTINGS: dict[str, Any] = {
+    "dataset": "digits",
+    "model": "mlp-64-256-256-10-bn",
+    "train_size": 128,
+    "held_out": 28,
+    "batch_size": 32,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "warmup_epochs": 1,
+    "hessian_examples": 20,
+    "epochs": 2,
+    "noise": [0, 40],
+    "seeds": 2,
+    "trial_seeds": 1,
+    "optimizers": {
+        "SGD": {"lr": [0.05], "epochs": [1, 2, 4]},
+        "SAM": {"lr": [0.05], "rho": [0.1, 0.5, 2]},
+        "AESAM": {"lr": [0.05], "rho": [0.1, 0.5, 2]},
+    },
+}
+DEFAULTS: dict[str, Any] = {  # two trials of every class with a picture or a count of its own
+    "optimizers": {
+        "SGD": {"lr": [0.05], "epochs": [1, 2]},
+        **{
+            name: {"lr": [0.05, 0.1], "rho": [0.5]} for name in ("SAM", "ASAM", "SSSAM", "AESAM", "ESAM", "MomentumSAM")
+        },
+        **{name: {"lr": [0.05, 0.1], "rho": [0.5], "alpha": [0.2]} for name in ("LookSAM", "AELookSAM")},
+        "SALR": {"lr": [0.05, 0.1]},
+    },
+    "noise": [0],
+    "seeds": 1,
+    "epochs": 1,
+}
+
+
+def settings_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.json"
+    path.write_text(json.dumps({**SETTINGS, **changes}))
+    return path
+
+
+def study_of(**changes: Any) -> Study:
+    return from_settings(json.loads(json.dumps({**SETTINGS, **changes})))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,18 +118,16 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def check_record(out: Path, noise: list[float], optimizers: list[str], epochs: int, seeds: int) -> dict:
-    record = json.loads((out / "compare.json").read_text())
-    assert [(r["noise"], r["optimizer"]) for r in record["rows"]] == [(n, o) for n in noise for o in optimizers]
-    assert all(math.isfinite(v) for row in record["rows"] for v in row.values() if isinstance(v, float))
-    assert all(0 < row["optimizer_ms"] < row["step_ms"] for row in record["rows"])
-    assert len(record["runs"]) == len(record["rows"]) * seeds
-    for run in record["runs"]:
-        curves = [run[curve] for curve in ("train_loss", "test_accuracy", "seconds", "evaluations")]
-        assert all(len(curve) == epochs for curve in curves)
-        assert all(sorted(set(curve)) == curve for curve in curves[2:])
-    assert {"torch", "sharpkern", "python"} <= record["versions"].keys()
-    return record
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+
+
+def compared(out: Path) -> list[str]:
+    """The lines in an order of their own, without times and dates."""
+    return sorted(
+        json.dumps({k: v for k, v in line.items() if k not in ("seconds", "ended")}, sort_keys=True)
+        for line in lines_of(out)
+    )
 
 
 def check_pictures(out: Path, names: set[str]) -> None:
@@ -98,97 +143,405 @@ def check_pictures(out: Path, names: set[str]) -> None:
                 assert (pixels[rows, columns].min(-1) < 0.8).mean() > 0.002, name
 
 
-def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     """The command, from the root of the tree."""
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "experiments", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1", **variables},
     )
 
 
-def test_script(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out"
-    done = script("--seeds", "1", "--epochs", "2", "--noise", "0", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in (*FAMILY, "0 %", *PICTURES))
-    assert "…" not in done.stdout  # rich cuts what does not fit
-    assert "left out" not in done.stdout
-    record = check_record(out, [0], FAMILY, epochs=2, seeds=1)
-    assert all(row["final_accuracy"] > 50 for row in record["rows"])
-    assert record["rows"][0]["relative_time"] == 1
-    check_pictures(out, PICTURES)
+def script(*arguments: str, **variables: str) -> tuple[int, str, str]:
+    process = start(*arguments, **variables)
+    said, complained = process.communicate(timeout=120)
+    return process.returncode, said, complained
 
 
-SUBSETS = [
-    (["SAM", "SGD"], {"compare.png", "slice.png"}),
-    (["LookSAM"], {"compare.png"}),
-    (["AELookSAM", "SALR"], {"compare.png", "adaptive.png", "salr.png"}),
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that was never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert command.main([str(settings_file(folder)), "--out", str(folder), "--processes", "1"]) == 0
+    return folder
+
+
+def test_killed_study_goes_on(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL of the first process, twice, with two others at work; a run that was kept is not run again."""
+    arguments = [str(settings_file(tmp_path)), "--out", str(tmp_path), "--processes", "2"]
+    path, kept = tmp_path / "runs.jsonl", []
+    for count in (4, 14):
+        process = start(*arguments)
+        while not path.exists() or path.read_bytes().count(b"\n") < count:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kept += path.read_bytes().splitlines(keepends=True)[len(kept) :]
+        kept = [line for line in kept if line.endswith(b"\n")]
+    assert len(kept) < len(lines_of(finished))
+    code, said, complained = script(*arguments)
+    assert code == 0, complained
+    assert compared(tmp_path) == compared(finished)
+    assert path.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+    assert all(text in said for text in ("SGD, epochs picked", "AESAM", "tables.md", "compare.png"))
+    assert "…" not in said  # rich cuts what does not fit
+    assert (tmp_path / "tables.md").read_text().count("|") == (finished / "tables.md").read_text().count("|")
+
+
+@pytest.mark.parametrize("cut", [1, 40, 10**6])
+def test_resumed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    """An interruption in the trials and one in the final runs; of the last line so many bytes are lost."""
+    trained: Counter[Job] = Counter()
+    left = 5
+
+    def train(data: Any, study: Study, job: Job, tick: Callable[[], None]) -> Run:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        trained[job] += 1
+        return training.train(data, study, job, tick)
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(command, "render", lambda *_: None)
+    arguments = [str(settings_file(tmp_path)), "--out", str(tmp_path), "--processes", "1"]
+    path = tmp_path / "runs.jsonl"
+    for left in (5, 20, 10**6):
+        code = command.main(arguments)
+        assert code == (0 if left else 130)
+        if not left:
+            content = path.read_bytes()
+            last = content[:-1].rfind(b"\n") + 1
+            path.write_bytes(content[: max(last, len(content) - cut)])
+    assert compared(tmp_path) == compared(finished)
+    assert sum(trained.values()) == len(lines_of(finished)) - 1 + 2  # the header is none; two lines were cut
+    assert max(trained.values()) == 2
+    command.main(arguments)
+    assert sum(trained.values()) == len(lines_of(finished)) + 1
+
+
+def test_no_run_twice(finished: Path) -> None:
+    header, *runs = lines_of(finished)
+    known = [json.dumps([run[name] for name in Job._fields], sort_keys=True) for run in runs]
+    assert len(set(known)) == len(known)
+    assert {"commit", "versions", "device"} <= header.keys()
+    assert header["settings"] == SETTINGS
+    trials = Counter((run["noise"], run["optimizer"]) for run in runs if run["stage"] == "trial")
+    assert trials == {(noise, name): 3 for noise in (0, 40) for name in SETTINGS["optimizers"]}
+    for run in runs:
+        epochs = run["arguments"]["epochs"]
+        assert all(len(run[curve]) == epochs for curve in ("train_loss", "accuracy", "evaluations", "seconds"))
+        assert all(sorted(set(run[curve])) == run[curve] for curve in ("evaluations", "seconds"))
+        assert (run["sharpness"] is None) == (run["hessian_eigenvalue"] is None) == (run["stage"] == "trial")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.9999])
+def test_a_cut_line_is_all_that_is_lost(finished: Path, tmp_path: Path, place: float) -> None:
+    content = (finished / "runs.jsonl").read_bytes()
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(content[: int(place * len(content))])
+    whole = path.read_bytes().count(b"\n")
+    headers, runs = runner.read(path)
+    assert len(headers) + len(runs) == whole
+    with runner.opened(path) as file:
+        runner.append(file, "{}\n")
+    assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:whole]) + b"{}\n"
+
+
+def test_render_needs_the_file_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("finish", "load_data", "train"):
+        monkeypatch.delattr(runner, name)
+    (tmp_path / "runs.jsonl").write_bytes((finished / "runs.jsonl").read_bytes())
+    (tmp_path / "salr.png").touch()  # of another run
+    assert command.main(["digits", "--out", str(tmp_path), "--render"]) == 0
+    said = capsys.readouterr().out
+    assert all((f"left out {name}: it needs " in said) == (name == "salr.png") for name in PICTURES)
+    check_pictures(tmp_path, PICTURES - {"salr.png"})
+    written = (tmp_path / "tables.md").read_text().splitlines()[1:]
+    assert written == (finished / "tables.md").read_text().splitlines()[1:]
+    assert sum(line.endswith("| picked |") for line in written) == 6
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"settings": SETTINGS}) + "\n")  # stopped before a run ended
+    assert command.main(["--out", str(tmp_path), "--render"]) == 0
+
+
+def test_pieces(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of a study, one after the other, are the whole; a change of what all runs share is refused."""
+    monkeypatch.setattr(command, "render", lambda *_: None)
+    arguments = [str(settings_file(tmp_path)), "--out", str(tmp_path), "--processes", "1"]
+    pieces = (["--optimizers", "sgd,SAM", "--noise", "40"], ["--noise", "40", "--seeds", "1"], ["--noise", "0"], [])
+    lines = []
+    for piece in pieces:
+        assert command.main([*arguments, *piece]) == 0
+        lines.append(len(lines_of(tmp_path)))
+    assert lines == sorted(lines)
+    assert lines[0] < lines[1] < lines[2] < lines[3] == len(lines_of(finished))
+    assert compared(tmp_path) == compared(finished)
+    settings_file(tmp_path, batch_size=16)
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    capsys.readouterr()
+    check_error(capsys, arguments, "batch_size 32, not 16")
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+    settings_file(tmp_path, noise=[40], seeds=1)  # less: nothing is left to run, and the file says what is asked for
+    monkeypatch.delattr(runner, "train")
+    assert command.main(arguments) == 0
+    assert lines_of(tmp_path)[-1]["settings"]["noise"] == [40]
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    with runner.opened(tmp_path / "runs.jsonl"), pytest.raises(Failure, match="is being written"):  # noqa: SIM117
+        with runner.opened(tmp_path / "runs.jsonl"):
+            pass
+
+
+def made_up(study: Study, accuracy: Callable[[Job], float]) -> dict[Job, Run]:
+    """Runs that took no training."""
+    runs: dict[Job, Run] = {}
+    for jobs in (study.trial_jobs, lambda: study.final_jobs(runs)):
+        for job in jobs():
+            curve = [accuracy(job)] * job.epochs
+            runs[job] = Run(job, 10 * job.epochs, accuracy=curve, evaluations=curve, seconds=curve)
+    return runs
+
+
+def test_picks() -> None:
+    """By the mean over the trials' seeds, the first of equals; SGD has three rows, and rows share their runs."""
+    study = study_of(trial_seeds=2, noise=[40])
+
+    def accuracy(job: Job) -> float:
+        arguments = dict(job.arguments)
+        value = (
+            {1: 70, 2: 50, 4: 60}[job.epochs] if job.optimizer == "SGD" else {0.1: 50, 0.5: 60, 2: 60}[arguments["rho"]]
+        )
+        return value + (15 if arguments.get("rho") == 0.1 and job.seed % 2 else 0)
+
+    runs = made_up(study, accuracy)
+    rows = tables.make_rows(study, runs)
+    assert [(row.label, row.epochs, dict(row.arguments).get("rho")) for row in rows] == [
+        ("SGD", 2, None),
+        ("SGD, twice the epochs", 4, None),
+        ("SGD, epochs picked", 1, None),
+        ("SAM", 2, 0.5),
+        ("AESAM", 2, 0.5),
+    ]
+    shared = made_up(study, lambda job: job.epochs)  # the longest is picked
+    finals = [job for job in shared if job.stage == "final"]
+    assert len(finals) == len(set(finals)) == 4 * study.seeds
+    assert len(tables.make_rows(study, shared)) == 5
+    del runs[next(iter(runs))]  # a trial of SGD is missing: nothing of it is picked
+    assert {row.label for row in tables.make_rows(study, runs)} == {"SAM", "AESAM"}
+
+
+def test_intervals() -> None:
+    study = study_of(seeds=5, noise=[0])
+    noise = np.random.default_rng(0).normal(size=(2, 5))
+
+    def accuracy(job: Job) -> float:
+        return 50.0 if job.stage == "trial" else 80 + float(noise[int(job.optimizer == "SAM"), job.seed])
+
+    rows = {row.label: row for row in tables.make_rows(study, made_up(study, accuracy))}
+    expected = stats.ttest_1samp(80 + noise[1], 0).confidence_interval(0.95)
+    cells = {cells[1]: cells for cells in tables.accuracy_table(list(rows.values())).cells}
+    assert cells["SAM"][-1] == f"{expected.low:.2f} to {expected.high:.2f}"
+    assert cells["SAM"][-2] == f"{(80 + noise[1]).mean():.2f} ± {noise[1].std(ddof=1):.2f}"
+    pairs = noise[1] - noise[0]
+    expected = stats.ttest_1samp(pairs, 0).confidence_interval(0.95)
+    cells = {cells[1]: cells for cells in tables.difference_table(list(rows.values())).cells}
+    assert cells["SAM"][2] == f"{pairs.mean():+.2f} ± {(expected.high - expected.low) / 2:.2f}"
+    assert cells["AESAM"][2] == "+0.00 ± 0.00"
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_studies(path: Path) -> None:
+    """As many trials for each; SGD's epochs among them, with the others' and twice as many, and fewer."""
+    study = read_study(path)
+    assert len(set(Counter((job.noise, job.optimizer) for job in study.trial_jobs()).values())) == 1
+    assert {study.epochs, 2 * study.epochs} < set(study.optimizers["SGD"]["epochs"])
+    assert min(study.optimizers["SGD"]["epochs"]) < study.epochs / 2
+    assert all("epochs" not in grid for name, grid in study.optimizers.items() if name != "SGD")
+    assert study.seeds >= 5
+
+
+BAD_SETTINGS = [
+    ({"batchsize": 3}, "'batchsize' is no setting"),
+    ({"noise": None, "seeds": "3"}, "seeds '3'"),
+    ({"seeds": True}, "seeds True"),
+    ({"batch_size": 1}, "batch_size 1"),
+    ({"train_size": 1.5}, "train_size 1.5"),
+    ({"momentum": "0.9"}, "momentum '0.9'"),
+    ({"dataset": "imagenet"}, "'imagenet'"),
+    ({"model": ["mlp"]}, "['mlp']"),
+    ({"model": "mlp-784-512-256-10"}, "is not for digits"),
+    ({"noise": []}, "noise []"),
+    ({"noise": [0, 140]}, "140"),
+    ({"noise": [40, 40.0]}, "noise [40, 40.0]"),
+    ({"optimizers": {}}, "optimizers"),
+    ({"optimizers": {"Sam": {"lr": [0.1]}}}, "'Sam' is unknown"),
+    ({"optimizers": {"policy": {"lr": [0.1]}}}, "'policy' is unknown"),
+    ({"optimizers": {"SAM": [0.1]}}, "SAM: its grid"),
+    ({"optimizers": {"SAM": {"lr": 0.1}}}, "SAM: lr 0.1 is no list"),
+    ({"optimizers": {"SAM": {"lr": [[0.1]]}}}, "SAM: lr [[0.1]]"),
+    ({"optimizers": {"SAM": {"rho": [0.1]}}}, "SAM: its grid has no lr"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "rho": [-1]}}}, "SAM with lr=0.1, rho=-1: Invalid rho"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "alpha": [1]}}}, "SAM with alpha=1, lr=0.1: "),
+    ({"optimizers": {"SAM": {"lr": [0.1, 0.1]}}}, "SAM: its grid names one trial twice"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "epochs": [0]}}}, "SAM: epochs 0"),
+    ({"optimizers": {"SGD": {"lr": [0.1], "epochs": [1, 2]}}}, "SGD: epochs [1, 2] without 2 and 4"),
+    ({"optimizers": {"SAM": {"lr": [0.1]}, "ASAM": {"lr": [0.1, 0.2]}}}, "ASAM has 2 trials, SAM 1"),
+    ({"held_out": 127}, "held_out 127"),
+    ({"train_size": 5000}, "5000"),
 ]
 
 
-@pytest.mark.parametrize(("optimizers", "pictures"), SUBSETS)
-def test_subset(capsys: pytest.CaptureFixture[str], tmp_path: Path, optimizers: list[str], pictures: set[str]) -> None:
-    (tmp_path / "salr.png").touch()  # of another run
-    options = ["--seeds", "2", "--epochs", "1", "--noise", "0,40", "--train-size", "128", "--out", str(tmp_path)]
-    assert main([*options, "--optimizers", ",".join(optimizers).lower()]) == 0
-    record = check_record(tmp_path, [0, 40], optimizers, epochs=1, seeds=2)
-    assert all((row["relative_time"] is None) == ("SGD" not in optimizers) for row in record["rows"])
-    check_pictures(tmp_path, pictures)
-    said = capsys.readouterr().out
-    assert all((f"left out {name}: it needs " in said) == (name not in pictures) for name in PICTURES)
+@pytest.mark.parametrize(("changes", "culprit"), BAD_SETTINGS, ids=range(len(BAD_SETTINGS)))
+def test_bad_settings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], culprit: str
+) -> None:
+    check_error(capsys, [str(settings_file(tmp_path, **changes)), "--out", str(tmp_path)], culprit)
+
+
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [("{", "is not JSON"), ("[]", "no JSON object"), ('{"noise": [0]}', "are missing: batch_size")],
+)
+def test_bad_settings_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, culprit: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    check_error(capsys, [str(path)], culprit)
+
+
+@pytest.mark.parametrize("content", ["nonsense\n", "{}\n", "3\n", '{"stage": "final"}\n'])
+def test_bad_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str) -> None:
+    (tmp_path / "runs.jsonl").write_text(content)
+    for extra in ([], ["--render"]):
+        check_error(
+            capsys, [str(settings_file(tmp_path)), "--out", str(tmp_path), *extra], "runs.jsonl, line 1 is no run"
+        )
+
+
+def test_whole_command(tmp_path: Path) -> None:
+    """Every kind of picture and count, in two processes."""
+    out = tmp_path / "new" / "out"
+    code, said, complained = script(str(settings_file(tmp_path, **DEFAULTS)), "--out", str(out), "--processes", "2")
+    assert code == 0, complained
+    assert all(name in said for name in (*DEFAULTS["optimizers"], *PICTURES))
+    assert "…" not in said
+    assert "left out" not in said
+    check_pictures(out, PICTURES)
 
 
 def test_script_error() -> None:
-    done = script("--seeds", "0")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: argument --seeds: '0' is not a whole number from 1 up\n"
+    assert script("--seeds", "0") == (2, "", "error: argument --seeds: '0' is not a whole number from 1 up\n")
 
 
 def test_fashion_mnist(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", fashion_files())
+    changes = {
+        "dataset": "fashion-mnist",
+        "model": "mlp-784-512-256-10",
+        "train_size": 40,
+        "held_out": 8,
+        "noise": [12.5],
+    }
+    settings = settings_file(tmp_path, **changes, epochs=1, optimizers={"ASAM": {"lr": [0.05], "rho": [0.5]}})
     out = tmp_path / "out"
-    options = ["--dataset", "fashion-mnist", "--data-dir", str(folder), "--train-size", "16", "--epochs", "1"]
-    options += ["--seeds", "2", "--optimizers", "ASAM,sgd", "--noise", "12.5", "--out", str(out)]
-    assert main(options) == 0
-    record = check_record(out, [12.5], ["ASAM", "SGD"], epochs=1, seeds=2)
-    assert record["settings"]["train_examples"] == 16
+    assert command.main([str(settings), "--data-dir", str(folder), "--out", str(out), "--processes", "1"]) == 0
+    assert [run["stage"] for run in lines_of(out)[1:]] == ["trial", "final", "final"]
 
 
-def test_noise_is_independent_of_the_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong labels are spread over the first epoch."""
+def test_held_out_labels_are_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial knows the training part only; a final run has all of it, and the true labels of the test part."""
+    study = study_of(train_size=None, held_out=257, epochs=1)
     data = load_data("digits", None, None, torch.device("cpu"))
     data.train_x[:, 0, 0, 0] = torch.arange(len(data.train_y))  # which example this is
-    noisy = with_noise(data.train_y, 40, seed=0)
-    seen = []
+    trained, measured = [], []
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, meter: Any) -> Tensor:
-        meter.steps += 1
-        chosen = x[:, 0, 0, 0].long()
-        assert torch.equal(y, noisy[chosen])
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        trained.append((x[:, 0, 0, 0].long(), y))
         optimizer.step()  # without gradients; the schedule warns of a missing step
-        seen.append((y != data.train_y[chosen]).float().mean().item())
-        return torch.zeros(())
+        return torch.zeros(()), 1.0
 
     monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "accuracy", lambda model, x, y: measured.append((x, y)) or 50.0)
+    monkeypatch.setattr(training, "sharpness", lambda *_: 0.0)
     monkeypatch.setattr(training, "largest_eigenpair", lambda *_: (0.0, None))
     monkeypatch.setattr(training, "loss_slice", lambda *_: [])
-    training.train(data, RECIPES["digits"], 1, 40, "SGD", seed=0, tick=lambda: None)
-    assert len(seen) == 1257 // 64
-    assert 0.1 < min(seen) < 0.4 < max(seen) < 0.7
+    arguments = (("epochs", 1), ("lr", 0.05))
+    training.train(data, study, Job("trial", 40, "SGD", arguments, 7), tick=lambda: None)
+    chosen, labels = (torch.cat(parts) for parts in zip(*trained, strict=True))
+    held_x, held_y = measured.pop()
+    held = held_x[:, 0, 0, 0].long()
+    assert len(held) == 257
+    assert not set(held.tolist()) & set(chosen.tolist())
+    assert len(set(chosen.tolist())) == len(chosen) == 1000 // 32 * 32
+    assert (held_y != data.train_y[held]).sum() == round(0.4 * 257)
+    assert (labels != data.train_y[chosen]).float().mean() == pytest.approx(0.4, abs=0.02)
+    # Wrong labels are spread over the first epoch.
+    shares = [(y != data.train_y[which]).float().mean().item() for which, y in trained]
+    assert 0.1 < min(shares) < 0.4 < max(shares) < 0.7
+
+    trained.clear()
+    training.train(data, study, Job("final", 40, "SGD", arguments, 7), tick=lambda: None)
+    x, y = measured.pop()
+    assert torch.equal(y, data.test_y)
+    assert x is data.test_x
+    noisy = with_noise(data.train_y, 40, seed=7)
+    assert all(torch.equal(y, noisy[which]) for which, y in trained)
+    assert len(trained) == 1257 // 32
+
+
+def test_hold_out() -> None:
+    data = load_data("digits", None, None, torch.device("cpu"))
+    parts = hold_out(data, 100, seed=1)
+    assert (len(parts.train_y), len(parts.test_y)) == (1157, 100)
+    assert torch.equal(
+        torch.cat([parts.train_x, parts.test_x]).flatten(1).sum(1).sort().values,
+        data.train_x.flatten(1).sum(1).sort().values,
+    )
+    assert torch.equal(parts.test_x, hold_out(data, 100, seed=1).test_x)
+    assert not torch.equal(parts.test_x, hold_out(data, 100, seed=2).test_x)
+
+
+def test_schedule() -> None:
+    factors = [training.schedule(step, 12, 4) for step in range(12)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1]
+    assert factors[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
+
+
+def job_of(name: str, study: Study, stage: str = "final", noise: float = 40, seed: int = 0) -> Job:
+    return Job(stage, noise, name, study.trials(name)[0], seed)
+
+
+FAMILY = list(DEFAULTS["optimizers"])
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_same_again(name: str) -> None:
+    study = study_of(**DEFAULTS)
     data = load_data("digits", None, 128, torch.device("cpu"))
-    first, second = (training.train(data, RECIPES["digits"], 2, 40, name, seed=3, tick=lambda: None) for _ in range(2))
+    first, second = (training.train(data, study, job_of(name, study, seed=3), tick=lambda: None) for _ in range(2))
     assert first.train_loss == second.train_loss
-    assert first.test_accuracy == second.test_accuracy
+    assert first.accuracy == second.accuracy
     assert first.evaluations == second.evaluations
+    assert Run.read(json.loads(first.line())) == first
+
+
+def test_a_training_that_diverges_is_a_run() -> None:
+    """A bad one."""
+    study = study_of(optimizers={"SGD": {"lr": [1e9], "epochs": [2, 4]}})
+    data = load_data("digits", None, 128, torch.device("cpu"))
+    run = training.train(data, study, job_of("SGD", study), tick=lambda: None)
+    assert run.train_loss[-1] is None
+    assert run.accuracy[-1] < 30
+    assert run.sharpness is run.hessian_eigenvalue is None
+    assert Run.read(json.loads(run.line())) == run
 
 
 def test_default_sizes() -> None:
@@ -216,28 +569,26 @@ def test_noise(percent: float) -> None:
 BAD_ARGUMENTS = [
     (["--seeds", "0"], "--seeds"),
     (["--seeds", "two"], "'two'"),
-    (["--epochs", "-1"], "--epochs"),
-    (["--epochs", "1.5"], "'1.5'"),
+    (["--seeds", "50"], "--seeds 50"),
+    (["--processes", "1.5"], "'1.5'"),
     (["--optimizers", "sgd,adamw"], "'adamw'"),
     (["--optimizers", "sgd,,sam"], "''"),
-    (["--optimizers", "sam,SAM"], "'sam,SAM'"),
-    (["--noise", "0,140"], "'140'"),
+    (["--noise", "0,14"], "14"),
     (["--noise", "nan"], "'nan'"),
     (["--noise", "some"], "'some'"),
-    (["--noise", "40,40.0"], "'40,40.0'"),
-    (["--dataset", "imagenet"], "'imagenet'"),
+    (["imagenet"], "'imagenet'"),
+    (["/no/such/study.json"], "/no/such/study.json"),
     (["--device", "gpu"], "'gpu'"),
     (["--device", "meta"], "'meta'"),
     (["--device", "cuda:99"], "'cuda:99'"),
     pytest.param(["--device", "cuda"], "'cuda'", marks=NO_CUDA),
-    (["--train-size", "1"], "--train-size"),
-    (["--train-size", "5000"], "5000"),
     (["--unknown"], "--unknown"),
+    (["--render"], "--render"),
     (["--data-dir", "{dir}"], "--data-dir"),
-    (["--dataset", "fashion-mnist"], "--data-dir"),
-    (["--dataset", "fashion-mnist", "--data-dir", "/no/such/folder"], "/no/such/folder"),
-    (["--dataset", "fashion-mnist", "--data-dir", "{file}"], "{file}"),
-    (["--dataset", "fashion-mnist", "--data-dir", "{dir}", "--train-size", "71"], "71"),
+    (["fashion-mnist-mlp"], "--data-dir"),
+    (["fashion-mnist-mlp", "--data-dir", "/no/such/folder"], "/no/such/folder"),
+    (["fashion-mnist-mlp", "--data-dir", "{file}"], "{file}"),
+    (["fashion-mnist-mlp", "--data-dir", "{dir}"], "20000"),
     (["--out", "{file}"], "{file}"),
     (["--out", "{file}/below"], "{file}"),
 ]
@@ -245,7 +596,7 @@ BAD_ARGUMENTS = [
 
 def check_error(capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str) -> None:
     try:
-        code = main(arguments)
+        code = command.main(arguments)
     except SystemExit as e:
         code = e.code
     captured = capsys.readouterr()
@@ -289,28 +640,21 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "culprit"), BAD_FILES, ids=range(len(BAD_FILES)))
-def test_bad_file(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    name: str,
-    content: bytes | None,
-    culprit: str,
-) -> None:
+def test_bad_file(tmp_path: Path, name: str, content: bytes | None, culprit: str) -> None:
     files = fashion_files()
     if content is None:
         del files[name]
     else:
         files[name] = content
-    folder = write(tmp_path / "data", files)
-    arguments = ["--dataset", "fashion-mnist", "--data-dir", str(folder), "--out", str(tmp_path / "out")]
-    check_error(capsys, arguments, culprit)
+    with pytest.raises(Failure) as raised:
+        load_data("fashion-mnist", write(tmp_path / "data", files), None, torch.device("cpu"))
+    assert culprit in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_missing_package(tmp_path: Path) -> None:
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')\n")
-    done = script(PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr == "error: the study needs rich: pip install rich\n"
+    assert script(PYTHONPATH=str(tmp_path)) == (2, "", "error: the study needs rich: pip install rich\n")
 
 
 def tiny() -> tuple[nn.Module, Tensor, Tensor]:
@@ -377,28 +721,32 @@ COUNTS = {
     "AESAM": lambda steps: (None, steps),
     "LookSAM": lambda steps: (math.ceil(steps / 5), steps),
     "AELookSAM": lambda steps: (None, steps),
+    "MomentumSAM": lambda steps: (0, steps),
     # Every other step measures: 5 gradients up and 5 down, besides the one it steps with.
     "SALR": lambda steps: (0, steps + 10 * math.ceil(steps / 2)),
 }
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Counted is what reached the model, forward and backward, and what the optimizer says of itself."""
     forward, backward = [], []
-    recipe = RECIPES["digits"]
+    grids = {"SGD": {"lr": [0.05], "epochs": [3, 6]}} if name == "SGD" else {name: DEFAULTS["optimizers"][name]}
+    study = study_of(epochs=3, batch_size=64, optimizers=grids)
+    model_of = training.MODELS[study.model]
 
     def watched() -> nn.Module:
-        model = recipe.model()
+        model = model_of()
         model.register_forward_hook(lambda module, *_: forward.append(0) if module.training else None)
         next(model.parameters()).register_post_accumulate_grad_hook(
             lambda _: backward.append(0) if model.training else None
         )
         return model
 
+    monkeypatch.setitem(training.MODELS, study.model, watched)
     data = load_data("digits", None, 5 * 64 + 9, torch.device("cpu"))
     steps = 3 * 5
-    run = training.train(data, replace(recipe, model=watched), 3, 0, name, seed=0, tick=lambda: None)
+    run = training.train(data, study, job_of(name, study, noise=0), tick=lambda: None)
     second, other = COUNTS[name](steps)
     if second is None:  # from what is drawn in the picture
         trace = run.trace
@@ -406,31 +754,27 @@ def test_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         second = sum(fired)
         assert 0 < second < steps
         assert np.diff(trace["second_passes"], prepend=0).tolist() == fired
+    assert run.steps == steps
     assert len(forward) == len(backward) == run.evaluations[-1] == second + other
-    assert run.evaluations_per_step == (second + other) / steps
     assert run.second_pass_share == pytest.approx(100 * second / steps)
-    assert run.step_ms * steps == pytest.approx(1e3 * run.seconds[-1])
-    assert run.epoch_seconds * 3 == pytest.approx(run.seconds[-1])
+
+
+def test_samples_that_esam_counts() -> None:
+    """A whole batch, one without gradients, half of one."""
+    study = study_of(optimizers={"ESAM": {"lr": [0.05], "beta": [1], "gamma": [0.5]}})
+    model = training.MODELS[study.model]()
+    optimizer = make_optimizer(study, "ESAM", model, study.trials("ESAM")[0], 10, 0)
+    _, evaluations = training.train_step(model, optimizer, torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
+    assert evaluations == pytest.approx(1 + training.FORWARD + 0.5)
 
 
 def test_salr_trace() -> None:
     """lr_scale is the sharpness over the median of those so far, one measurement every second step."""
+    study = study_of(optimizers={"SALR": {"lr": [0.05]}}, batch_size=64, epochs=2)
     data = load_data("digits", None, 5 * 64, torch.device("cpu"))
-    trace = training.train(data, RECIPES["digits"], 2, 0, "SALR", seed=0, tick=lambda: None).trace
+    trace = training.train(data, study, job_of("SALR", study, noise=0), tick=lambda: None).trace
     measured = trace["sharpness"][::2]
     assert trace["sharpness"][1::2] == measured
     expected = [s / np.median(measured[: i + 1]) for i, s in enumerate(measured)]
     assert trace["lr_scale"][::2] == pytest.approx(expected, rel=1e-4)
-    assert trace["lr"] == pytest.approx([0.05] * 5 + [0.025] * 5)
-
-
-def test_meter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations are part of a step and not of the optimizer's time."""
-    now = iter([10.0, 11.0, 13.0, 13.5, 16.5, 17.0])
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
-    meter = training.Meter(torch.device("cpu"))
-    with meter.step():
-        for _ in range(2):
-            with meter.evaluation():
-                pass
-    assert (meter.steps, meter.evaluations, meter.seconds, meter.optimizer_seconds) == (1, 2, 7.0, 2.0)
+    assert trace["lr"] == pytest.approx([0.05 * training.schedule(step, 10, 5) for step in range(10)], rel=1e-5)

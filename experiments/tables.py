@@ -1,0 +1,175 @@
+"""The tables of a study, of its file alone: accuracy, differences to SGD, price and flatness, trials."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import rich.box
+import rich.table
+from scipy import stats
+
+from .study import Arguments, Job, Run, Study, show
+
+
+@dataclass
+class Row:
+    """A contender at a noise level, and its final runs."""
+
+    noise: float
+    label: str
+    arguments: Arguments
+    runs: dict[int, Run]  # by seed
+
+    @property
+    def epochs(self) -> int:
+        return dict(self.arguments)["epochs"]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Of the last epoch."""
+        return {seed: run.accuracy[-1] for seed, run in self.runs.items()}
+
+    @property
+    def gradients(self) -> float:
+        """In those of an epoch of SGD: mean over the seeds."""
+        return self.epochs * statistics.fmean(run.evaluations_per_step for run in self.runs.values())
+
+    @property
+    def epoch_seconds(self) -> float:
+        """The median over the seeds: another program may take the processor for a while."""
+        return statistics.median(run.seconds[-1] / self.epochs for run in self.runs.values())
+
+
+def make_rows(study: Study, runs: Mapping[Job, Run]) -> list[Row]:
+    """Those that have a final run."""
+    rows = []
+    for noise in study.noise:
+        for contender in study.contenders():
+            if (arguments := study.pick(runs, noise, contender)) is None:
+                continue
+            jobs = [Job("final", noise, contender.optimizer, arguments, seed) for seed in range(study.seeds)]
+            if found := {job.seed: runs[job] for job in jobs if job in runs}:
+                rows.append(Row(noise, contender.label, arguments, found))
+    return rows
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean, by Student's t."""
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{statistics.fmean(values):{sign}.2f}"
+    return f"{mean} ± {half_width(values):.2f}" if len(values) > 1 else mean
+
+
+def mean_of(values: Sequence[float | None]) -> str:
+    """Three digits; those of a training that diverged are not there."""
+    there = [value for value in values if value is not None]
+    return f"{statistics.fmean(there):#.3g}" if there else "-"
+
+
+@dataclass
+class Table:
+    """Cells for reading. The first column is the noise level, the first ``left`` columns stand left."""
+
+    title: str
+    headings: list[str]
+    cells: list[list[str]]
+    left: int = 2
+
+    def markdown(self) -> str:
+        rule = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.cells)]
+        return "\n".join((f"{self.title}\n", *lines, ""))
+
+    def rich(self) -> rich.table.Table:
+        table = rich.table.Table(title=self.title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i, heading in enumerate(self.headings):
+            table.add_column(heading, justify="left" if i < self.left else "right", vertical="bottom")
+        for i, cells in enumerate(self.cells):
+            table.add_row(*cells, end_section=i + 1 < len(self.cells) and self.cells[i + 1][0] != cells[0])
+        return table
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    cells = []
+    for row in rows:
+        values = list(row.accuracies.values())
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        ends = (statistics.fmean(values) + side * half_width(values) for side in (-1, 1)) if len(values) > 1 else ()
+        cells.append(
+            [
+                f"{row.noise:g} %",
+                row.label,
+                show(row.arguments),
+                str(row.epochs),
+                f"{row.gradients:.1f}",
+                str(len(values)),
+                f"{statistics.fmean(values):.2f}{spread}",
+                " to ".join(f"{end:.2f}" for end in ends) or "-",
+            ]
+        )
+    headings = ["noise", "optimizer", "arguments", "epochs", "gradients", "seeds", "test accuracy, %", "95 % interval"]
+    title = (
+        "Test accuracy after the last epoch: mean and standard deviation over the seeds, 95 % interval of the mean. "
+        "Gradients in those of an epoch of SGD."
+    )
+    return Table(title, headings, cells, left=3)
+
+
+def difference_table(rows: Sequence[Row]) -> Table:
+    rivals = ("SGD", "SGD, twice the epochs", "SGD, epochs picked")
+    cells = []
+    for row in rows:
+        if row.label in rivals:
+            continue
+        cells.append([f"{row.noise:g} %", row.label])
+        for label in rivals:
+            rival = next((r.accuracies for r in rows if (r.noise, r.label) == (row.noise, label)), {})
+            differences = [value - rival[seed] for seed, value in row.accuracies.items() if seed in rival]
+            cells[-1].append(interval(differences, "+") if differences else "-")
+    headings = ["noise", "optimizer", "SGD, as many epochs", "SGD, twice the epochs", "SGD, epochs picked"]
+    title = "Test accuracy less that of SGD with the same seed, points: mean and 95 % interval."
+    return Table(title, headings, cells)
+
+
+def price_table(rows: Sequence[Row]) -> Table:
+    sgd = {row.noise: row.epoch_seconds for row in rows if row.label == "SGD"}
+    cells = [
+        [
+            f"{row.noise:g} %",
+            row.label,
+            f"{statistics.fmean(run.second_pass_share for run in row.runs.values()):.0f} %",
+            f"{row.gradients / row.epochs:.2f}",
+            f"{row.epoch_seconds / sgd[row.noise]:.2f}" if row.noise in sgd else "-",
+            mean_of([run.sharpness for run in row.runs.values()]),
+            mean_of([run.hessian_eigenvalue for run in row.runs.values()]),
+        ]
+        for row in rows
+    ]
+    headings = ["noise", "optimizer", "second passes", "gradients a step", "time / SGD", "sharpness", "eigenvalue"]
+    title = (
+        "What a step takes, and how flat the end is: L(w + 0.05 g/norm(g)) - L(w) and the Hessian's largest eigenvalue "
+        "of the loss trained on. Means over the seeds; of an epoch's time the median."
+    )
+    return Table(title, headings, cells)
+
+
+def trial_table(study: Study, runs: Mapping[Job, Run]) -> Table:
+    cells = []
+    for noise in study.noise:
+        for contender in study.contenders():
+            if contender.optimizer == "SGD" and contender.epochs is not None:
+                continue  # among the trials of SGD
+            picked = study.pick(runs, noise, contender)
+            for arguments, accuracy in study.held_out_accuracies(runs, noise, contender.optimizer).items():
+                what = [contender.optimizer, show(arguments), str(dict(arguments)["epochs"])]
+                cells.append([f"{noise:g} %", *what, f"{accuracy:.2f}", "picked" if arguments == picked else ""])
+    headings = ["noise", "optimizer", "arguments", "epochs", "held-out accuracy, %", ""]
+    title = (
+        "The trials: accuracy of the held-out examples, whose labels are as wrong as the others, mean over the seeds."
+    )
+    return Table(title, headings, cells, left=3)
