@@ -169,8 +169,8 @@ class Study:
         for name in self.optimizers:
             if name == "SGD":
                 yield Contender("SGD", name, self.epochs)
-                yield Contender("SGD, twice the epochs", name, 2 * self.epochs)
-                yield Contender("SGD, epochs picked", name, None)
+                yield Contender("SGD, 2x epochs", name, 2 * self.epochs)
+                yield Contender("SGD, picked", name, None)
             else:
                 yield Contender(name, name, None)
 

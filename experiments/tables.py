@@ -88,7 +88,7 @@ class Table:
     def rich(self) -> rich.table.Table:
         table = rich.table.Table(title=self.title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if i < self.left else "right", vertical="bottom")
+            table.add_column(heading, justify="left" if i < self.left else "right", vertical="bottom", overflow="fold")
         for i, cells in enumerate(self.cells):
             table.add_row(*cells, end_section=i + 1 < len(self.cells) and self.cells[i + 1][0] != cells[0])
         return table
@@ -99,7 +99,6 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         values = list(row.accuracies.values())
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        ends = (statistics.fmean(values) + side * half_width(values) for side in (-1, 1)) if len(values) > 1 else ()
         cells.append(
             [
                 f"{row.noise:g} %",
@@ -109,19 +108,19 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
                 f"{row.gradients:.1f}",
                 str(len(values)),
                 f"{statistics.fmean(values):.2f}{spread}",
-                " to ".join(f"{end:.2f}" for end in ends) or "-",
+                f"± {half_width(values):.2f}" if len(values) > 1 else "-",
             ]
         )
-    headings = ["noise", "optimizer", "arguments", "epochs", "gradients", "seeds", "test accuracy, %", "95 % interval"]
+    headings = ["noise", "optimizer", "arguments", "epochs", "gradients", "seeds", "test accuracy, %", "95 %"]
     title = (
-        "Test accuracy after the last epoch: mean and standard deviation over the seeds, 95 % interval of the mean. "
+        "Test accuracy after the last epoch: mean and standard deviation over the seeds, and 95 % interval of the mean. "
         "Gradients in those of an epoch of SGD."
     )
     return Table(title, headings, cells, left=3)
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
-    rivals = ("SGD", "SGD, twice the epochs", "SGD, epochs picked")
+    rivals = ("SGD", "SGD, 2x epochs", "SGD, picked")
     cells = []
     for row in rows:
         if row.label in rivals:
@@ -131,8 +130,11 @@ def difference_table(rows: Sequence[Row]) -> Table:
             rival = next((r.accuracies for r in rows if (r.noise, r.label) == (row.noise, label)), {})
             differences = [value - rival[seed] for seed, value in row.accuracies.items() if seed in rival]
             cells[-1].append(interval(differences, "+") if differences else "-")
-    headings = ["noise", "optimizer", "SGD, as many epochs", "SGD, twice the epochs", "SGD, epochs picked"]
-    title = "Test accuracy less that of SGD with the same seed, points: mean and 95 % interval."
+    headings = ["noise", "optimizer", *rivals]
+    title = (
+        "Test accuracy less that of SGD with the same seed, points: mean and 95 % interval. "
+        "SGD has as many epochs, twice as many (SAM's gradients), or as many as were picked."
+    )
     return Table(title, headings, cells)
 
 
