@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from .flatness import SLICE_POINTS, SLICE_RADIUS
-from .tables import Row
+from .tables import Row, half_width
 from .training import SLICED
 
 matplotlib.use("Agg")
@@ -57,16 +57,15 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         for row in (row for row in rows if row.noise == noise):
             accuracies = np.array([run.accuracy for run in row.runs.values()])
             mean = accuracies.mean(0)
-            std = accuracies.std(0, ddof=1) if len(accuracies) > 1 else np.zeros_like(mean)
+            spread = half_width(accuracies[:, -1].tolist()) if len(accuracies) > 1 else 0.0
             epochs = np.arange(1, row.epochs + 1)
             gradients = np.mean([np.array(run.evaluations) / run.steps for run in row.runs.values()], axis=0)
             for axis, spent in zip(axes[line], (epochs, gradients * row.epochs), strict=True):
                 axis.plot(spent, mean, color=color[row.label], linewidth=1.3, label=row.label)
-                axis.plot(spent[-1], mean[-1], "o", color=color[row.label], markersize=5)
-                axis.fill_between(spent, mean - std, mean + std, color=color[row.label], alpha=0.1, linewidth=0)
+                axis.errorbar(spent[-1], mean[-1], spread, fmt="o", color=color[row.label], markersize=5, capsize=3)
             # The first epochs may be far below: they would flatten the differences that matter.
             settled = len(mean) // 5
-            shown += [*(mean - std)[settled:], *(mean + std)[settled:]]
+            shown += [*mean[settled:], mean[-1] - spread, mean[-1] + spread]
         low, high = np.percentile(shown, 2), min(max(shown), 100.0)
         margin = 0.05 * (high - low) + 0.1
         axes[line][0].set_ylim(low - margin, high + margin)
@@ -159,7 +158,11 @@ class Picture:
 
 
 PICTURES = (
-    Picture("compare.png", plot_curves, "Test accuracy over the budget: mean and standard deviation over the seeds"),
+    Picture(
+        "compare.png",
+        plot_curves,
+        "Test accuracy over the budget: mean over the seeds, at the end with its 95 % interval",
+    ),
     Picture("adaptive.png", plot_adaptive, "When AE-SAM takes a second pass: seed 0", (("AESAM", "AELookSAM"),)),
     Picture("salr.png", plot_salr, "SALR's sharpness and learning rate: seed 0", (("SALR",),)),
     Picture(

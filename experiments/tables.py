@@ -88,7 +88,8 @@ class Table:
     def rich(self) -> rich.table.Table:
         table = rich.table.Table(title=self.title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if i < self.left else "right", vertical="bottom", overflow="fold")
+            side = "left" if i < self.left else "right"
+            table.add_column(heading, justify=side, vertical="bottom", overflow="fold", no_wrap=i < 2)
         for i, cells in enumerate(self.cells):
             table.add_row(*cells, end_section=i + 1 < len(self.cells) and self.cells[i + 1][0] != cells[0])
         return table
@@ -113,7 +114,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         )
     headings = ["noise", "optimizer", "arguments", "epochs", "gradients", "seeds", "test accuracy, %", "95 %"]
     title = (
-        "Test accuracy after the last epoch: mean and standard deviation over the seeds, and 95 % interval of the mean. "
+        "Test accuracy after the last epoch: mean and standard deviation over the seeds, and the mean's 95 % interval. "
         "Gradients in those of an epoch of SGD."
     )
     return Table(title, headings, cells, left=3)

@@ -179,7 +179,7 @@ def test_killed_study_goes_on(finished: Path, tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)  # the others have its outputs: they end, too
         kept += path.read_bytes().splitlines(keepends=True)[len(kept) :]
         kept = [line for line in kept if line.endswith(b"\n")]
     assert len(kept) < len(lines_of(finished))
