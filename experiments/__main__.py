@@ -134,10 +134,7 @@ def run(options: argparse.Namespace) -> None:
         raise Failure(f"{path.stem} needs --data-dir, the folder of its four files")
     out = options.out or Path("results") / path.stem
     if not options.render:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise Failure(f"--out {out} cannot be created: {e.strerror}") from None
+        out.mkdir(parents=True, exist_ok=True)
         processes = options.processes or (1 if options.device.type == "cuda" else len(os.sched_getaffinity(0)))
         runner.finish(study, part, out / "runs.jsonl", options.data_dir, options.device, processes)
     render(out, path.stem)
@@ -155,12 +152,10 @@ def render(out: Path, name: str) -> None:
     rows = tables.make_rows(study, runs)
     made = [tables.accuracy_table(rows), tables.difference_table(rows), tables.price_table(rows)]
     trials = tables.trial_table(study, runs)
-    try:
-        text = "\n".join(table.markdown() for table in (*made, trials))
-        (out / "tables.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
-        written, left_out = draw(rows, f"{name}, seeds: {max((len(row.runs) for row in rows), default=0)}", out)
-    except OSError as e:
-        raise Failure(f"{e.filename} cannot be written: {e.strerror}") from None
+    commits = dict.fromkeys(header.get("commit", "") for header in reversed(headers))
+    text = "\n".join(table.markdown() for table in (*made, trials))
+    (out / "tables.md").write_text(f"# {name}\n\nCommit: {', '.join(commits)}.\n\n{text}", encoding="utf-8")
+    written, left_out = draw(rows, f"{name}, seeds: {max((len(row.runs) for row in rows), default=0)}", out)
     for table in made:
         Console().print(table.rich())
     print(f"in {out}: {', '.join(['runs.jsonl', 'tables.md', *written])}")
@@ -175,6 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(options)
     except Failure as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a file or folder that the user named
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

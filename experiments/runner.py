@@ -125,7 +125,7 @@ def finish(
             speed_estimate_period=3600,  # seconds: a single run may take minutes
         )
         with bar, workers(processes, study, data, load) as do:
-            task, spent = bar.add_task(""), 0.0
+            task = bar.add_task("")
 
             def tick(job: Job) -> None:
                 bar.advance(task, cost(job) / job.epochs)
@@ -133,12 +133,11 @@ def finish(
             for stage, jobs_of in (("trials", Study.trial_jobs), ("final runs", lambda part: part.final_jobs(runs))):
                 jobs = [job for job in jobs_of(part) if job not in runs]
                 later = expected_cost(part) if jobs and stage == "trials" else 0.0
-                bar.update(task, total=spent + sum(map(cost, jobs)) + later)
+                bar.update(task, total=bar.tasks[0].completed + sum(map(cost, jobs)) + later)
                 for number, run in enumerate(do(jobs, tick), 1):
                     append(file, run.line())
                     runs[run.job] = run
-                    spent += cost(run.job)
-                    bar.update(task, completed=spent, description=f"{number} of {len(jobs)} {stage}")
+                    bar.update(task, description=f"{number} of {len(jobs)} {stage}")
     return runs
 
 

@@ -426,6 +426,11 @@ def test_bad_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: s
         )
 
 
+def test_a_file_of_runs_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").mkdir()
+    check_error(capsys, [str(settings_file(tmp_path)), "--out", str(tmp_path)], "runs.jsonl")
+
+
 def test_whole_command(tmp_path: Path) -> None:
     """Every kind of picture and count, in two processes."""
     out = tmp_path / "new" / "out"
