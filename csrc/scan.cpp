@@ -1,4 +1,4 @@
-// Tensors seen through DLPack's exchange table (torch 2.11 and later), whose structures are DLPack's stable
+// Tensors seen through DLPack's exchange table, whose structures are DLPack's stable
 // ABI, version 1; a torch without it takes the op gather.
 #include "scan.h"
 

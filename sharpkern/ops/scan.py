@@ -21,7 +21,7 @@ else:
     if _aten.torch_version != f"{torch.__version__} {torch.version.git_version}":
         _aten = None  # type: ignore[assignment]
 
-# DLPack's table of functions, of torch 2.11 and later; without it the op ``gather`` finds tensors.
+# DLPack's table of functions; where torch has none, the op ``gather`` finds tensors.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
