@@ -52,7 +52,7 @@ wheel: $(VENV)/test
 	rm -rf $(VENV)/wheel && $(BIN)/python setup.py --quiet sdist -d $(VENV)/wheel
 	SHARPKERN_CUDA=0 $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel $(VENV)/wheel/sharpkern-*.tar.gz
 	$(BIN)/python -m zipfile -e $(VENV)/wheel/sharpkern-*.whl $(VENV)/wheel/unpacked
-	cd $(VENV)/wheel/unpacked && ../../bin/python -c "import sharpkern, os; assert sharpkern.build_info()['extension'], sharpkern.build_info(); assert sharpkern.__file__.startswith(os.getcwd())"
+	cd $(VENV)/wheel/unpacked && ../../bin/python -c "import sharpkern, os; from sharpkern.ops import scan; assert sharpkern.build_info()['extension'], sharpkern.build_info(); assert scan.path() == 'aten', scan.path(); assert sharpkern.__file__.startswith(os.getcwd())"
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -83,4 +83,4 @@ $(VENV)/check: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build sharpkern.egg-info sharpkern/_C*.so
+	rm -rf $(VENV) build sharpkern.egg-info sharpkern/_C*.so sharpkern/_aten*.so

@@ -194,15 +194,23 @@ def extension():
             super().build_extensions()
 
         def build_extension(self, extension):
+            if extension is not helper:
+                return super().build_extension(extension)
+            # One that was built for another torch, or is not wanted, must not stay.
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            if os.environ.get("SHARPKERN_ATEN") == "0":
+                return
+            self.force = True
             try:
                 super().build_extension(extension)
             except Exception as error:
-                if extension is not helper:
-                    raise
                 print(f"sharpkern: building without sharpkern._aten, which this torch does not compile: {error}")
 
-    modules = [built] if os.environ.get("SHARPKERN_ATEN") == "0" else [built, helper]
-    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
+        def copy_extensions_to_source(self):
+            Path("sharpkern", self.get_ext_filename("_aten")).unlink(missing_ok=True)
+            super().copy_extensions_to_source()
+
+    return {"ext_modules": [built, helper], "cmdclass": {"build_ext": Build}}
 
 
 setup(**({} if os.environ.get("SHARPKERN_EXT") == "0" else extension()))

@@ -62,7 +62,7 @@ tests() { # tests LOG PROCESSES ARGUMENTS...; one thread each is what the tests 
 }
 
 smoke() { # launches, graphs, streams: what no other machine shows
-    tests test.log 4 tests/test_gpu.py -m gpu -k "not values"
+    tests test.log 4 tests/test_gpu.py tests/test_analysis.py -m gpu -k "not values"
 }
 
 values() { # the other files' tests, on the device, a process a file; or a few here
@@ -80,7 +80,7 @@ sanitize() { # the caching allocator hides what lies outside a tensor
 
 bench() { # bench SECTIONS: each into a file of its own, all of which are rendered
     run "bench $1" bench.log "$PYTHON" -m bench --device cuda ${DRY_RUN:+--dry-run} --out "$OUT/gpu-$1.json" --sections "$1"
-    [[ ! -f $OUT/gpu-$1.json ]] || "$PYTHON" -m bench.render "$OUT/gpu-$1.json" | tee -a "$OUT/gpu.md"
+    for results in "$OUT"/gpu-*.json; do "$PYTHON" -m bench.render "$results"; done | tee "$OUT/gpu.md"
 }
 
 profile() { # the program starts the profiler itself, once everything is warm

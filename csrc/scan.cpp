@@ -58,13 +58,13 @@ class Dlpack {
     return true;
   }
 
-  Gradient gradient(PyObject* param, View& out) {
+  Gradient gradient(PyObject* param, View& out, py::object& held) const {
     static PyObject* const name = PyUnicode_InternFromString("grad");
-    held_ = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
-    if (!held_) {
+    held = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+    if (!held) {
       throw py::error_already_set();
     }
-    PyObject* grad = held_.ptr();
+    PyObject* grad = held.ptr();
     if (grad == Py_None) {
       return Gradient::missing;
     }
@@ -86,7 +86,6 @@ class Dlpack {
   PyTypeObject* exact_;
   py::object is_neg_;
   int (*view_)(void*, Tensor*) = nullptr;
-  py::object held_;
 };
 
 }  // namespace

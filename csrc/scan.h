@@ -25,8 +25,8 @@ enum class Gradient { missing, unusable, seen };
 // The parameters of one layout. Addresses of the host's int64 tensors, which outlive it: how each parameter
 // lies, how its gradient has to, a row [dim, sizes..., strides...] of `width` each.
 //
-// Source::view(tensor, view) looks at a tensor, and tells whether it could; Source::gradient(parameter, view)
-// at a parameter's gradient, of which the view is valid until the next call.
+// Source::view(tensor, view) looks at a tensor, and tells whether it could; Source::gradient(parameter, view,
+// held) at a parameter's gradient, of which the view is valid as long as `held` is what it was.
 template <class Source>
 class Scan {
  public:
@@ -66,9 +66,10 @@ class Scan {
     int64_t missing = 0;
     bool changed = false;
     const Py_ssize_t n = PyList_GET_SIZE(params_.ptr());
+    py::object held;
     View view;
     for (Py_ssize_t i = 0; i < n; ++i) {
-      const Gradient gradient = source_.gradient(PyList_GET_ITEM(params_.ptr(), i), view);
+      const Gradient gradient = source_.gradient(PyList_GET_ITEM(params_.ptr(), i), view, held);
       const int64_t found = gradient == Gradient::missing    ? 0
                             : gradient == Gradient::unusable ? kMismatch
                                                              : address(view, grad_layouts_ + i * width_);

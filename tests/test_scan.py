@@ -13,9 +13,11 @@ import torch
 from cases import Spec
 from test_ops import GRADIENTS
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sharpkern as sk
+from sharpkern import memory, ops
 from sharpkern.memory import members
 from sharpkern.memory.shapes import strides_of
 from sharpkern.ops import scan, schema
@@ -101,6 +103,19 @@ def test_gradients_of_another_class(path: str, monkeypatch: pytest.MonkeyPatch) 
     found = scan_of([holder], layouts)
     assert found.gather(column.data_ptr(), 1) == (int(path == "dlpack"), 0, True)
     assert column.item() == (schema.MISMATCH if path == "dlpack" else holder.grad.data_ptr())
+
+
+@every_path
+def test_no_gradient_is_held(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last gradient lives no longer than its parameter says."""
+    take(path, monkeypatch)
+    p = nn.Parameter(torch.ones(5))
+    opt = sk.SAM([p], torch.optim.SGD, lr=0.1)
+    p.grad = torch.ones(5)
+    memory = StorageWeakRef(p.grad.untyped_storage())
+    opt.first_step()
+    opt.second_step(zero_grad=True)
+    assert memory.expired()
 
 
 @every_scan
@@ -197,6 +212,7 @@ def test_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(scan._aten, attribute, value)
             patch.delitem(sys.modules, scan.__name__)
+            patch.setattr(ops, "scan", scan)  # which the import replaces
             again = importlib.import_module(scan.__name__)
             assert (again.path() == "aten") == (value != "2.13.0 0")
 
@@ -205,10 +221,11 @@ def test_lists_and_dictionaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension's answers are Python's."""
     a, b = torch.ones(1), torch.ones(1)
     modules = [members]
-    if PATHS["dlpack"]:
+    if scan.Scan is not None:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "sharpkern._C", None)
             patch.delitem(sys.modules, members.__name__)
+            patch.setattr(memory, "members", members)
             modules.append(importlib.import_module(members.__name__))
     assert len({module.identical for module in modules}) == len(modules)
     for module in modules:

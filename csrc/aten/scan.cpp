@@ -36,7 +36,7 @@ struct Aten {
     return THPVariable_Check(tensor) && view(THPVariable_Unpack(tensor), out);
   }
 
-  static Gradient gradient(PyObject* param, View& out) {
+  static Gradient gradient(PyObject* param, View& out, py::object&) {
     const at::Tensor& grad = THPVariable_Unpack(param).grad();
     if (!grad.defined()) {
       return Gradient::missing;

@@ -249,12 +249,12 @@ class Layouts:
             found.append(state.expose(self.state, wanted, partial(touched, state.layout)))
         if any(found):
             self.count_own()
-            self.state_written()
 
     def count_own(self) -> None:
-        """Note how many parameters have the algorithm's state."""
+        """A step put state where it belongs: note that, and how many parameters have the algorithm's."""
         for name in self._own_state:
             self._scalars[f"{name}_count"] = sum(state.count(name) for state in self.states)
+        self.state_written()
 
     def exposed(self, name: str) -> list[Tensor]:
         """Every parameter's state of this name."""

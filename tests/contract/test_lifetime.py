@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods import Method, each_method, every_by_hand
+from methods import METHODS, Method, each_method, every_by_hand, over
 from models import assert_same_bits, batches, make_closure, make_net, train, train_by_hand, weights
 from torch import Tensor
 
@@ -150,3 +150,16 @@ def test_a_state_dict_loads_through_a_proxy(method: Method, base: str, proxy: st
         train_by_hand(model, wrapped if through else opt, batches(3, f32, seed=4))
         train_by_hand(twin, straight, batches(3, f32, seed=4))
         assert_same_bits(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@over(METHODS[name] for name in ("looksam", "friendlysam", "vasso"))
+def test_state_stays_where_it_is(method: Method, momentum: float) -> None:
+    """From the first step that has any: whoever holds it, or captured a step, has the live one."""
+    model = make_net()
+    opt = method.make(model.named_parameters(), torch.optim.SGD, lr=0.05, momentum=momentum)
+    train(model, opt, batches(1))
+    held = [(p, name, id(x)) for p in model.parameters() for name, x in opt.state[p].items()]
+    assert held
+    train(model, opt, batches(3))
+    assert all(id(opt.state[p][name]) == at for p, name, at in held)
