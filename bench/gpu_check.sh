@@ -80,7 +80,9 @@ sanitize() { # the caching allocator hides what lies outside a tensor
 
 bench() { # bench SECTIONS: each into a file of its own, all of which are rendered
     run "bench $1" bench.log "$PYTHON" -m bench --device cuda ${DRY_RUN:+--dry-run} --out "$OUT/gpu-$1.json" --sections "$1"
-    for results in "$OUT"/gpu-*.json; do "$PYTHON" -m bench.render "$results"; done | tee "$OUT/gpu.md"
+    for results in "$OUT"/gpu-*.json; do
+        [[ ! -f $results ]] || "$PYTHON" -m bench.render "$results"
+    done | tee "$OUT/gpu.md"
 }
 
 profile() { # the program starts the profiler itself, once everything is warm
