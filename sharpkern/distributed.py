@@ -25,6 +25,11 @@ from .memory.shards import (
     processes_of,
 )
 
+EXCHANGED = (
+    "m_sharpness: gradients of the first pass were exchanged, because the exchange was turned on within it, or the "
+    "forward pass was not within first_pass()"
+)
+
 
 class DataParallel:
     """A model under DistributedDataParallel: every process has a copy.
@@ -121,11 +126,6 @@ class Replicas:
             # Their memory belongs to the stream of the reduction, which goes on meanwhile.
             shards.record_stream(torch.accelerator.current_stream(shards.device))
 
-
-EXCHANGED = (
-    "m_sharpness: gradients of the first pass were exchanged, because the exchange was turned on within it, or the "
-    "forward pass was not within first_pass()"
-)
 
 _replicas: weakref.WeakKeyDictionary[nn.Module, Replicas] = weakref.WeakKeyDictionary()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sharpkern as sk
-from bench import ops, render, steps
+from bench import host, memory, ops, render, steps
 from bench.__main__ import SECTIONS, main
 from bench.baselines import BASES, RHO, Unavailable
 from bench.contenders import CONTENDERS, KINDS
@@ -305,3 +305,24 @@ def test_a_run_that_is_killed_leaves_whole_rows(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         run.save()
     assert json.loads(out.read_text(encoding="utf-8"))["rows"] == [{"ms": 1.0}]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell of memory")
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measures is what is counted elsewhere: a backup, and momentum."""
+    monkeypatch.setattr(memory, "COUNT", 12_000_000)  # so many that the system gets them back at once
+    options = {"lr": 1e-3, "momentum": 0.9}
+    memory.measure(lambda params: sk.SAM(params, torch.optim.SGD, lr=1e-3))
+    assert memory.measure(lambda params: torch.optim.SGD(params, **options)) == pytest.approx((4, 4), abs=0.5)
+    assert memory.measure(lambda params: sk.SAM(params, torch.optim.SGD, **options)) == pytest.approx((8, 8), abs=0.5)
+
+
+def test_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each way that is there has its column."""
+    found: list[str] = []
+    monkeypatch.setattr(host, "microseconds", lambda step, **_: (step(), found.append(host.scan.path()), 1.0)[-1])
+    host.main()
+    ways = ["aten", "dlpack", "op"][["aten", "dlpack", "op"].index(host.scan.path()) :]
+    cells = [row.split("|")[2:-1] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row.count(" 1 ") for row in cells] == [len(ways) + 2] * 3
+    assert found == [*ways, host.scan.path(), host.scan.path()] * 3

@@ -17,7 +17,7 @@ from .layout import SCRATCH, Layout
 from .members import count_entries, identical
 from .scalars import Scalars
 from .shapes import SUPPORTED_DTYPES, is_dense
-from .shards import Scope, check_supported, everybody_of, is_sharded, local, placing, scope_of
+from .shards import Scope, check_supported, holders_of, is_sharded, local, placing, scope_of
 from .state import LayoutState, Names, check_shapes
 
 Group = dict[str, Any]
@@ -186,7 +186,7 @@ class Layouts:
                 if p in backups:
                     layout.take_over(i, *backups[p])
         placings = [layout.placing for layout in layouts]
-        everybody = next((found for p, _ in laid if is_sharded(p) and (found := everybody_of(p))), None)
+        everybody = next((found for p, _ in laid if is_sharded(p) and (found := holders_of(p))), None)
         if (placings, everybody) != self._scoped:
             self.scope, self._scoped = scope_of(placings, everybody), (placings, everybody)
         self._layouts, self.idle = layouts, idle

@@ -200,7 +200,7 @@ def note_copies(model: nn.Module, everybody: Processes) -> None:
     _copies[model] = everybody
 
 
-def everybody_of(p: Tensor) -> Processes | None:
+def holders_of(p: Tensor) -> Processes | None:
     """The processes of all copies of a parameter; None where there is one copy."""
     found = (everybody for model, everybody in list(_copies.items()) if any(p is q for q in model.parameters()))
     return next(found, None)
