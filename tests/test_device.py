@@ -6,6 +6,7 @@ of a device whose kernels cannot read the host's memory.
 
 from __future__ import annotations
 
+import importlib
 import math
 import mmap
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import Problem, Spec
 from methods import orthonormal
 from models import assert_same_bits, batches, make_closure, make_net, train, weights
 from remote import Graphs, pretend
+from test_ops import run_and_check
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +32,9 @@ from sharpkern.memory.table import Table
 from sharpkern.memory.transfer import GroupTable, Receiver, Sender
 from sharpkern.ops import schema
 
+triton = pytest.importorskip("triton")
+tl = triton.language
+walk = importlib.import_module("sharpkern.ops.triton.walk")
 SGD, AdamW, RMSprop = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
 
 pytestmark = pytest.mark.skipif("triton" not in sk.available_backends("cpu"), reason="no Triton interpreter")
@@ -264,6 +270,49 @@ def test_launches_around_a_wrapped_optimizer(launched: list[str]) -> None:
     opt.first_step()
     opt.second_step()
     assert launched == ["norm_kernel", "ascend_kernel", "norm_kernel", "restore_kernel"]
+
+
+# Who walks what.
+
+
+@triton.jit
+def note_kernel(table, stride_row, stride_column, blocks, n_blocks, runs, ends, T: tl.constexpr, A: tl.constexpr):
+    i, end = walk.share(n_blocks)
+    while i < end:
+        first, last = walk.rest_of_run(i, n_blocks)
+        tl.store(runs + first, tl.program_id(0))
+        tl.store(ends + first, last)
+        i += last - first
+
+
+@pytest.mark.parametrize("n_blocks", [0, 1, 2, 3, 7, 11, 12, 13, 24, 25, 35, 100])
+def test_blocks_are_taken_in_runs(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three programs in turns; the last round shares out what remains, to a block alike."""
+    monkeypatch.setattr(walk, "RUN", tl.constexpr(4))
+    takers, ends = torch.full((2, n_blocks), -1)
+    blocks = torch.zeros(n_blocks, 2, dtype=torch.int32)
+    walk.launch(
+        note_kernel, torch.zeros(1, schema.COLUMNS, dtype=torch.int64), blocks, takers, ends, dtype=torch.float32
+    )
+    runs, begin = [], 0
+    while begin < n_blocks:
+        runs.append((int(takers[begin]), int(ends[begin]) - begin))
+        begin = int(ends[begin])
+    assert (takers >= 0).sum() == len(runs)
+    rounds, rest = divmod(n_blocks, 12)
+    assert runs[: 3 * rounds] == [(0, 4), (1, 4), (2, 4)] * rounds
+    last = runs[3 * rounds :]
+    assert [program for program, _ in last] == sorted({program for program, _ in last})
+    assert sum(n for _, n in last) == rest
+    assert not last or max(n for _, n in last) - min(n for _, n in last) <= 1
+
+
+@pytest.mark.parametrize("op", [op for op in schema.SCHEMAS if op not in ("gather", "mix")])
+def test_a_program_may_come_back_to_a_row(op: str, remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of two blocks: each of the three programs has several stretches of either long row, and counts them."""
+    monkeypatch.setattr(walk, "RUN", tl.constexpr(2))
+    specs = [Spec((13 * schema.BLOCK + 5,)), Spec((300,), grad=False), Spec((9 * schema.BLOCK,), offset=1, group=1)]
+    run_and_check(op, Problem(specs, torch.float32, op), "triton")
 
 
 # What goes to the device.

@@ -58,7 +58,7 @@ def combine_kernel(
     rest = tl.zeros((STEP,), A)
     begin, end = share(n_blocks)
     while go & (begin < end):
-        at = stretch(table, stride_row, stride_column, blocks, begin, end)
+        at = stretch(table, stride_row, stride_column, blocks, begin, n_blocks)
         target = address(out, at.slot, A)
         second = address(v, at.slot, A)
         if FLAT:

@@ -77,7 +77,7 @@ def norm_kernel(
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         grad = at.grad
         addresses = grad
         param = at.param

@@ -98,7 +98,7 @@ def norm_max_kernel(
     rest = (tl.zeros((STEP,), A), tl.zeros((STEP,), A))
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         if at.grad != 0:
             sums, rest = walk_sums(add_squares_and_max, at.grad, at, sums, rest, (at.grad, T, A))
         b += at.n
@@ -132,7 +132,7 @@ def norm_p_kernel(
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         if at.grad != 0:
             sums, rest = walk_sums(add_powers, at.grad, at, sums, rest, (at.grad, near, inverse, y, T, A))
         b += at.n
@@ -180,7 +180,7 @@ def ascend_p_kernel(
         scale = tl.exp(-y * tl.log(root + float64(eps) / m))
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         param = at.param
         grad = at.grad
         s = (tl.load(radius + 2 * at.group) * scale).to(A)

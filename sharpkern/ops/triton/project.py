@@ -48,7 +48,7 @@ def dots_kernel(
     rest = (tl.zeros((STEP,), A), tl.zeros((STEP,), A))
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         has_first = at.backup != 0
         first = tl.where(has_first, address(gradient, at.slot, T), at.grad)  # read in any case
         if at.grad != 0:
@@ -89,7 +89,7 @@ def project_kernel(
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
     while go & (b < end):
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         has_first = at.backup != 0
         has_second = at.grad != 0
         target = address(g_v, at.slot, A)

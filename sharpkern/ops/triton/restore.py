@@ -28,7 +28,7 @@ def restore_kernel(
     W: tl.constexpr = A if MASTER else T
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, end)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
         if at.backup != 0:
             source = address(backup, at.slot, W)
             walk(copy, at.param | source, at, (at.param, source, T, W))

@@ -1,7 +1,8 @@
 """How a Triton kernel walks the segments, and how it is launched.
 
-The blocks of ``schema.BLOCK`` elements are dealt out to a fixed number of programs, each a run of neighbours.
-A program so sees few rows, and reads a row's addresses and coefficients once. Whole blocks take a loop without
+The blocks of ``schema.BLOCK`` elements are cut into runs of neighbours. A fixed number of programs takes them in turns,
+program p the runs p, p + programs, ...: what is read at the same time lies side by side, and rows with nothing to do
+leave no program idle. A program reads a row's addresses and coefficients once a run. Whole blocks take a loop without
 masks, which the compiler turns into 16-byte accesses; the end of a row, and rows whose addresses are not multiples
 of 16 bytes, take another one.
 """
@@ -44,14 +45,41 @@ ELEMENT = {
 STEP = tl.constexpr(256)
 # Programs a multiprocessor gets. Eight fill one with 2048 threads; more would only shorten their runs.
 PROGRAMS = 8
+# Blocks of a run: 128 KiB of float32, beside which a row's cells and coefficients are little.
+RUN = tl.constexpr(16)
+
+
+@triton.jit
+def last_round(n_blocks):
+    """(how many rounds of runs of RUN blocks there are before the last one; this program's blocks [begin, end) in that,
+    which shares out what remains)."""
+    programs = tl.num_programs(0)
+    rounds = n_blocks // (programs * RUN)
+    first = rounds * programs * RUN
+    # In 64 bits, whose division is a call: without one ptxas would unroll other loops until it spills.
+    program = tl.program_id(0).to(tl.int64)
+    rest = n_blocks - first
+    begin = first + (rest * program // programs).to(tl.int32)
+    end = first + (rest * (program + 1) // programs).to(tl.int32)
+    return rounds, begin, end
 
 
 @triton.jit
 def share(n_blocks):
-    """[begin, end): the blocks of this program."""
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
-    return program * n_blocks // programs, (program + 1) * n_blocks // programs
+    """[begin, end): the numbers of this program's blocks, in the order in which it takes them."""
+    rounds, begin, end = last_round(n_blocks)
+    return tl.full((), 0, tl.int32), rounds * RUN + end - begin
+
+
+@triton.jit
+def rest_of_run(i, n_blocks):
+    """The blocks [begin, end) from the one with this program's number i to the end of its run."""
+    rounds, begin, end = last_round(n_blocks)
+    round = i // RUN
+    if round < rounds:
+        begin = (round * tl.num_programs(0) + tl.program_id(0)) * RUN
+        end = begin + RUN
+    return begin + i % RUN, end
 
 
 class Stretch(NamedTuple):
@@ -73,8 +101,10 @@ class Stretch(NamedTuple):
 
 
 @triton.jit
-def stretch(table, stride_row, stride_column, blocks, b, end):
-    """Of the blocks [b, end) those of the first one's row. What a kernel does not use of it is not read."""
+def stretch(table, stride_row, stride_column, blocks, i, n_blocks):
+    """Of this program's blocks, from its number i on, those of one run and row. What a kernel does not use of it is
+    not read."""
+    b, end = rest_of_run(i, n_blocks)
     row = tl.load(blocks + 2 * b).to(tl.int64)
     k = tl.load(blocks + 2 * b + 1).to(tl.int64)
     cells = table + row * stride_row
@@ -83,7 +113,7 @@ def stretch(table, stride_row, stride_column, blocks, b, end):
     return Stretch(
         row,
         k,
-        tl.minimum(end - b, count - k),
+        tl.minimum(end - b, (count - k).to(tl.int32)),
         count,
         cells,
         stride_column,
