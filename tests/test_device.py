@@ -279,7 +279,7 @@ def test_launches_around_a_wrapped_optimizer(launched: list[str]) -> None:
 def note_kernel(table, stride_row, stride_column, blocks, n_blocks, runs, ends, T: tl.constexpr, A: tl.constexpr):
     i, end = walk.share(n_blocks)
     while i < end:
-        first, last = walk.rest_of_run(i, n_blocks)
+        first, last = walk.rest_of_run(i, n_blocks, False)
         tl.store(runs + first, tl.program_id(0))
         tl.store(ends + first, last)
         i += last - first
@@ -313,6 +313,25 @@ def test_a_program_may_come_back_to_a_row(op: str, remote: None, monkeypatch: py
     monkeypatch.setattr(walk, "RUN", tl.constexpr(2))
     specs = [Spec((13 * schema.BLOCK + 5,)), Spec((300,), grad=False), Spec((9 * schema.BLOCK,), offset=1, group=1)]
     run_and_check(op, Problem(specs, torch.float32, op), "triton")
+
+
+@pytest.mark.parametrize("op", [op for op in schema.SCHEMAS if op not in ("gather", "mix")])
+def test_a_move_begins_where_a_sum_ended(op: str, remote: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    begins: list[int] = []
+    call = InterpretedFunction.__call__
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(function, *args, **kwargs)
+        if function.fn.__name__ == "rest_of_run":
+            begins.append(int(result[0].handle.data[0]))
+        return result
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", noted)
+    run_and_check(op, Problem([Spec((6 * schema.BLOCK,))], torch.float32, op), "triton")
+    moves = ("ascend", "ascend_scaled", "ascend_p", "project", "sgd", "adam", "nudge_sgd")
+    assert begins == ([4, 2, 0] if op in moves else [0, 2, 4])
 
 
 # What goes to the device.

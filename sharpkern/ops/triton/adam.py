@@ -85,7 +85,7 @@ def adam_kernel(
     a, b = scales(norm, max_norm, coefficients, A, MIXED)
     i, end = share(n_blocks)
     while i < end:
-        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks, BACKWARDS=True)
         param = at.param
         grad = at.grad
         source = source_of(at, backup, T, A, BACKED, MASTER)

@@ -72,7 +72,7 @@ def ascend_kernel(
     go = finite | (not SKIP)
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks, BACKWARDS=True)
         param = at.param
         grad = at.grad
         if WEIGHTS:

@@ -149,7 +149,7 @@ def nudge_sgd_kernel(
     row_bytes = size.to(tl.int64) * (A.primitive_bitwidth // 8)
     i, end = share(n_blocks)
     while i < end:
-        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks, BACKWARDS=True)
         source = source_of(at, master, T, A, False, MASTER)
         if go & (at.grad != 0):
             x, weight_decay, sign, buffered, before, decay, intake = group_of(values, step, at, A, BUFFER)

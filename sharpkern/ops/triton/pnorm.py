@@ -180,7 +180,7 @@ def ascend_p_kernel(
         scale = tl.exp(-y * tl.log(root + float64(eps) / m))
     b, end = share(n_blocks)
     while b < end:
-        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks, BACKWARDS=True)
         param = at.param
         grad = at.grad
         s = (tl.load(radius + 2 * at.group) * scale).to(A)

@@ -89,7 +89,7 @@ def project_kernel(
     rest = tl.zeros((STEP,), A)
     b, end = share(n_blocks)
     while go & (b < end):
-        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, b, n_blocks, BACKWARDS=True)
         has_first = at.backup != 0
         has_second = at.grad != 0
         target = address(g_v, at.slot, A)

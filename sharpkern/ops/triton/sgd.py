@@ -53,7 +53,7 @@ def sgd_kernel(
     count_skipped(counters, go, COUNT)
     i, end = share(n_blocks)
     while i < end:
-        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks)
+        at = stretch(table, stride_row, stride_column, blocks, i, n_blocks, BACKWARDS=True)
         param = at.param
         grad = at.grad
         source = source_of(at, backup, T, A, BACKED, MASTER)

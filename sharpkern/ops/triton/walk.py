@@ -2,9 +2,10 @@
 
 The blocks of ``schema.BLOCK`` elements are cut into runs of neighbours. A fixed number of programs takes them in turns,
 program p the runs p, p + programs, ...: what is read at the same time lies side by side, and rows with nothing to do
-leave no program idle. A program reads a row's addresses and coefficients once a run. Whole blocks take a loop without
-masks, which the compiler turns into 16-byte accesses; the end of a row, and rows whose addresses are not multiples
-of 16 bytes, take another one.
+leave no program idle. What moves goes through the blocks backwards, since the sum before it has left the end in the
+cache. A program reads a row's addresses and coefficients once a run. Whole blocks take a loop without masks, which the
+compiler turns into 16-byte accesses; the end of a row, and rows whose addresses are not multiples of 16 bytes, take
+another one.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ def share(n_blocks):
 
 
 @triton.jit
-def rest_of_run(i, n_blocks):
+def rest_of_run(i, n_blocks, BACKWARDS: tl.constexpr):
     """The blocks [begin, end) from the one with this program's number i to the end of its run."""
     rounds, begin, end = last_round(n_blocks)
     round = i // RUN
     if round < rounds:
         begin = (round * tl.num_programs(0) + tl.program_id(0)) * RUN
         end = begin + RUN
+    if BACKWARDS:
+        begin, end = n_blocks - end, n_blocks - begin
     return begin + i % RUN, end
 
 
@@ -101,10 +104,10 @@ class Stretch(NamedTuple):
 
 
 @triton.jit
-def stretch(table, stride_row, stride_column, blocks, i, n_blocks):
+def stretch(table, stride_row, stride_column, blocks, i, n_blocks, BACKWARDS: tl.constexpr = False):
     """Of this program's blocks, from its number i on, those of one run and row. What a kernel does not use of it is
     not read."""
-    b, end = rest_of_run(i, n_blocks)
+    b, end = rest_of_run(i, n_blocks, BACKWARDS)
     row = tl.load(blocks + 2 * b).to(tl.int64)
     k = tl.load(blocks + 2 * b + 1).to(tl.int64)
     cells = table + row * stride_row
