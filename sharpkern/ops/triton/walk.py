@@ -44,7 +44,9 @@ ELEMENT = {
 
 # Elements at a time where there are masks: so few that this path costs the other one no registers.
 STEP = tl.constexpr(256)
-# Programs a multiprocessor gets. Eight fill one with 2048 threads; more would only shorten their runs.
+# Programs a multiprocessor gets: no more of 256 threads fit. With the registers of ``options`` 4 of them run at a time
+# at least, of float64 2; of kernels that take fewer registers, as only the compiler knows, more do. The others wait for
+# runs like those of the first ones. So the number, on which the order of a sum depends, goes by the device alone.
 PROGRAMS = 8
 # Blocks of a run: 128 KiB of float32, beside which a row's cells and coefficients are little.
 RUN = tl.constexpr(16)
