@@ -237,6 +237,7 @@ def norm_max(
         bits(decay),
         bits(coefficient),
         dtype=dtype,
+        mixed=True,
         EMA=ema.numel() > 0,
     )
 
@@ -255,7 +256,7 @@ def norm_p(
     check_segments([], grads, table, blocks, dtype)
     check_sums(sq, partials, table, blocks)
     check_vector(largest, table, "largest")
-    launch(norm_p_kernel, table, blocks, sq, partials, largest, largest.numel(), bits(q), dtype=dtype)
+    launch(norm_p_kernel, table, blocks, sq, partials, largest, largest.numel(), bits(q), dtype=dtype, mixed=True)
 
 
 def ascend_p(

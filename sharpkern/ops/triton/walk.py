@@ -274,8 +274,9 @@ def options(backend: str, dtype: torch.dtype, mixed: bool) -> dict[str, Any]:
     """How a kernel is compiled for one of Triton's backends.
 
     Args:
-        mixed: whether the kernel has float32 state beside its parameters, whatever their dtype. Half-precision
-            parameters then get 16 elements a thread, which an H100 goes through faster than 4 or 8.
+        mixed: whether the kernel has float32 state beside its parameters, whatever their dtype, or needs as many
+            registers. Half-precision parameters then get 16 elements a thread, which an H100 goes through faster than
+            4 or 8.
     """
     half = dtype.itemsize == 2
     threads = 128 if half and mixed else 256
