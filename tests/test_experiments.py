@@ -45,9 +45,10 @@ SETTINGS: dict[str, Any] = {
     "model": "mlp-64-256-256-10-bn",
     "train_size": 128,
     "held_out": 28,
+    "augment": False,
+    "pretrain": None,
     "batch_size": 32,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
+    "base": {"name": "SGD", "momentum": 0.9, "weight_decay": 5e-4},
     "warmup_epochs": 1,
     "hessian_examples": 20,
     "epochs": 2,
@@ -353,7 +354,7 @@ def test_intervals() -> None:
     assert cells["SAM"][-2] == f"{(80 + noise[1]).mean():.2f} ± {noise[1].std(ddof=1):.2f}"
     pairs = noise[1] - noise[0]
     expected = stats.ttest_1samp(pairs, 0).confidence_interval(0.95)
-    cells = {cells[1]: cells for cells in tables.difference_table(list(rows.values())).cells}
+    cells = {cells[1]: cells for cells in tables.difference_table(study, list(rows.values())).cells}
     assert cells["SAM"][2] == f"{pairs.mean():+.2f} ± {(expected.high - expected.low) / 2:.2f}"
     assert cells["AESAM"][2] == "+0.00 ± 0.00"
 
@@ -375,7 +376,11 @@ BAD_SETTINGS = [
     ({"seeds": True}, "seeds True"),
     ({"batch_size": 1}, "batch_size 1"),
     ({"train_size": 1.5}, "train_size 1.5"),
-    ({"momentum": "0.9"}, "momentum '0.9'"),
+    ({"base": {"momentum": 0.9}}, "has no name"),
+    ({"base": {"name": "SGD", "momentum": "0.9"}}, "SGD with"),
+    ({"augment": 1}, "augment 1"),
+    ({"pretrain": {"classes": 5}}, "pretrain {'classes': 5}"),
+    ({"pretrain": {"classes": 9, "epochs": 1, "lr": 0.1}}, "classes is from 1 to 8"),
     ({"dataset": "imagenet"}, "'imagenet'"),
     ({"model": ["mlp"]}, "['mlp']"),
     ({"model": "mlp-784-512-256-10"}, "is not for digits"),
@@ -384,6 +389,8 @@ BAD_SETTINGS = [
     ({"noise": [40, 40.0]}, "noise [40, 40.0]"),
     ({"optimizers": {}}, "optimizers"),
     ({"optimizers": {"Sam": {"lr": [0.1]}}}, "'Sam' is unknown"),
+    ({"optimizers": {"Adaptive SGD": {"lr": [0.1]}}}, "'Adaptive SGD' is unknown"),
+    ({"optimizers": {"Adaptive AESAM": {"lr": [0.1]}}}, "Adaptive AESAM with"),
     ({"optimizers": {"policy": {"lr": [0.1]}}}, "'policy' is unknown"),
     ({"optimizers": {"SAM": [0.1]}}, "SAM: its grid"),
     ({"optimizers": {"SAM": {"lr": 0.1}}}, "SAM: lr 0.1 is no list"),
@@ -477,6 +484,7 @@ def test_held_out_labels_are_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "accuracy", lambda model, x, y: measured.append((x, y)) or 50.0)
     monkeypatch.setattr(training, "sharpness", lambda *_: 0.0)
     monkeypatch.setattr(training, "largest_eigenpair", lambda *_: (0.0, None))
+    monkeypatch.setattr(training, "hessian_trace", lambda *_: 0.0)
     monkeypatch.setattr(training, "loss_slice", lambda *_: [])
     arguments = (("epochs", 1), ("lr", 0.05))
     training.train(data, study, Job("trial", 40, "SGD", arguments, 7), tick=lambda: None)
