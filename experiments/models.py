@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,7 @@ def mlp() -> nn.Module:
 def convnet_bn() -> nn.Module:
     """For 28x28 images: three convolutions that halve the sides, a hidden layer; batch norm after each."""
     widths, layers = (1, 16, 32, 64), []
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
         layers += [
             nn.Conv2d(before, after, 3 if i else 5, stride=2, padding=1 if i else 2, bias=False),
             nn.BatchNorm2d(after),
