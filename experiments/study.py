@@ -51,7 +51,8 @@ class Run:
     train_loss: list[float | None] = field(default_factory=list)  # None: not finite
     accuracy: list[float] = field(default_factory=list)  # percent
     evaluations: list[float] = field(default_factory=list)  # of the gradient, so far
-    seconds: list[float] = field(default_factory=list)  # of the training steps so far, nothing else
+    # Of the training steps so far, nothing else; of the clock on a GPU, else of the processor.
+    seconds: list[float] = field(default_factory=list)
     second_pass_share: float = 0.0  # percent of the steps
     sharpness: float | None = None
     hessian_eigenvalue: float | None = None  # the largest

@@ -38,7 +38,7 @@ class Row:
 
     @property
     def epoch_seconds(self) -> float:
-        """The median over the seeds: another program may take the processor for a while."""
+        """The median over the seeds: other programs share caches and memory with it."""
         return statistics.median(run.seconds[-1] / self.epochs for run in self.runs.values())
 
 

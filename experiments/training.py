@@ -134,10 +134,11 @@ def train(data: Data, study: Study, job: Job, tick: Callable[[], None], model: n
 
 
 def now(device: torch.device) -> float:
-    """Seconds. A GPU works on after a call returns, so it is waited for."""
+    """Seconds: of the clock on a GPU, which is waited for; on a CPU the process's own, whatever else is at work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def finite(value: Tensor | float) -> float | None:
