@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -35,6 +36,7 @@ class Data:
     test_y: Tensor
     first_class: int = 0  # there are none below it
     weights: Mapping[str, Tensor] | None = None  # that a training starts from; None: random ones
+    digest: str = ""  # of the examples before they are standardized
 
 
 def digits() -> Data:
@@ -101,6 +103,9 @@ def load_data(
             raise Failure(f"{train_size} training examples are wanted: {dataset} has {available}")
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data.train_x, data.train_y = data.train_x[chosen], data.train_y[chosen]
+    digest = hashlib.sha256()
+    for tensor in (data.train_x, data.train_y, data.test_x, data.test_y):
+        digest.update(tensor.contiguous().numpy())
     mean, std = data.train_x.mean(), data.train_x.std().clamp_min(1e-6)
     if pretraining:
         data = of_classes(whole, 0, first_class)
@@ -110,6 +115,7 @@ def load_data(
         train_y=data.train_y.to(device),
         test_x=((data.test_x - mean) / std).to(device),
         test_y=data.test_y.to(device),
+        digest=digest.hexdigest()[:16],
     )
 
 

@@ -107,13 +107,16 @@ def finish(
     """
     with opened(path) as file:
         headers, runs = read(path)
-        mine = header(study, device)
+        data = load_part(study, folder, device)
+        hold_out(data, study.held_out, 0)  # whether there are enough
+        mine = header(study, device) | {"examples": data.digest}
+        if headers and headers[0].get("examples", data.digest) != data.digest:
+            raise Failure(f"{path} has runs with other examples: name another --out")
         for name, value in mine["settings"].items() if headers else ():
             before = headers[0]["settings"].get(name)
             if name not in OF_RUNS and before != value:
                 raise Failure(f"{path} has runs with {name} {before}, not {value}: name another --out")
         load = (study, folder, device, path.with_name("pretrained.pt"))
-        hold_out(load_part(study, folder, device), study.held_out, 0)  # whether there are enough
         if not headers or headers[0] != mine:
             append(file, json.dumps(mine) + "\n")
         if study.pretrain and not load[-1].exists():

@@ -103,9 +103,9 @@ def idx(array: np.ndarray, magic: bytes | None = None) -> bytes:
     return magic + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
 
 
-def fashion_files(train: int = 70, test: int = 30) -> dict[str, bytes]:
+def fashion_files(train: int = 70, test: int = 30, seed: int = 0) -> dict[str, bytes]:
     """The four files, by name, one of them compressed."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     files = {}
     for part, count in (("train", train), ("t10k", test)):
         files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 28, 28)))
@@ -231,7 +231,7 @@ def test_no_run_twice(finished: Path) -> None:
     header, *runs = lines_of(finished)
     known = [json.dumps([run[name] for name in Job._fields], sort_keys=True) for run in runs]
     assert len(set(known)) == len(known)
-    assert {"commit", "versions", "device"} <= header.keys()
+    assert {"commit", "versions", "device", "examples"} <= header.keys()
     assert header["settings"] == SETTINGS
     trials = Counter((run["noise"], run["optimizer"]) for run in runs if run["stage"] == "trial")
     assert trials == {(noise, name): 3 for noise in (0, 40) for name in SETTINGS["optimizers"]}
@@ -456,7 +456,7 @@ def test_script_error() -> None:
     assert script("--seeds", "0") == (2, "", "error: argument --seeds: '0' is not a whole number from 1 up\n")
 
 
-def test_fashion_mnist(tmp_path: Path) -> None:
+def test_fashion_mnist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "data", fashion_files())
     changes = {
         "dataset": "fashion-mnist",
@@ -467,8 +467,15 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     }
     settings = settings_file(tmp_path, **changes, epochs=1, optimizers={"ASAM": {"lr": [0.05], "rho": [0.5]}})
     out = tmp_path / "out"
-    assert command.main([str(settings), "--data-dir", str(folder), "--out", str(out), "--processes", "1"]) == 0
+    arguments = [str(settings), "--out", str(out), "--processes", "1", "--data-dir"]
+    assert command.main([*arguments, str(folder)]) == 0
     assert [run["stage"] for run in lines_of(out)[1:]] == ["trial", "final", "final"]
+    # Runs of other examples do not go into the same file.
+    other = write(tmp_path / "other", fashion_files(seed=1))
+    before = (out / "runs.jsonl").read_bytes()
+    capsys.readouterr()
+    check_error(capsys, [*arguments, str(other)], "other examples")
+    assert (out / "runs.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["convnet-16-32-64-bn", "transformer-64-2"])
