@@ -150,7 +150,7 @@ def render(out: Path, name: str) -> None:
         raise Failure(f"{path} is empty")
     study = from_settings(headers[0]["settings"])
     rows = tables.make_rows(study, runs)
-    made = [tables.accuracy_table(rows), tables.difference_table(rows), tables.price_table(rows)]
+    made = [tables.accuracy_table(rows), tables.difference_table(study, rows), tables.price_table(study, rows)]
     trials = tables.trial_table(study, runs)
     commits = dict.fromkeys(header.get("commit", "") for header in reversed(headers))
     text = "\n".join(table.markdown() for table in (*made, trials))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -31,6 +34,9 @@ class Data:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    first_class: int = 0  # there are none below it
+    weights: Mapping[str, Tensor] | None = None  # that a training starts from; None: random ones
+    digest: str = ""  # of the examples before they are standardized
 
 
 def digits() -> Data:
@@ -79,33 +85,68 @@ def fashion_mnist(folder: Path) -> Data:
     return Data(*tensors)
 
 
-def load_data(dataset: str, folder: Path | None, train_size: int | None, device: torch.device) -> Data:
-    """The data set, cut to ``train_size``, standardized and moved to the device."""
-    data = digits() if folder is None else fashion_mnist(folder)
+def load_data(
+    dataset: str,
+    folder: Path | None,
+    train_size: int | None,
+    device: torch.device,
+    first_class: int = 0,
+    pretraining: bool = False,
+) -> Data:
+    """The data set on the device, standardized: of the classes from ``first_class`` on, cut to ``train_size``, or all
+    of those below it, for the pretraining."""
+    whole = digits() if folder is None else fashion_mnist(folder)
+    data = of_classes(whole, first_class, CLASSES)
     available = len(data.train_y)
     if train_size is not None:
         if train_size > available:
             raise Failure(f"{train_size} training examples are wanted: {dataset} has {available}")
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data.train_x, data.train_y = data.train_x[chosen], data.train_y[chosen]
+    digest = hashlib.sha256()
+    for tensor in (data.train_x, data.train_y, data.test_x, data.test_y):
+        digest.update(tensor.contiguous().numpy())
     mean, std = data.train_x.mean(), data.train_x.std().clamp_min(1e-6)
-    return Data(
-        ((data.train_x - mean) / std).to(device),
-        data.train_y.to(device),
-        ((data.test_x - mean) / std).to(device),
-        data.test_y.to(device),
+    if pretraining:
+        data = of_classes(whole, 0, first_class)
+    return replace(
+        data,
+        train_x=((data.train_x - mean) / std).to(device),
+        train_y=data.train_y.to(device),
+        test_x=((data.test_x - mean) / std).to(device),
+        test_y=data.test_y.to(device),
+        digest=digest.hexdigest()[:16],
     )
 
 
-def with_noise(labels: Tensor, percent: float, seed: int) -> Tensor:
+def of_classes(data: Data, first: int, end: int) -> Data:
+    train, test = ((first <= y) & (y < end) for y in (data.train_y, data.test_y))
+    return Data(data.train_x[train], data.train_y[train], data.test_x[test], data.test_y[test], first)
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to two pixels along both sides, and every second one mirrored, at random."""
+    n, _, height, width = images.shape
+    down, right = torch.randint(0, 5, (2, n, 1), generator=generator)
+    mirrored = torch.randint(0, 2, (n, 1), generator=generator).bool()
+    columns = torch.arange(width)
+    rows = torch.arange(height) + down
+    columns = torch.where(mirrored, columns.flip(0), columns) + right
+    padded = F.pad(images, (2, 2, 2, 2), value=float(images.min()))  # black
+    which = torch.arange(n)[:, None, None]
+    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def with_noise(labels: Tensor, percent: float, seed: int, first_class: int = 0) -> Tensor:
     """Symmetric noise: this share of the labels, drawn at random, becomes another class, all equally likely."""
     # Seeds of its own: the same draw as that of the minibatches would bring all wrong labels first.
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     count = round(len(labels) * percent / 100)
     wrong = torch.randperm(len(labels), generator=generator)[:count].to(labels.device)
-    shift = torch.randint(1, CLASSES, (count,), generator=generator).to(labels.device)
+    classes = CLASSES - first_class
+    shift = torch.randint(1, classes, (count,), generator=generator).to(labels.device)
     noisy = labels.clone()
-    noisy[wrong] = (labels[wrong] + shift) % CLASSES
+    noisy[wrong] = first_class + (labels[wrong] - first_class + shift) % classes
     return noisy
 
 
@@ -115,4 +156,5 @@ def hold_out(data: Data, count: int, seed: int) -> Data:
         raise Failure(f"held_out {count}: there are {len(data.train_y)} training examples")
     order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(2_000_000 + seed))
     held, kept = order[:count].to(data.train_y.device), order[count:].to(data.train_y.device)
-    return Data(data.train_x[kept], data.train_y[kept], data.train_x[held], data.train_y[held])
+    x, y = data.train_x, data.train_y
+    return replace(data, train_x=x[kept], train_y=y[kept], test_x=x[held], test_y=y[held])

@@ -33,6 +33,11 @@ def largest_eigenpair(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, Te
     return found.values[0].item(), found.vectors[0]
 
 
+def hessian_trace(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Trace of the Hessian of the mean loss, by 30 products with random vectors."""
+    return analysis.trace(model, F.cross_entropy, [(x, y)], samples=30).value
+
+
 def loss_slice(model: nn.Module, x: Tensor, y: Tensor, direction: Tensor, radius: float) -> list[float]:
     """Mean loss at w + t * direction for SLICE_POINTS values of t from -radius to radius, in evaluation mode."""
     points = torch.linspace(-radius, radius, SLICE_POINTS, dtype=torch.float64)

@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 
 from .flatness import SLICE_POINTS, SLICE_RADIUS
+from .study import BASES
 from .tables import Row, half_width
-from .training import SLICED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -34,9 +34,9 @@ def traces(rows: Sequence[Row]) -> dict[tuple[float, str], dict[str, np.ndarray]
 
 
 def colors(rows: Sequence[Row]) -> dict[str, Any]:
-    """The same in every picture: SGD in blacks and grays, the others in order."""
+    """The same in every picture: the base optimizer in blacks and grays, the others in order."""
     labels = list(dict.fromkeys(row.label for row in rows))
-    others = [label for label in labels if not label.startswith("SGD")]
+    others = [label for label in labels if not label.startswith(BASES)]
     grays = dict(zip([label for label in labels if label not in others], ("0", "0.4", "0.65"), strict=False))
     return grays | {label: plt.get_cmap("tab20")((2 * i % 20) + (i >= 10)) for i, label in enumerate(others)}
 
@@ -71,7 +71,7 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         axes[line][0].set_ylim(low - margin, high + margin)
         axes[line][0].set_ylabel(f"test accuracy (%)\n{level}")
     axes[-1][1].set_xscale("log")  # the dearest optimizer takes many times what the cheapest does
-    for axis, label in zip(axes[-1], ("epochs", "gradients, in those of an epoch of SGD"), strict=True):
+    for axis, label in zip(axes[-1], ("epochs", "gradients, in those of an epoch of one a step"), strict=True):
         axis.set_xlabel(f"{label} (dot: the end)")
     handles = dict(pair for axis in axes[:, 0] for pair in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
@@ -131,13 +131,13 @@ def plot_salr(rows: Sequence[Row]) -> Figure:
 
 
 def plot_slice(rows: Sequence[Row]) -> Figure:
-    """Training loss around the end points of SGD and SAM, along the Hessian's top eigenvector: every seed, the mean."""
+    """Training loss around the end points of the base optimizer and of SAM, along the Hessian's top eigenvector."""
     levels = noise_levels(rows)
     t = np.linspace(-SLICE_RADIUS, SLICE_RADIUS, SLICE_POINTS)
     figure, axes = canvas(1, len(levels), 0.5 + 5.5 * len(levels), 4.5)
-    for row in (row for row in rows if row.label in SLICED):
+    for row in (row for row in rows if row.label in (*BASES, "SAM")):
         axis = axes[0][list(levels).index(row.noise)]
-        color = f"C{SLICED.index(row.label)}"
+        color = f"C{int(row.label == 'SAM')}"
         if losses := [run.slice_loss for run in row.runs.values() if run.slice_loss]:
             axis.plot(t, np.transpose(losses), color=color, linewidth=0.7, alpha=0.4)
             axis.plot(t, np.mean(losses, axis=0), color=color, linewidth=2, label=row.label)
@@ -169,7 +169,7 @@ PICTURES = (
         "slice.png",
         plot_slice,
         "Training loss along the Hessian's top eigenvector: every seed, and their mean",
-        tuple((name,) for name in SLICED),
+        (BASES, ("SAM",)),
     ),
 )
 

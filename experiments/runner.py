@@ -24,11 +24,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import sharpkern as sk
 
 from .data import Data, Failure, hold_out, load_data
-from .study import OF_RUNS, Job, Run, Study
-from .training import train
+from .study import BASES, OF_RUNS, Job, Run, Study
+from .training import make_model, train
 
 # How many gradients a step takes, for the time that is left; those of the other classes are about 2.
-GRADIENTS = {"SGD": 1, "MomentumSAM": 1, "LookSAM": 1.2, "AELookSAM": 1.2, "SSSAM": 1.5, "AESAM": 1.5, "SALR": 6}
+GRADIENTS = dict.fromkeys((*BASES, "MomentumSAM"), 1) | {"LookSAM": 1.2, "AELookSAM": 1.2, "SSSAM": 1.5, "AESAM": 1.5}
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[Job, Run]]:
@@ -107,16 +107,23 @@ def finish(
     """
     with opened(path) as file:
         headers, runs = read(path)
-        mine = header(study, device)
+        data = load_part(study, folder, device)
+        hold_out(data, study.held_out, 0)  # whether there are enough
+        mine = header(study, device) | {"examples": data.digest}
+        if headers and headers[0].get("examples", data.digest) != data.digest:
+            raise Failure(f"{path} has runs with other examples: name another --out")
         for name, value in mine["settings"].items() if headers else ():
             before = headers[0]["settings"].get(name)
             if name not in OF_RUNS and before != value:
                 raise Failure(f"{path} has runs with {name} {before}, not {value}: name another --out")
-        load = (study.dataset, folder, study.train_size, device)
-        data = load_data(*load)
-        hold_out(data, study.held_out, 0)  # whether there are enough
+        load = (study, folder, device, path.with_name("pretrained.pt"))
         if not headers or headers[0] != mine:
             append(file, json.dumps(mine) + "\n")
+        if study.pretrain and not load[-1].exists():
+            run = pretrain(*load)
+            append(file, run.line())
+            runs[run.job] = run
+        data = load_start(*load)
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
         bar = Progress(
             TextColumn("{task.description:20}"),
@@ -141,8 +148,33 @@ def finish(
     return runs
 
 
+def load_part(study: Study, folder: Path | None, device: torch.device, pretraining: bool = False) -> Data:
+    return load_data(study.dataset, folder, study.train_size, device, study.first_class, pretraining)
+
+
+def load_start(study: Study, folder: Path | None, device: torch.device, weights: Path) -> Data:
+    """The data, with the weights that every training starts from."""
+    data = load_part(study, folder, device)
+    if study.pretrain:
+        data.weights = torch.load(weights, map_location=device, weights_only=True)
+    return data
+
+
+def pretrain(study: Study, folder: Path | None, device: torch.device, weights: Path) -> Run:
+    """Train the weights that the others start from, and keep them in a file."""
+    data, job = load_part(study, folder, device, pretraining=True), study.pretraining_job
+    model = make_model(study, data, job.seed)
+    run = train(data, study, job, lambda: None, model)
+    whole = weights.with_suffix(".tmp")
+    torch.save(model.state_dict(), whole)
+    whole.replace(weights)
+    return run
+
+
 def cost(job: Job) -> float:
     """Gradients, in those of an epoch."""
+    if job.optimizer == "SALR":
+        return job.epochs * (1 + 10 / dict(job.arguments).get("every", 2))
     return job.epochs * GRADIENTS.get(job.optimizer, 2)
 
 
@@ -208,7 +240,7 @@ def work(connection: Connection, study: Study, load: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    data = load_data(*load)
+    data = load_start(*load)
     while True:
         job = connection.recv()
         connection.send(train(data, study, job, lambda: connection.send(None)))

@@ -16,7 +16,7 @@ from torch import nn
 
 import sharpkern as sk
 
-from .data import Failure
+from .data import CLASSES, Failure
 from .models import IMAGES, MODELS
 
 STUDIES = Path(__file__).with_name("studies")
@@ -28,7 +28,9 @@ Arguments = tuple[tuple[str, Any], ...]  # sorted by name; hashable
 class Job(NamedTuple):
     """What a run is of, and known by."""
 
-    stage: str  # "trial": trained without the held-out examples and measured on these; "final": on the test part
+    # "trial": trained without the held-out examples and measured on these; "final": on the test part;
+    # "pretraining": of the weights that the others start from.
+    stage: str
     noise: float  # percent of the labels
     optimizer: str
     arguments: Arguments
@@ -49,10 +51,12 @@ class Run:
     train_loss: list[float | None] = field(default_factory=list)  # None: not finite
     accuracy: list[float] = field(default_factory=list)  # percent
     evaluations: list[float] = field(default_factory=list)  # of the gradient, so far
-    seconds: list[float] = field(default_factory=list)  # of the training steps so far, nothing else
+    # Of the training steps so far, nothing else; of the clock on a GPU, else of the processor.
+    seconds: list[float] = field(default_factory=list)
     second_pass_share: float = 0.0  # percent of the steps
     sharpness: float | None = None
-    hessian_eigenvalue: float | None = None
+    hessian_eigenvalue: float | None = None  # the largest
+    hessian_trace: float | None = None
     trace: dict[str, list[float | None]] = field(default_factory=dict)  # one value a step
     slice_loss: list[float] = field(default_factory=list)  # along the eigenvector
 
@@ -74,7 +78,10 @@ class Run:
 
 
 class Contender(NamedTuple):
-    """A row of the tables: an optimizer with the arguments that did best on the held-out examples."""
+    """A row of the tables: an optimizer with the arguments that did best on the held-out examples.
+
+    The base optimizer is there three times: with the others' epochs, with twice as many, and as picked.
+    """
 
     label: str
     optimizer: str
@@ -89,9 +96,10 @@ class Study:
     model: str
     train_size: int | None  # None: all
     held_out: int  # of these, where arguments are picked
+    augment: bool  # images are shifted and mirrored at random
+    pretrain: dict[str, Any] | None  # on the clean images of the first ``classes``: ``epochs``, ``lr``; None: not
     batch_size: int
-    momentum: float
-    weight_decay: float
+    base: dict[str, Any]  # ``name`` of the base optimizer in torch.optim, and its arguments but lr
     warmup_epochs: int
     hessian_examples: int | None  # the first of the training part, None: all; the graph of their loss stays in memory
     epochs: int  # of every optimizer whose grid has none
@@ -104,19 +112,21 @@ class Study:
         check(self.dataset in IMAGES.values(), f"dataset {self.dataset!r}: there are {', '.join(IMAGES.values())}")
         check(self.model in list(MODELS), f"model {self.model!r}: there are {', '.join(MODELS)}")
         check(IMAGES[self.model] == self.dataset, f"model {self.model!r} is not for {self.dataset}")
+        check(isinstance(self.augment, bool), f"augment {self.augment!r} is neither true nor false")
+        check_pretraining(self.pretrain)
         for name, least in LEAST.items():
             value = getattr(self, name)
             optional = value is None and name in ("train_size", "hessian_examples")
             whole = isinstance(value, int) and not isinstance(value, bool)
             check(optional or (whole and value >= least), f"{name} {value!r} is not a whole number from {least} up")
-        for name in ("momentum", "weight_decay"):
-            check(is_number(getattr(self, name)), f"{name} {getattr(self, name)!r} is no number")
+        base = self.base.get("name") if isinstance(self.base, dict) else None
+        check(base in BASES, f"base {self.base!r} has no name; there are {', '.join(BASES)}")
         levels = self.noise if isinstance(self.noise, list) else []
         right = levels and all(is_number(level) and 0 <= level <= 100 for level in levels)
         check(right and len(set(levels)) == len(levels), f"noise {self.noise!r} is no list of percentages")
         check(isinstance(self.optimizers, dict) and self.optimizers, "optimizers: there are none")
         for name, grid in self.optimizers.items():
-            known = name == "SGD" or (name in sk.__all__ and inspect.isclass(getattr(sk, name)))
+            known = name == base or class_of(name) is not None
             check(known and name != "NudgedSGD", f"optimizer {name!r} is unknown")  # which has no base optimizer
             check(isinstance(grid, dict), f"{name}: its grid is no object of lists")
             for argument, values in grid.items():
@@ -135,11 +145,11 @@ class Study:
                     make_optimizer(self, name, nn.Linear(2, 2), arguments, steps=2, seed=0)
                 except (TypeError, ValueError) as e:
                     raise Failure(f"{name} with {show(arguments)}: {' '.join(str(e).split())}") from None
-        if "SGD" in self.optimizers:
-            epochs = self.optimizers["SGD"].get("epochs", [self.epochs])
+        if base in self.optimizers:
+            epochs = self.optimizers[base].get("epochs", [self.epochs])
             check(
                 {self.epochs, 2 * self.epochs} <= set(epochs),
-                f"SGD: epochs {epochs} without {self.epochs} and {2 * self.epochs}, the equal budgets",
+                f"{base}: epochs {epochs} without {self.epochs} and {2 * self.epochs}, the equal budgets",
             )
         counts = {name: len(self.trials(name)) for name in self.optimizers}
         first = next(iter(counts))
@@ -147,6 +157,16 @@ class Study:
             check(
                 count == counts[first], f"{name} has {count} trials, {first} {counts[first]}: give all the same number"
             )
+
+    @property
+    def first_class(self) -> int:
+        """The classes below it are those of the pretraining."""
+        return self.pretrain["classes"] if self.pretrain else 0
+
+    @property
+    def pretraining_job(self) -> Job:
+        arguments = {name: self.pretrain[name] for name in ("epochs", "lr")}
+        return Job("pretraining", 0, self.base["name"], tuple(sorted(arguments.items())), 0)
 
     def trials(self, optimizer: str) -> list[Arguments]:
         """The product of its grid."""
@@ -164,15 +184,19 @@ class Study:
             for arguments in self.trials(optimizer)
         ]
 
+    @property
+    def rivals(self) -> list[Contender]:
+        """The base optimizer with the others' epochs, with as many gradients as SAM, and as picked."""
+        name = self.base["name"]
+        return [
+            Contender(name, name, self.epochs),
+            Contender(f"{name}, 2x epochs", name, 2 * self.epochs),
+            Contender(f"{name}, picked", name, None),
+        ]
+
     def contenders(self) -> Iterator[Contender]:
-        """SGD is there three times: with the others' epochs, with as many gradients as SAM, and as picked."""
         for name in self.optimizers:
-            if name == "SGD":
-                yield Contender("SGD", name, self.epochs)
-                yield Contender("SGD, 2x epochs", name, 2 * self.epochs)
-                yield Contender("SGD, picked", name, None)
-            else:
-                yield Contender(name, name, None)
+            yield from self.rivals if name == self.base["name"] else (Contender(name, name, None),)
 
     def held_out_accuracies(self, runs: Mapping[Job, Run], noise: float, optimizer: str) -> dict[Arguments, float]:
         """Of the trials whose seeds are all there: the mean after the last epoch."""
@@ -204,6 +228,9 @@ class Study:
         return list(dict.fromkeys(Job("final", *what, seed) for seed in range(self.seeds) for what in picked))
 
 
+BASES = ("SGD", "AdamW")
+ADAPTIVE = "Adaptive "  # before the name of a class: with AE-SAM's policy, of default arguments
+
 # Settings that are whole numbers, and the smallest that makes sense. Batch norm needs two examples.
 LEAST = {
     "train_size": 4,
@@ -222,6 +249,27 @@ OF_RUNS = ("epochs", "noise", "seeds", "trial_seeds", "optimizers")
 def check(right: Any, message: str) -> None:
     if not right:
         raise Failure(message)
+
+
+def check_pretraining(pretrain: Any) -> None:
+    if pretrain is None:
+        return
+    check(
+        isinstance(pretrain, dict) and pretrain.keys() == {"classes", "epochs", "lr"},
+        f"pretrain {pretrain!r} has not classes, epochs and lr alone",
+    )
+    whole = all(isinstance(pretrain[name], int) and pretrain[name] >= 1 for name in ("classes", "epochs"))
+    check(
+        whole and pretrain["classes"] < CLASSES - 1 and is_number(pretrain["lr"]),
+        f"pretrain {pretrain!r}: classes is from 1 to {CLASSES - 2}, epochs from 1 up, lr a number",
+    )
+
+
+def class_of(name: str) -> type[torch.optim.Optimizer] | None:
+    """Of the package, with or without ``ADAPTIVE`` before its name."""
+    name = name.removeprefix(ADAPTIVE)
+    found = getattr(sk, name) if name in sk.__all__ else None
+    return found if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer) else None
 
 
 def is_number(value: Any) -> bool:
@@ -259,11 +307,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """With the trial's arguments; a class that asks for the number of steps, or for a seed, gets these too."""
     options = {key: value for key, value in arguments if key != "epochs"}
-    options |= {"momentum": study.momentum, "weight_decay": study.weight_decay}
-    if name == "SGD":
-        return torch.optim.SGD(model.parameters(), **options)
-    cls = getattr(sk, name)
+    options |= {key: value for key, value in study.base.items() if key != "name"}
+    base = getattr(torch.optim, study.base["name"])
+    if name == study.base["name"]:
+        return base(model.parameters(), **options)
+    cls = class_of(name)
     asked = inspect.signature(cls).parameters
     options |= {key: value for key, value in (("total_steps", steps), ("seed", seed)) if key in asked}
+    if name.startswith(ADAPTIVE):
+        options["policy"] = sk.policy.Adaptive(steps)
     # With names: ASAM scales the tensors that are called weight.
-    return cls(model.named_parameters(), torch.optim.SGD, model=model, **options)
+    return cls(model.named_parameters(), base, model=model, **options)

@@ -38,7 +38,7 @@ class Row:
 
     @property
     def epoch_seconds(self) -> float:
-        """The median over the seeds: another program may take the processor for a while."""
+        """The median over the seeds: other programs share caches and memory with it."""
         return statistics.median(run.seconds[-1] / self.epochs for run in self.runs.values())
 
 
@@ -115,13 +115,13 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     headings = ["noise", "optimizer", "arguments", "epochs", "gradients", "seeds", "test accuracy, %", "95 %"]
     title = (
         "Test accuracy after the last epoch: mean and standard deviation over the seeds, and the mean's 95 % interval. "
-        "Gradients in those of an epoch of SGD."
+        "Gradients in those of an epoch of one a step."
     )
     return Table(title, headings, cells, left=3)
 
 
-def difference_table(rows: Sequence[Row]) -> Table:
-    rivals = ("SGD", "SGD, 2x epochs", "SGD, picked")
+def difference_table(study: Study, rows: Sequence[Row]) -> Table:
+    rivals = [rival.label for rival in study.rivals]
     cells = []
     for row in rows:
         if row.label in rivals:
@@ -133,30 +133,41 @@ def difference_table(rows: Sequence[Row]) -> Table:
             cells[-1].append(interval(differences, "+") if differences else "-")
     headings = ["noise", "optimizer", *rivals]
     title = (
-        "Test accuracy less that of SGD with the same seed, points: mean and 95 % interval. "
-        "SGD has as many epochs, twice as many (SAM's gradients), or as many as were picked."
+        f"Test accuracy less that of {rivals[0]} with the same seed, points: mean and 95 % interval. "
+        f"{rivals[0]} has as many epochs, twice as many (SAM's gradients), or as many as were picked."
     )
     return Table(title, headings, cells)
 
 
-def price_table(rows: Sequence[Row]) -> Table:
-    sgd = {row.noise: row.epoch_seconds for row in rows if row.label == "SGD"}
+def price_table(study: Study, rows: Sequence[Row]) -> Table:
+    base = study.base["name"]
+    seconds = {row.noise: row.epoch_seconds for row in rows if row.label == base}
     cells = [
         [
             f"{row.noise:g} %",
             row.label,
             f"{statistics.fmean(run.second_pass_share for run in row.runs.values()):.0f} %",
             f"{row.gradients / row.epochs:.2f}",
-            f"{row.epoch_seconds / sgd[row.noise]:.2f}" if row.noise in sgd else "-",
+            f"{row.epoch_seconds / seconds[row.noise]:.2f}" if row.noise in seconds else "-",
             mean_of([run.sharpness for run in row.runs.values()]),
             mean_of([run.hessian_eigenvalue for run in row.runs.values()]),
+            mean_of([run.hessian_trace for run in row.runs.values()]),
         ]
         for row in rows
     ]
-    headings = ["noise", "optimizer", "second passes", "gradients a step", "time / SGD", "sharpness", "eigenvalue"]
+    headings = [
+        "noise",
+        "optimizer",
+        "second passes",
+        "gradients a step",
+        f"time / {base}",
+        "sharpness",
+        "eigenvalue",
+        "trace",
+    ]
     title = (
-        "What a step takes, and how flat the end is: L(w + 0.05 g/norm(g)) - L(w) and the Hessian's largest eigenvalue "
-        "of the loss trained on. Means over the seeds; of an epoch's time the median."
+        "What a step takes, and how flat the end is: L(w + 0.05 g/norm(g)) - L(w), the Hessian's largest "
+        "eigenvalue and trace, of the loss trained on. Means over the seeds; of an epoch's time the median."
     )
     return Table(title, headings, cells)
 
@@ -165,8 +176,8 @@ def trial_table(study: Study, runs: Mapping[Job, Run]) -> Table:
     cells = []
     for noise in study.noise:
         for contender in study.contenders():
-            if contender.optimizer == "SGD" and contender.epochs is not None:
-                continue  # among the trials of SGD
+            if contender.epochs is not None:
+                continue  # among the trials of all epochs
             picked = study.pick(runs, noise, contender)
             for arguments, accuracy in study.held_out_accuracies(runs, noise, contender.optimizer).items():
                 what = [contender.optimizer, show(arguments), str(dict(arguments)["epochs"])]

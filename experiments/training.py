@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 
-from .data import CHUNK, Data, hold_out, with_noise
-from .flatness import SLICE_RADIUS, largest_eigenpair, loss_slice, sharpness
+from .data import CHUNK, Data, augmented, hold_out, with_noise
+from .flatness import SLICE_RADIUS, hessian_trace, largest_eigenpair, loss_slice, sharpness
 from .models import MODELS
 from .study import Job, Run, Study, make_optimizer
 
@@ -27,7 +27,6 @@ TRACED = {
     "AELookSAM": ("grad_norm", "threshold", "second_passes"),
     "SALR": ("sharpness", "lr_scale"),
 }
-SLICED = ("SGD", "SAM")
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
@@ -67,25 +66,37 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(data: Data, study: Study, job: Job, tick: Callable[[], None]) -> Run:
-    """Train a fresh model and measure it. Optimizers with the same seed and noise get the same of everything."""
+def make_model(study: Study, data: Data, seed: int) -> nn.Module:
+    """With random weights, or those of the pretraining below random ones of the last layer."""
+    torch.manual_seed(seed)
+    model = MODELS[study.model]().to(data.train_x.device, memory_format=torch.channels_last)
+    if data.weights is not None:
+        model.load_state_dict(data.weights)
+        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        head.reset_parameters()
+    return model
+
+
+def train(data: Data, study: Study, job: Job, tick: Callable[[], None], model: nn.Module | None = None) -> Run:
+    """Train a model, a fresh one if none is given, and measure it. Optimizers with the same seed and noise get the same
+    of everything."""
     run = Run(job)
+    first = data.first_class
     if job.stage == "trial":
         data = hold_out(data, study.held_out, job.seed)
         # Nobody who has wrong labels has a part without: the held-out labels are as wrong as those trained on.
-        measured = data.test_x, with_noise(data.test_y, job.noise, 1_000_000 + job.seed)
+        measured = data.test_x, with_noise(data.test_y, job.noise, 1_000_000 + job.seed, first)
     else:
         measured = data.test_x, data.test_y
-    x, y = data.train_x, with_noise(data.train_y, job.noise, job.seed)
-    torch.manual_seed(job.seed)
-    model = MODELS[study.model]().to(x.device)
+    x, y = data.train_x, with_noise(data.train_y, job.noise, job.seed, first)
+    model = make_model(study, data, job.seed) if model is None else model
     batch_size = min(study.batch_size, len(y))
     epoch_steps = len(y) // batch_size  # batch norm does badly on a short last batch: it is left out
     run.steps = job.epochs * epoch_steps
     warmup = study.warmup_epochs * epoch_steps
     optimizer = make_optimizer(study, job.optimizer, model, job.arguments, run.steps, job.seed)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, run.steps, warmup))
-    shuffle = torch.Generator().manual_seed(job.seed)
+    shuffle, shift = (torch.Generator().manual_seed(seed) for seed in (job.seed, 3_000_000 + job.seed))
     traced = TRACED.get(job.optimizer, ()) if job.stage == "final" and job.seed == 0 else ()  # for the pictures
     evaluations = seconds = 0.0
     for _ in range(job.epochs):
@@ -93,8 +104,9 @@ def train(data: Data, study: Study, job: Job, tick: Callable[[], None]) -> Run:
         batches = torch.randperm(len(y), generator=shuffle).to(x.device).split(batch_size)
         losses = []
         for batch in batches[:epoch_steps]:
+            images = augmented(x[batch], shift) if study.augment else x[batch]
             begin = now(x.device)
-            loss, count = train_step(model, optimizer, x[batch], y[batch])
+            loss, count = train_step(model, optimizer, images, y[batch])
             seconds += now(x.device) - begin
             evaluations += count
             losses.append(loss)
@@ -106,7 +118,7 @@ def train(data: Data, study: Study, job: Job, tick: Callable[[], None]) -> Run:
         run.seconds.append(round(seconds, 4))
         run.evaluations.append(evaluations)
         tick()
-    if job.optimizer != "SGD":
+    if job.optimizer != study.base["name"]:
         run.second_pass_share = 100 * float(optimizer.stats["second_passes"]) / run.steps
     # A training that diverged has an accuracy, a bad one, but no minimum to look at.
     if job.stage == "final" and run.train_loss[-1] is not None:
@@ -114,17 +126,19 @@ def train(data: Data, study: Study, job: Job, tick: Callable[[], None]) -> Run:
         curved = x[: study.hessian_examples], y[: study.hessian_examples]
         eigenvalue, direction = largest_eigenpair(model, *curved)
         run.hessian_eigenvalue = finite(eigenvalue)
-        if job.optimizer in SLICED:
+        run.hessian_trace = finite(hessian_trace(model, *curved))
+        if job.optimizer in (study.base["name"], "SAM"):
             run.slice_loss = loss_slice(model, *curved, direction, SLICE_RADIUS)
     run.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return run
 
 
 def now(device: torch.device) -> float:
-    """Seconds. A GPU works on after a call returns, so it is waited for."""
+    """Seconds: of the clock on a GPU, which is waited for; on a CPU the process's own, whatever else is at work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def finite(value: Tensor | float) -> float | None:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sharpkern as sk
 from sharpkern.policy import Bernoulli
 
 for package in ("scipy", "sklearn", "matplotlib", "rich"):
@@ -32,7 +33,8 @@ from scipy import stats  # noqa: E402
 
 from experiments import __main__ as command  # noqa: E402
 from experiments import flatness, runner, tables, training  # noqa: E402
-from experiments.data import Failure, hold_out, load_data, with_noise  # noqa: E402
+from experiments.data import Failure, augmented, hold_out, load_data, with_noise  # noqa: E402
+from experiments.models import MODELS  # noqa: E402
 from experiments.study import STUDIES, Job, Run, Study, from_settings, make_optimizer, read_study  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,9 +47,10 @@ SETTINGS: dict[str, Any] = {
     "model": "mlp-64-256-256-10-bn",
     "train_size": 128,
     "held_out": 28,
+    "augment": False,
+    "pretrain": None,
     "batch_size": 32,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
+    "base": {"name": "SGD", "momentum": 0.9, "weight_decay": 5e-4},
     "warmup_epochs": 1,
     "hessian_examples": 20,
     "epochs": 2,
@@ -100,9 +103,9 @@ def idx(array: np.ndarray, magic: bytes | None = None) -> bytes:
     return magic + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
 
 
-def fashion_files(train: int = 70, test: int = 30) -> dict[str, bytes]:
+def fashion_files(train: int = 70, test: int = 30, seed: int = 0) -> dict[str, bytes]:
     """The four files, by name, one of them compressed."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     files = {}
     for part, count in (("train", train), ("t10k", test)):
         files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 28, 28)))
@@ -228,7 +231,7 @@ def test_no_run_twice(finished: Path) -> None:
     header, *runs = lines_of(finished)
     known = [json.dumps([run[name] for name in Job._fields], sort_keys=True) for run in runs]
     assert len(set(known)) == len(known)
-    assert {"commit", "versions", "device"} <= header.keys()
+    assert {"commit", "versions", "device", "examples"} <= header.keys()
     assert header["settings"] == SETTINGS
     trials = Counter((run["noise"], run["optimizer"]) for run in runs if run["stage"] == "trial")
     assert trials == {(noise, name): 3 for noise in (0, 40) for name in SETTINGS["optimizers"]}
@@ -353,7 +356,7 @@ def test_intervals() -> None:
     assert cells["SAM"][-2] == f"{(80 + noise[1]).mean():.2f} ± {noise[1].std(ddof=1):.2f}"
     pairs = noise[1] - noise[0]
     expected = stats.ttest_1samp(pairs, 0).confidence_interval(0.95)
-    cells = {cells[1]: cells for cells in tables.difference_table(list(rows.values())).cells}
+    cells = {cells[1]: cells for cells in tables.difference_table(study, list(rows.values())).cells}
     assert cells["SAM"][2] == f"{pairs.mean():+.2f} ± {(expected.high - expected.low) / 2:.2f}"
     assert cells["AESAM"][2] == "+0.00 ± 0.00"
 
@@ -363,10 +366,11 @@ def test_studies(path: Path) -> None:
     """As many trials for each; SGD's epochs among them, with the others' and twice as many, and fewer."""
     study = read_study(path)
     assert len(set(Counter((job.noise, job.optimizer) for job in study.trial_jobs()).values())) == 1
-    assert {study.epochs, 2 * study.epochs} < set(study.optimizers["SGD"]["epochs"])
-    assert min(study.optimizers["SGD"]["epochs"]) < study.epochs / 2
-    assert all("epochs" not in grid for name, grid in study.optimizers.items() if name != "SGD")
-    assert study.seeds >= 5
+    base = study.base["name"]
+    assert {study.epochs, 2 * study.epochs} < set(study.optimizers[base]["epochs"])
+    assert min(study.optimizers[base]["epochs"]) < study.epochs / 2
+    assert all("epochs" not in grid for name, grid in study.optimizers.items() if name != base)
+    assert study.seeds >= 3
 
 
 BAD_SETTINGS = [
@@ -375,7 +379,11 @@ BAD_SETTINGS = [
     ({"seeds": True}, "seeds True"),
     ({"batch_size": 1}, "batch_size 1"),
     ({"train_size": 1.5}, "train_size 1.5"),
-    ({"momentum": "0.9"}, "momentum '0.9'"),
+    ({"base": {"momentum": 0.9}}, "has no name"),
+    ({"base": {"name": "SGD", "momentum": "0.9"}}, "SGD with"),
+    ({"augment": 1}, "augment 1"),
+    ({"pretrain": {"classes": 5}}, "pretrain {'classes': 5}"),
+    ({"pretrain": {"classes": 9, "epochs": 1, "lr": 0.1}}, "classes is from 1 to 8"),
     ({"dataset": "imagenet"}, "'imagenet'"),
     ({"model": ["mlp"]}, "['mlp']"),
     ({"model": "mlp-784-512-256-10"}, "is not for digits"),
@@ -384,6 +392,8 @@ BAD_SETTINGS = [
     ({"noise": [40, 40.0]}, "noise [40, 40.0]"),
     ({"optimizers": {}}, "optimizers"),
     ({"optimizers": {"Sam": {"lr": [0.1]}}}, "'Sam' is unknown"),
+    ({"optimizers": {"Adaptive SGD": {"lr": [0.1]}}}, "'Adaptive SGD' is unknown"),
+    ({"optimizers": {"Adaptive AESAM": {"lr": [0.1]}}}, "Adaptive AESAM with"),
     ({"optimizers": {"policy": {"lr": [0.1]}}}, "'policy' is unknown"),
     ({"optimizers": {"SAM": [0.1]}}, "SAM: its grid"),
     ({"optimizers": {"SAM": {"lr": 0.1}}}, "SAM: lr 0.1 is no list"),
@@ -409,7 +419,7 @@ def test_bad_settings(
 
 @pytest.mark.parametrize(
     ("content", "culprit"),
-    [("{", "is not JSON"), ("[]", "no JSON object"), ('{"noise": [0]}', "are missing: batch_size")],
+    [("{", "is not JSON"), ("[]", "no JSON object"), ('{"noise": [0]}', "are missing: augment")],
 )
 def test_bad_settings_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, culprit: str) -> None:
     path = tmp_path / "bad.json"
@@ -446,7 +456,7 @@ def test_script_error() -> None:
     assert script("--seeds", "0") == (2, "", "error: argument --seeds: '0' is not a whole number from 1 up\n")
 
 
-def test_fashion_mnist(tmp_path: Path) -> None:
+def test_fashion_mnist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "data", fashion_files())
     changes = {
         "dataset": "fashion-mnist",
@@ -457,8 +467,134 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     }
     settings = settings_file(tmp_path, **changes, epochs=1, optimizers={"ASAM": {"lr": [0.05], "rho": [0.5]}})
     out = tmp_path / "out"
-    assert command.main([str(settings), "--data-dir", str(folder), "--out", str(out), "--processes", "1"]) == 0
+    arguments = [str(settings), "--out", str(out), "--processes", "1", "--data-dir"]
+    assert command.main([*arguments, str(folder)]) == 0
     assert [run["stage"] for run in lines_of(out)[1:]] == ["trial", "final", "final"]
+    # Runs of other examples do not go into the same file.
+    other = write(tmp_path / "other", fashion_files(seed=1))
+    before = (out / "runs.jsonl").read_bytes()
+    capsys.readouterr()
+    check_error(capsys, [*arguments, str(other)], "other examples")
+    assert (out / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["convnet-16-32-64-bn", "transformer-64-2"])
+def test_models_of_images(name: str) -> None:
+    """A score a class; each image has its own, but where a batch has statistics."""
+    torch.manual_seed(0)
+    model, images = MODELS[name]().eval(), torch.randn(3, 1, 28, 28)
+    scores = model(images)
+    assert scores.shape == (3, 10)
+    assert torch.allclose(model(images[1:2]), scores[1:2], atol=1e-5)
+    assert len(set(scores.flatten().tolist())) == 30
+
+
+def test_augmented() -> None:
+    """Each image is moved on its own, by up to two pixels either way, with black behind; half of them are mirrored."""
+    image = torch.rand(1, 5, 7)
+    images = image.expand(2000, 1, 5, 7)
+    padded = F.pad(image, (2, 2, 2, 2), value=float(image.min()))
+    expected = {
+        (down, right, mirrored): found.flip(2) if mirrored else found
+        for mirrored in (False, True)
+        for down in range(5)
+        for right in range(5)
+        for found in [padded[:, down : down + 5, right : right + 7]]
+    }
+    found = augmented(images, torch.Generator().manual_seed(1))
+    kinds = Counter(next(kind for kind, one in expected.items() if torch.equal(one, x)) for x in found)
+    assert kinds.keys() == expected.keys()
+    assert max(kinds.values()) < 3 * min(kinds.values())
+    assert torch.equal(found, augmented(images, torch.Generator().manual_seed(1)))
+
+
+def test_augmented_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All optimizers get the same images; none measures on such ones."""
+    seen: dict[str, list[Tensor]] = {"SGD": [], "SAM": []}
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        seen["SGD" if type(optimizer) is torch.optim.SGD else "SAM"].append(x)
+        return train_step(model, optimizer, x, y)
+
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", step)
+    data = load_data("digits", None, 128, torch.device("cpu"))
+    for name in seen:
+        study = study_of(augment=True, train_size=128)
+        run = training.train(data, study, job_of(name, study, noise=0, seed=4), tick=lambda: None)
+        assert run.accuracy
+    plain = {tuple(image.flatten().tolist()) for image in data.train_x}
+    for images, same in zip(seen["SGD"], seen["SAM"], strict=False):
+        assert torch.equal(images, same)
+        moved = sum(tuple(image.flatten().tolist()) not in plain for image in images)
+        assert moved > len(images) / 2
+
+
+def test_classes_of_the_pretraining() -> None:
+    """It has those below, the study the others, both standardized alike; wrong labels are among the study's own."""
+    device = torch.device("cpu")
+    whole, ours, theirs = (load_data("digits", None, None, device, *options) for options in ((), (4,), (4, True)))
+    assert ours.train_y.unique().tolist() == ours.test_y.unique().tolist() == [4, 5, 6, 7, 8, 9]
+    assert theirs.train_y.unique().tolist() == theirs.test_y.unique().tolist() == [0, 1, 2, 3]
+    assert len(ours.train_y) + len(theirs.train_y) == len(whole.train_y)
+    assert ours.train_x.mean().item() == pytest.approx(0, abs=1e-5)
+    raw = whole.train_x[whole.train_y < 4]
+    scale = (raw[0] - raw[1]).norm() / (theirs.train_x[0] - theirs.train_x[1]).norm()
+    assert scale.item() == pytest.approx((raw[2] - raw[3]).norm() / (theirs.train_x[2] - theirs.train_x[3]).norm())
+    assert theirs.train_x.mean().abs() > 1e-3  # by the others' mean, not its own
+    noisy = with_noise(ours.train_y, 40, 1, ours.first_class)
+    assert noisy.unique().tolist() == [4, 5, 6, 7, 8, 9]
+    assert (noisy != ours.train_y).sum() == round(0.4 * len(noisy))
+    assert hold_out(ours, 10, 0).first_class == 4
+
+
+def test_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are pretrained once, and every training starts from them, its last layer aside."""
+    grids = {"SGD": {"lr": [0.05], "epochs": [1, 2]}}
+    changes = {"pretrain": {"classes": 4, "epochs": 3, "lr": 0.1}, "epochs": 1, "optimizers": grids, "noise": [40]}
+    settings = settings_file(tmp_path, **changes)
+    arguments = [str(settings), "--out", str(tmp_path), "--processes", "1"]
+    assert command.main(arguments) == 0
+    _, first, *others = lines_of(tmp_path)
+    assert (first["stage"], first["noise"], first["arguments"]) == ("pretraining", 0, {"epochs": 3, "lr": 0.1})
+    assert first["accuracy"][-1] > 80
+    assert {run["stage"] for run in others} == {"trial", "final"}
+    weights = (tmp_path / "pretrained.pt").read_bytes()
+    before = compared(tmp_path)
+    assert command.main(arguments) == 0
+    assert (tmp_path / "pretrained.pt").read_bytes() == weights
+    assert compared(tmp_path) == before
+    study, device = read_study(settings), torch.device("cpu")
+    data = runner.load_start(study, None, device, tmp_path / "pretrained.pt")
+    kept, one, other = data.weights, *(training.make_model(study, data, seed).state_dict() for seed in (1, 2))
+    assert [name for name in kept if not torch.equal(kept[name], one[name])] == ["7.weight", "7.bias"]
+    assert not torch.equal(one["7.weight"], other["7.weight"])
+
+
+def test_base_and_policies() -> None:
+    """Every class steps with the base of the study; ``Adaptive`` before its name is the policy of AESAM."""
+    study = study_of(
+        base={"name": "AdamW", "weight_decay": 0.3},
+        optimizers={
+            "AdamW": {"lr": [0.01], "epochs": [2, 4]},
+            **{n: {"lr": [0.01, 0.1]} for n in ("SAM", "Adaptive ASAM")},
+        },
+    )
+    model = training.MODELS[study.model]()
+    base, sam, adaptive = (
+        make_optimizer(study, name, model, study.trials(name)[0], 10, 0) for name in study.optimizers
+    )
+    assert type(base) is torch.optim.AdamW
+    assert sam.param_groups[0]["betas"] == (0.9, 0.999)
+    for optimizer in (base, sam, adaptive):
+        assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.01, 0.3)] * len(
+            optimizer.param_groups
+        )
+    assert isinstance(adaptive, sk.ASAM)
+    assert adaptive.policy == sk.policy.Adaptive(10)
+    assert [contender.label for contender in study.contenders()] == [
+        "AdamW", "AdamW, 2x epochs", "AdamW, picked", "SAM", "Adaptive ASAM",
+    ]  # fmt: skip
 
 
 def test_held_out_labels_are_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,6 +613,7 @@ def test_held_out_labels_are_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "accuracy", lambda model, x, y: measured.append((x, y)) or 50.0)
     monkeypatch.setattr(training, "sharpness", lambda *_: 0.0)
     monkeypatch.setattr(training, "largest_eigenpair", lambda *_: (0.0, None))
+    monkeypatch.setattr(training, "hessian_trace", lambda *_: 0.0)
     monkeypatch.setattr(training, "loss_slice", lambda *_: [])
     arguments = (("epochs", 1), ("lr", 0.05))
     training.train(data, study, Job("trial", 40, "SGD", arguments, 7), tick=lambda: None)
@@ -691,6 +828,13 @@ def test_largest_eigenpair() -> None:
     assert value == pytest.approx(np.linalg.eigvalsh(dense.numpy())[-1], rel=1e-4)
     assert vector.norm().item() == pytest.approx(1)
     assert (dense @ vector - value * vector).norm() < 1e-2 * value
+
+
+def test_hessian_trace() -> None:
+    model, x, y = tiny()
+    loss, w = flat_loss(model, x, y)
+    dense = torch.autograd.functional.hessian(loss, w)
+    assert flatness.hessian_trace(model, x, y) == pytest.approx(dense.trace().item(), rel=0.1)
 
 
 def test_loss_slice() -> None:
