@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ KINDS = (
     "Every kind of step, gradients given. Loop: its time relative to ours. The last column: ours relative to one "
     "launch of the same fused rule, without check, norm or second pass."
 )
+# What a kernel is to reach of a copy's bandwidth on a GPU, where it moves so many bytes that its start does not count.
+BAR, BAR_BYTES = 0.92, 400e6
 DRY = "DRY RUN on the CPU: the numbers mean nothing."
 
 Row = dict[str, Any]
@@ -126,6 +129,29 @@ def _kernels(rows: list[Row]) -> list[str]:
     return _table(OPS, [*head, *(c for backend in backends for c in (f"{backend}, us", "GB/s (of a copy)"))], body)
 
 
+def _bar(rows: list[Row]) -> list[str]:
+    """Of each backend: which kernels are below the bar; and the fixed cost of those that move too little for it."""
+    lines = []
+    for backend in dict.fromkeys(row["contender"] for row in rows):
+        mine = [row for row in rows if row["contender"] == backend]
+        moved = {id(row): row["bytes_per_param"] * row["params"] for row in mine}
+        large = [row for row in mine if moved[id(row)] >= BAR_BYTES]
+        below = [row for row in large if row["copy_share"] < BAR]
+        fixed = [1e3 * row["ms"] * (1 - row["copy_share"]) for row in mine if moved[id(row)] < BAR_BYTES]
+        line = (
+            f"{backend}: {len(large) - len(below)} of {len(large)} kernels that move {BAR_BYTES / 1e6:.0f} MB or more "
+        )
+        line += f"reach {BAR:.0%} of a copy"
+        shares = [f"{row['method']} {_word(row['shape'])} {row['dtype']} {row['copy_share']:.1%}" for row in below]
+        line += f"; below: {', '.join(shares)}." if below else "."
+        if fixed:
+            line += (
+                f" The {len(fixed)} others take {statistics.median(fixed):.1f} us, the median, longer than their bytes."
+            )
+        lines += [line, ""]
+    return lines
+
+
 def _kinds(rows: list[Row]) -> list[str]:
     body = []
     for row in rows:
@@ -173,6 +199,7 @@ def render(results: dict[str, Any]) -> str:
     for kind, table in tables:
         if rows := [row for row in results["rows"] if row["kind"] == kind]:
             lines += table(rows)
+            lines += _bar(rows) if cuda and kind == "kernel" else []
     lines += _environment(results)
     return "\n".join(lines + ["", DRY] * env["dry_run"])
 

@@ -182,6 +182,26 @@ def test_a_run_renders(run: Run) -> None:
     assert once == f"above\n{begin}\n{table}\n{end}\nbelow\n" == render.insert(once, begin, end, table)
 
 
+def test_kernels_below_the_bar() -> None:
+    """Those that move 400 MB or more are held to 92 % of a copy; of the others the time beyond their bytes counts."""
+
+    def row(method: str, params: float, share: float, ms: float) -> dict[str, Any]:
+        labels = {"contender": "cpp", "method": method, "shape": "x", "dtype": "float32"}
+        return {**labels, "params": params, "bytes_per_param": 4, "copy_share": share, "ms": ms}
+
+    rows = [
+        row("norm", 1e8, 0.92, 1),
+        row("dots", 1e8, 0.5, 1),
+        row("norm_p", 9e7, 0.4, 0.01),
+        row("mix", 1e3, 0.1, 0.02),
+    ]
+    assert render._bar(rows) == [
+        "cpp: 1 of 2 kernels that move 400 MB or more reach 92% of a copy; below: dots x float32 50.0%. "
+        "The 2 others take 12.0 us, the median, longer than their bytes.",
+        "",
+    ]
+
+
 def test_the_pages_show_the_run_that_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """README and docs are as ``python -m bench.render RESULTS --write`` leaves them, of the CPU's and the GPU's."""
     results, gpu = (ROOT / "bench" / "results" / f"{name}.json" for name in ("cpu", "nvidia-h100-80gb-hbm3"))
