@@ -108,8 +108,8 @@ __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare
 }
 
 // An address that came as an integer: without this the accesses would be generic ones, and ask what it is.
-template <class S>
-__device__ __forceinline__ S* global(S* address) {
+template <class P>
+__device__ __forceinline__ P* global(P* address) {
   __builtin_assume(__isGlobal(address));
   return address;
 }
@@ -134,11 +134,10 @@ struct Tile {
 
   template <class S>
   static __device__ __forceinline__ Packs<S, U, V> load(const S* address, int64_t i) {
-    const S* from = global(address);
     Packs<S, U, V> packs;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      packs.pack[u] = *reinterpret_cast<const Pack<S, V>*>(from + (i + u * kStep));
+      packs.pack[u] = *global(reinterpret_cast<const Pack<S, V>*>(address + (i + u * kStep)));
     }
     return packs;
   }
@@ -152,10 +151,9 @@ struct Tile {
 
   template <class S>
   static __device__ __forceinline__ void store(S* address, int64_t i, const Packs<S, U, V>& packs) {
-    S* to = global(address);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      *reinterpret_cast<Pack<S, V>*>(to + (i + u * kStep)) = packs.pack[u];
+      *global(reinterpret_cast<Pack<S, V>*>(address + (i + u * kStep))) = packs.pack[u];
     }
   }
 

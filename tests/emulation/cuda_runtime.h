@@ -40,6 +40,9 @@ unsigned lane();
 // Runs a kernel; nonzero when its threads got stuck.
 int run(dim3 grid, dim3 block, const std::function<void()>& thread);
 const char* error();
+// A thread loads from an address, or stores there: where a test asked for it, one record for every 16 bytes,
+// the most that an instruction moves.
+void access(const void* address, size_t bytes);
 
 template <class T>
 T shuffle_value(unsigned mask, T value, unsigned from_lane, Location where) {
@@ -66,8 +69,13 @@ T __shfl_down_sync(
 }
 
 inline void __threadfence() {}
-inline bool __isGlobal(const void*) { return true; }
-#define __builtin_assume(condition)
+// The kernels say it of each address right before they access what lies there.
+template <class T>
+bool __isGlobal(const T* address) {
+  emulation::access(address, sizeof(T));
+  return true;
+}
+#define __builtin_assume(condition) (void)(condition)
 
 template <class T>
 T __ldcg(const T* p) {

@@ -17,7 +17,7 @@ from test_ops import SMALL, SUMS, finite, moves, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
-from emulation import configure, launches
+from emulation import accesses, configure, launches
 from sharpkern.memory.shapes import blocks_of
 from sharpkern.ops import schema
 
@@ -234,6 +234,33 @@ def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     names = ("backup", "gradient", "g_v", "direction", "eigenvectors", "out", "x", "v", *cases.STATE.get(op_of(op), ()))
     names = tuple(name for name in names if name in arguments and arguments[name].numel())
     return [name for name in names if name != "out" or arguments["out"] is not arguments["v"]]
+
+
+# What an instruction moves.
+
+SECTOR = 32  # bytes, of which a GPU's memory moves whole ones
+WARP = 32
+WHOLE = [
+    Spec((schema.BLOCK * n,), group=i % 3, grad=i % 5 != 3, scaled=i % 2 == 0, backed=i % 4 != 1)
+    for i, n in enumerate((1, 2, 5, 3, 1, 4, 2))
+]
+
+
+@pytest.mark.parametrize(("op", "dtype"), [(op, torch.float32) for op in CALLS], ids=dtype_id)
+def test_a_warp_moves_whole_sectors(op: str, dtype: torch.dtype) -> None:
+    """Of whole, aligned blocks: what its threads load or store in one instruction fills the sectors that it touches."""
+    problem = Problem(WHOLE, dtype, op)
+    arguments = problem.arguments(op, CPP)
+    found = accesses(lambda: call(op, CPP, arguments))
+    for block in found[:, 0].unique():
+        of_block = found[found[:, 0] == block]
+        threads = int(of_block[:, 1].max()) + 1
+        of_thread = of_block[of_block[:, 1].argsort(stable=True)].view(threads // WARP, WARP, -1, 4)
+        address, size = of_thread[..., 2], of_thread[..., 3]
+        sectors = (address // SECTOR).sort(1).values
+        count = 1 + (sectors.diff(dim=1) != 0).sum(1)
+        assert (size >= 8).all()
+        assert torch.equal(count * SECTOR, size.sum(1))
 
 
 # More elements than 32 bits count.

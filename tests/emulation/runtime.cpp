@@ -43,6 +43,12 @@ std::mt19937 random_order;
 int launches = 0;
 int multiprocessors = 3;
 
+struct Access {
+  int64_t block, thread, address, bytes;
+};
+bool recording = false;
+std::vector<Access> accesses;
+
 void enter() {
   (*body)();
   fibers[current].state = State::kDone;
@@ -178,6 +184,14 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location whe
   return result;
 }
 
+void access(const void* address, size_t bytes) {
+  for (size_t i = 0; recording && i < bytes; i += 16) {
+    accesses.push_back(
+        {blockIdx.x, threadIdx.x, reinterpret_cast<int64_t>(address) + int64_t(i),
+         std::min<int64_t>(bytes - i, 16)});
+  }
+}
+
 int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   ++launches;
   if (grid.x == 0 || block.x == 0 || block.x % kWarp != 0 || grid.y * grid.z * block.y * block.z != 1) {
@@ -233,6 +247,17 @@ extern "C" void emulation_configure(unsigned seed, int count) {
   random_order.seed(seed);
   multiprocessors = count;
 }
+
+// Starts a new record, or ends it; how many accesses it has.
+extern "C" int64_t emulation_record(bool on) {
+  recording = on;
+  if (on) {
+    accesses.clear();
+  }
+  return static_cast<int64_t>(accesses.size());
+}
+
+extern "C" const int64_t* emulation_accesses() { return &accesses.data()->block; }
 
 extern "C" int emulation_launches() { return launches; }
 
