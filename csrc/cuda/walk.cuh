@@ -1,4 +1,4 @@
-// How a CUDA kernel walks the segments: every CTA takes a contiguous range of `blocks`, cuts it into
+// How a CUDA kernel walks the segments: `blocks` are dealt to the CTAs in runs. A CTA cuts a run into
 // stretches (consecutive blocks of one row), lets one thread find out what there is to do with a stretch, and
 // does it with all of them: 16 bytes a load where everything is aligned, element by element elsewhere.
 #pragma once
@@ -12,6 +12,10 @@ namespace sharpkern::cuda {
 // Elements of a parameter in one row of `blocks`; schema.py has its twin. A multiple of 16 bytes in every
 // dtype, so that each block of a row is aligned as its first one.
 constexpr int64_t kBlock = 2048;
+
+// Blocks of a run, at most. Fewer: CTAs keep closer together, and share the work more evenly; more: they ask
+// the table less often.
+constexpr int64_t kRun = 16;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -80,30 +84,52 @@ __device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t 
   return s;
 }
 
-// prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it.
+// prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it. As many
+// runs as keep all CTAs equally busy; they are dealt one after the other, so that what CTAs work on at a time
+// lies side by side, and what there is nothing to do with is nobody's whole share. A CTA may come back to a
+// row. Who has which blocks, and in which order, depends on the numbers of blocks and CTAs alone.
 template <class Work, class Prepare, class Move>
 __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare, Move&& move) {
+  // One thread's, and here since registers are what is short.
+  struct Cursor {
+    int64_t runs;
+    int64_t turn;   // the next run's
+    int64_t block;  // the next one
+    int64_t last;   // of its run
+  };
   struct Message {
     Work work;
-    int64_t size;
-    int64_t blocks;
+    int64_t size;  // 0: that was all
   };
+  __shared__ Cursor cursor;
   __shared__ Message shared;
-  const int64_t cta = blockIdx.x;
-  const int64_t first = segments.count * cta / gridDim.x;
-  const int64_t last = segments.count * (cta + 1) / gridDim.x;
-  for (int64_t block = first; block < last;) {
+  if (threadIdx.x == 0) {
+    const int64_t per_round = gridDim.x * kRun;
+    cursor = {(segments.count + per_round - 1) / per_round * gridDim.x, blockIdx.x, 0, 0};
+  }
+  while (true) {
     if (threadIdx.x == 0) {
-      const Stretch stretch = stretch_at(segments, block, last);
-      shared.size = stretch.size;
-      shared.blocks = stretch.blocks;
-      shared.work = prepare(stretch);
+      if (cursor.block == cursor.last && cursor.turn < cursor.runs) {
+        const int64_t run = cursor.turn;
+        cursor.block = segments.count * run / cursor.runs;
+        cursor.last = segments.count * (run + 1) / cursor.runs;
+        cursor.turn += gridDim.x;
+      }
+      shared.size = 0;
+      if (cursor.block < cursor.last) {
+        const Stretch stretch = stretch_at(segments, cursor.block, cursor.last);
+        shared.size = stretch.size;
+        shared.work = prepare(stretch);
+        cursor.block += stretch.blocks;
+      }
     }
     __syncthreads();
     const Message now = shared;
     __syncthreads();  // the next message may be written
+    if (now.size == 0) {
+      return;
+    }
     move(now.work, now.size);
-    block += now.blocks;
   }
 }
 
