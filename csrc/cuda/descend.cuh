@@ -110,7 +110,7 @@ __device__ __forceinline__ void descend(
       rule.counters[2] += 1;
     }
   }
-  walk<Descending<T, W, C>>(
+  walk<Descending<T, W, C>, Order::kBackwards>(
       rule.segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;

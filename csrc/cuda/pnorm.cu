@@ -122,7 +122,7 @@ ascend_p_kernel(
       counters[1] += 1;
     }
   }
-  walk<Ascent<T, W>>(
+  walk<Ascent<T, W>, Order::kBackwards>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;

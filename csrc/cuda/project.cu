@@ -77,7 +77,7 @@ project_kernel(
     along = projection.along;
   }
   double sums[1] = {};
-  walk<Projecting<T>>(
+  walk<Projecting<T>, Order::kBackwards>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;

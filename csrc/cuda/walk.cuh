@@ -84,11 +84,17 @@ __device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t 
   return s;
 }
 
+// The end that the runs are dealt from. An op that goes over what a sum just went over begins with its tail,
+// which is still in the L2 cache: ascents and rules after the norm of their gradient, project after dots.
+// Sums begin at the head, and so do combine, whose direction an ascent reads next, and restore, since a whole
+// forward and backward pass came after what it reads was last used.
+enum class Order { kForwards, kBackwards };
+
 // prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it. As many
 // runs as keep all CTAs equally busy; they are dealt one after the other, so that what CTAs work on at a time
 // lies side by side, and what there is nothing to do with is nobody's whole share. A CTA may come back to a
 // row. Who has which blocks, and in which order, depends on the numbers of blocks and CTAs alone.
-template <class Work, class Prepare, class Move>
+template <class Work, Order kOrder = Order::kForwards, class Prepare, class Move>
 __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare, Move&& move) {
   // One thread's, and here since registers are what is short.
   struct Cursor {
@@ -110,7 +116,7 @@ __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare
   while (true) {
     if (threadIdx.x == 0) {
       if (cursor.block == cursor.last && cursor.turn < cursor.runs) {
-        const int64_t run = cursor.turn;
+        const int64_t run = kOrder == Order::kBackwards ? cursor.runs - 1 - cursor.turn : cursor.turn;
         cursor.block = segments.count * run / cursor.runs;
         cursor.last = segments.count * (run + 1) / cursor.runs;
         cursor.turn += gridDim.x;

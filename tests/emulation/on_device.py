@@ -96,11 +96,12 @@ def test_devices_of_any_size(op: str, multiprocessors: int, emulated: Callable[.
 
 
 RUN = 16  # kRun in walk.cuh
+BACKWARDS = ("ascend", "ascend_scaled", "ascend_p", "project", "sgd", "adam", "nudge_sgd")
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_blocks_are_dealt_in_runs(op: str, emulated: Callable[..., None]) -> None:
-    """A CTA takes every so many-th run, the other ones those beside it."""
+    """A CTA takes every so many-th run, the other ones those beside it; from the tail where a sum just came along."""
     emulated(1, 1)
     count = 150
     problem = Problem([Spec((count * schema.BLOCK,))], torch.float32, op)
@@ -112,12 +113,13 @@ def test_blocks_are_dealt_in_runs(op: str, emulated: Callable[..., None]) -> Non
     ctas = int(found[:, 0].max()) + 1
     runs = ctas * -(-count // (ctas * RUN))
     assert runs > ctas > 1
+    order = [range(count * run // runs, count * (run + 1) // runs) for run in range(runs)]
+    if op_of(op) in BACKWARDS:
+        order.reverse()
     for cta in range(ctas):
         mine = (found[:, 0] == cta) & (found[:, 1] == 0) & (blocks >= 0) & (blocks < count)
         got = blocks[mine].unique_consecutive().tolist()
-        assert got == [
-            b for run in range(cta, runs, ctas) for b in range(count * run // runs, count * (run + 1) // runs)
-        ]
+        assert got == [block for run in order[cta::ctas] for block in run]
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
