@@ -55,6 +55,7 @@ __device__ __forceinline__ void update(
 template <class T, class V, class W>
 SK_KERNEL(kAdamResident<T>)
 adam_kernel(Rule<T, W> rule, State<arithmetic_t<T>> state) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   descend<Adam<A>, kAdamValues, V>(
       rule,

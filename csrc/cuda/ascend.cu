@@ -53,6 +53,7 @@ SK_KERNEL(kResident)
 ascend_kernel(
     Segments segments, W* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
     double eps, bool skip_nonfinite) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   constexpr bool kKeeps = kKeepW && !kIsMaster<T, W>;
   double norm = 0;

@@ -29,6 +29,8 @@ struct Combination {
 template <class X>
 SK_KERNEL(kResident)
 combine_kernel(Combination<X> of, double* partials, double* sq) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<X>;
   const bool go = threadIdx.x == 0 && of.checks.norms().finite;
   double sums[1] = {};

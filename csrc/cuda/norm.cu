@@ -20,6 +20,8 @@ struct Squaring {
 template <class T, bool kScaled, class W>
 SK_KERNEL(kResident)
 norm_kernel(Segments segments, const W* master, const double* radius, double* partials, NormOutput output) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   double sums[1] = {};
   double& sum = sums[0];

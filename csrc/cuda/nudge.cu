@@ -34,6 +34,8 @@ nudge_dots_kernel(
     Segments segments, const W* master, const float* step, const double* groups,
     const arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, double* partials, double* sq,
     double* along, int64_t stride) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   __shared__ double products[2 * kMostDirections][kThreads];
   const int count = static_cast<int>(2 * directions.count);
@@ -106,6 +108,7 @@ SK_KERNEL(kNudgeResident<T>)
 nudge_sgd_kernel(
     Rule<T, W> rule, arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, const double* along,
     int64_t buffers) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   __shared__ A products[kMostDirections];
   if (threadIdx.x < directions.count) {

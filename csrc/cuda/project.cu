@@ -16,6 +16,8 @@ struct Multiplying {
 template <class T>
 SK_KERNEL(kResident)
 dots_kernel(Segments segments, const T* gradient, double* partials, double* sq, int64_t stride) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   double sums[2] = {};
   walk<Multiplying<T>>(
@@ -68,6 +70,8 @@ SK_KERNEL(kResident)
 project_kernel(
     Segments segments, arithmetic_t<T>* g_v, const T* gradient, const double* products, int64_t buffers,
     double* partials, double* sq) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   bool go = false;
   A along = 0;

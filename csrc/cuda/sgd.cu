@@ -51,6 +51,7 @@ __device__ __forceinline__ void update_plain(
 template <class T, class V, class W>
 SK_KERNEL(kResident)
 sgd_kernel(Rule<T, W> rule, arithmetic_t<T>* momentum) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   const auto has_momentum = [&](const double* v) { return momentum != nullptr && v[kSgdMomentum] != 0; };
   descend<Sgd<A>, kSgdValues, V>(

@@ -25,6 +25,27 @@ constexpr int kWarp = 32;
 constexpr int kResident = 4;
 #define SK_KERNEL(resident) __global__ void __launch_bounds__(kThreads, resident)
 
+// First of all in every kernel. From sm_90 on a kernel may start while the one ahead of it in the stream
+// still runs (programmatic dependent launch, see launch.h). Here it waits until that one is complete and its
+// writes are visible, before it accesses any global memory. Everything is as in order, because
+// - a kernel starts early only behind one that asks for it (let_next_start); behind other kernels, copies and
+//   events it starts when they are complete. In a CUDA graph the edge that a capture makes means the same;
+// - what is ahead of the one ahead is complete, too: each that started early waited before it completed;
+// - what is behind and was launched as usual, copies too, starts when this kernel is complete.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Right behind it, in kernels that write no weights: kernels of others may load these before they wait, since
+// none of a forward pass writes them.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 // Columns of the table; schema.py names them.
 enum Column : int64_t { kParam, kGrad, kScale, kBackup, kSlot, kNumel, kGroup, kTicket };
 
