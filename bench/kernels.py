@@ -7,8 +7,9 @@ The exit status is 1 where one of these is broken:
 - nothing is spilled, no thread has a stack. (On AMD ``sspills``, scalar registers that wait in lanes of a vector
   register, are only shown: they cost instructions, but no memory, or there would be a stack.)
 - the widest loads and stores of global memory move 16 bytes: those of whole, aligned blocks. There must be one for
-  each array that a block loads or stores, since a few scalars side by side may make a wide access too. In Triton
-  half-precision arrays beside float32 state may be narrower than that state (see ``walk.options``).
+  each array that a block loads or stores, since a few scalars side by side may make a wide access too.
+  Half-precision arrays beside float32 state may be narrower than that state (see ``walk.options`` for Triton, and
+  ``elements`` in walk.cuh).
   ``16 x8``: the widest is 16 bytes, eight instructions.
 - from sm_90 on every kernel of csrc/cuda waits for the one ahead of it before it accesses global memory, or
   branches (``wait_for_previous`` in walk.cuh).
@@ -446,7 +447,8 @@ def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
             yield f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known"
         elif case.op in ops:
             must_wait = int(target.removeprefix("sm_")) >= 90
-            yield Row("cuda", kernel, dtype, target, usage, *case.accesses(), waits or not must_wait)
+            least = case.accesses(beside_state=dtype.endswith("float16"))
+            yield Row("cuda", kernel, dtype, target, usage, *least, waits or not must_wait)
 
 
 def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:

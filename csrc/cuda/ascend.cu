@@ -25,7 +25,7 @@ template <bool kScaled, bool kKeepW, bool kKeepG, class T, class W>
 __device__ __forceinline__ void move(const Ascent<T, W>& work, int64_t n) {
   using A = arithmetic_t<T>;
   constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+  elements<T, kUnroll, W>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = load_weights(tile, work.w, work.kept, i);
     const auto g = tile.load(work.g, i);
     if constexpr (kKeepW) {

@@ -57,7 +57,7 @@ combine_kernel(Combination<X> of, double* partials, double* sq) {
         if (work.v == nullptr) {
           return;
         }
-        elements<X, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<X, 2, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto x = tile.template zeros<X>();
           if (work.x != nullptr) {
             x = tile.load(work.x, i);

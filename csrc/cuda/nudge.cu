@@ -62,7 +62,7 @@ nudge_dots_kernel(
         if (work.g == nullptr) {
           return;
         }
-        elements<T, kUnroll<T>>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll<T>, A>(n, work.aligned, [&](auto tile, int64_t i) {
           const auto w = tile.load(work.w, i);
           const auto g = tile.load(work.g, i);
           auto kept = tile.template zeros<A>();
@@ -132,7 +132,7 @@ nudge_sgd_kernel(
       },
       [&](const Descending<T, W, Nudging<A>>& work, int64_t n) {
         A* buf = work.c.momentum ? momentum + work.slot : nullptr;
-        elements<T, kUnroll<T>>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll<T>, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto correction = tile.template zeros<A>();
           for (int k = 0; k < directions.count; ++k) {
             const auto e = tile.load(directions.row(k) + work.slot, i);

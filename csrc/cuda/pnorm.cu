@@ -157,7 +157,7 @@ ascend_p_kernel(
           return;
         }
         constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-        elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll, W>(n, work.aligned, [&](auto tile, int64_t i) {
           auto w = load_weights(tile, work.w, work.kept, i);
           const auto g = tile.load(work.g, i);
           if constexpr (!kIsMaster<T, W>) {

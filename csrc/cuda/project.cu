@@ -103,7 +103,7 @@ project_kernel(
         if (work.g_v == nullptr) {
           return;
         }
-        elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, 2, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto g = tile.template zeros<T>();
           auto g_s = g;
           if (work.g != nullptr) {

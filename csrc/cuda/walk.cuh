@@ -1,6 +1,7 @@
 // How a CUDA kernel walks the segments: `blocks` are dealt to the CTAs in runs. A CTA cuts a run into
 // stretches (consecutive blocks of one row), lets one thread find out what there is to do with a stretch, and
-// does it with all of them: 16 bytes a load where everything is aligned, element by element elsewhere.
+// does it with all of them: 16 bytes a load of the widest array where everything is aligned, element by
+// element elsewhere.
 #pragma once
 
 #include "../common.h"
@@ -167,9 +168,11 @@ __device__ __forceinline__ P* global(P* address) {
   return address;
 }
 
-// V neighbouring elements, moved 16 bytes at a time.
+// V neighbouring elements, moved at once. Never more than 16 bytes, which would take two instructions: each
+// would touch every other half of a sector.
 template <class S, int V>
-struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Pack {
+struct alignas(V * sizeof(S)) Pack {
+  static_assert(V * sizeof(S) <= 16);
   S x[V];
 };
 
@@ -223,15 +226,18 @@ struct Tile {
   }
 };
 
-// f(tile, first element of this thread) until all of [0, n) is covered. U: unrolling of whole tiles.
-template <class T, int U, class F>
+// f(tile, first element of this thread) until all of [0, n) is covered. S: the widest dtype of the arrays,
+// whose packs have 16 bytes. U: how many packs of 16 bytes of T a thread has at a time, in as many of S as
+// that takes.
+template <class T, int U, class S = T, class F>
 __device__ __forceinline__ void elements(int64_t n, bool aligned, F&& f) {
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = 16 / sizeof(S);
   int64_t i = 0;
   if (aligned) {
-    constexpr int64_t kStep = Tile<U, V>::kStep * U;
+    constexpr int kUnroll = U * sizeof(S) / sizeof(T);
+    constexpr int64_t kStep = Tile<kUnroll, V>::kStep * kUnroll;
     for (; i + kStep <= n; i += kStep) {
-      f(Tile<U, V>{}, i + threadIdx.x * V);
+      f(Tile<kUnroll, V>{}, i + threadIdx.x * V);
     }
     for (int64_t j = i + threadIdx.x * V; j + V <= n; j += Tile<1, V>::kStep) {
       f(Tile<1, V>{}, j);
@@ -280,7 +286,7 @@ __device__ __forceinline__ auto load_weights(Tile tile, const T* w, const W* bac
 template <class T, class W>
 __device__ __forceinline__ void copy(T* to, const W* from, int64_t n, bool aligned) {
   constexpr int kUnroll = kIsMaster<T, W> ? 2 : 4;  // as many loads of 16 bytes
-  elements<T, kUnroll>(
+  elements<T, kUnroll, W>(
       n, aligned, [&](auto tile, int64_t i) { tile.store(to, i, rounded<T>(tile.load(from, i))); });
 }
 

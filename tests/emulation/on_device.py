@@ -280,7 +280,11 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("op", "dtype"), [(op, torch.float32) for op in CALLS], ids=dtype_id)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [*((op, torch.float32) for op in CALLS), *((op, torch.bfloat16) for op in (*CALLS, *cases.MASTERS))],
+    ids=dtype_id,
+)
 def test_a_warp_moves_whole_sectors(op: str, dtype: torch.dtype) -> None:
     """Of whole, aligned blocks: what its threads load or store in one instruction fills the sectors that it touches."""
     problem = Problem(WHOLE, dtype, op)
