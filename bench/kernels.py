@@ -7,9 +7,12 @@ The exit status is 1 where one of these is broken:
 - nothing is spilled, no thread has a stack. (On AMD ``sspills``, scalar registers that wait in lanes of a vector
   register, are only shown: they cost instructions, but no memory, or there would be a stack.)
 - the widest loads and stores of global memory move 16 bytes: those of whole, aligned blocks. There must be one for
-  each array that a block loads or stores, since a few scalars side by side may make a wide access too. In Triton
-  half-precision arrays beside float32 state may be narrower than that state (see ``walk.options``).
+  each array that a block loads or stores, since a few scalars side by side may make a wide access too.
+  Half-precision arrays beside float32 state may be narrower than that state (see ``walk.options`` for Triton, and
+  ``elements`` in walk.cuh).
   ``16 x8``: the widest is 16 bytes, eight instructions.
+- from sm_90 on every kernel of csrc/cuda waits for the one ahead of it before it accesses global memory, or
+  branches (``wait_for_previous`` in walk.cuh).
 - every op and every kernel of sharpkern.ops.triton, and every kernel of csrc/cuda, is in the report.
 """
 
@@ -206,6 +209,7 @@ class Row(NamedTuple):
     usage: Usage
     loads: int  # how many wide ones it has at least
     stores: int
+    waits: bool = True  # for the kernel ahead of it, where it is launched so that it has to
 
     def broken(self) -> list[str]:
         """The rules that it breaks."""
@@ -214,6 +218,8 @@ class Row(NamedTuple):
             rules.append(f"spills {usage.spills}")
         if usage.stack:
             rules.append(f"has a stack of {usage.stack} bytes")
+        if not self.waits:
+            rules.append("accesses memory, or branches, before it waits for the kernel ahead")
         for what, access, least in (("load", usage.load, self.loads), ("store", usage.store, self.stores)):
             if least and access.bytes < WIDE:
                 rules.append(f"{what}s {access.bytes} bytes at most")
@@ -230,10 +236,13 @@ _RESOURCES = re.compile(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) 
 # After the address and perhaps a predicate. LD and ST are those whose address only the running kernel knows to be
 # global memory's; LDS and STS, shared memory's, are none of these. What has no number moves 4 bytes at most.
 _SASS = re.compile(r"\*/\s+(?:@!?\w+ )?(LD|ST)(G|L|)(?:\.(?:(64|128|256)\b|\w+))* ")
+# ACQBULK is PTX's griddepcontrol.wait.
+_FIRST = re.compile(r"\*/\s+(@!?\w+ )?(ACQBULK|(?:LD|ST|ATOM|RED)G?|BR[AX]|JMP|CALL|EXIT)\b")
 
 
-def read_cubins(dump: str) -> Iterator[tuple[str, str, Usage]]:
-    """(target, function, usage) of everything in the output of ``cuobjdump -res-usage -sass``."""
+def read_cubins(dump: str) -> Iterator[tuple[str, str, Usage, bool]]:
+    """(target, function, usage, whether it waits for the kernel ahead before all else) of everything in the output of
+    ``cuobjdump -res-usage -sass``."""
     for section in dump.split("Resource usage:")[1:]:
         target = re.findall(r"code for (\w+)", section)[0]
         code = dict(re.findall(r"Function : (.+)\n([^\0]*?)(?=\n\s*Function :|\Z)", section))
@@ -245,7 +254,9 @@ def read_cubins(dump: str) -> Iterator[tuple[str, str, Usage]]:
                 for wanted in ("LD", "ST")
             )
             spills = sum(space == "L" for _, space, _ in found)
-            yield target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store)
+            first = _FIRST.search(code[name])
+            waits = first is not None and first.groups() == (None, "ACQBULK")
+            yield target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store), waits
 
 
 def dump_cubins(path: Path | str) -> str:
@@ -378,7 +389,7 @@ def compile_case(name: str, dtype: str, target: str) -> Row:
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(compiled.asm["cubin"])
-            ((_, _, usage),) = read_cubins(dump_cubins(file.name))
+            ((_, _, usage, _),) = read_cubins(dump_cubins(file.name))
     usage = usage._replace(shared=usage.shared + compiled.metadata.shared)
     return Row("triton", name, dtype, target, usage, *CASES[name].accesses(beside_state=dtype.endswith("float16")))
 
@@ -422,7 +433,7 @@ def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
     functions = list(read_cubins(dump))
     if not functions:
         yield f"cuda {path} has no kernels"
-    for target, function, usage in functions:
+    for target, function, usage, waits in functions:
         # void a::(anonymous namespace)::b_kernel<c10::Half, true>(int)  is b<true> for float16.
         found = re.search(r"(\w+)_kernel(?:<([^()]*)>)?\(", function)
         name, template = found.groups() if found else (function, None)
@@ -435,7 +446,9 @@ def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
         if case is None:
             yield f"cuda {kernel} {dtype} {target} is not in the report: its arrays are not known"
         elif case.op in ops:
-            yield Row("cuda", kernel, dtype, target, usage, *case.accesses())
+            must_wait = int(target.removeprefix("sm_")) >= 90
+            least = case.accesses(beside_state=dtype.endswith("float16"))
+            yield Row("cuda", kernel, dtype, target, usage, *least, waits or not must_wait)
 
 
 def cuda_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:

@@ -107,6 +107,11 @@ __global__ void sum(int* out, int wrong) {
   if (threadIdx.x % 32 == 0) *out += x;
 }
 
+__global__ void early(int* out, int wrong) {
+  if (wrong == 2) __isGlobal(out);
+  if (wrong != 1) cudaGridDependencySynchronize();
+}
+
 int main() {
   cudaLaunchConfig_t config = {dim3(3), dim3(64)};
   for (int wrong = 0; wrong < 3; ++wrong) {
@@ -119,6 +124,13 @@ int main() {
     int out = 0;
     cudaError_t error = cudaLaunchKernelEx(&config, sum, &out, wrong);
     printf("%d %d\\n", error, out);
+  }
+  cudaLaunchAttribute attribute = {};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  for (int wrong = 0; wrong < 3; ++wrong) {
+    int out = 0;
+    printf("%d %d\\n", cudaLaunchKernelEx(&config, early, &out, wrong), 0);
   }
 }
 """
@@ -139,4 +151,5 @@ def test_emulation_notices_missing_and_divergent_barriers(tmp_path: Path) -> Non
     assert got[0] == (0, 8)
     assert all(error == 0 and right < 8 for error, right in got[1:3])  # some read the wrong number
     assert got[3] == (0, 3 * 2 * 32)
-    assert all(error != 0 for error, _ in got[4:])
+    assert all(error != 0 for error, _ in got[4:7])
+    assert [error != 0 for error, _ in got[7:]] == [False, True, True]

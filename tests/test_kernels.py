@@ -40,6 +40,7 @@ Resource usage:
 	code for sm_90
 		Function : void a_kernel<float>(float*)
         /*0000*/   LDC R1, c[0x0][0x28] ;
+        /*0008*/   ACQBULK ;
         /*0010*/   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
         /*0020*/   @P0 LD.E.128 R4, desc[UR4][R2.64] ;
         /*0030*/   @!P0 LDG.E.64.STRONG.GPU R4, desc[UR4][R2.64] ;
@@ -50,6 +51,7 @@ Resource usage:
         /*0000*/   STL.128 [R1], R4 ;
         /*0010*/   @P1 LDL R4, [R1+0x8] ;
         /*0020*/   LDG.E.ENL2.256 R4, R8, desc[UR4][R2.64] ;
+        /*0030*/   ACQBULK ;
 
 Resource usage:
  Function b_kernel:
@@ -79,9 +81,9 @@ AMDGCN = """
 
 def test_cubins_are_read() -> None:
     assert list(kernels.read_cubins(DUMP)) == [
-        ("sm_90", "void a_kernel<float>(float*)", Usage(64, 0, 0, 0, 1024, Access(16, 2), Access(4, 1))),
-        ("sm_90", "b_kernel", Usage(24, 2, 0, 72, 0, Access(32, 1), Access())),
-        ("sm_100", "b_kernel", Usage(30, 0, 0, 8, 0, Access(), Access(4, 1))),
+        ("sm_90", "void a_kernel<float>(float*)", Usage(64, 0, 0, 0, 1024, Access(16, 2), Access(4, 1)), True),
+        ("sm_90", "b_kernel", Usage(24, 2, 0, 72, 0, Access(32, 1), Access()), False),
+        ("sm_100", "b_kernel", Usage(30, 0, 0, 8, 0, Access(), Access(4, 1)), False),
     ]
 
 
@@ -186,6 +188,16 @@ def test_triton_kernels() -> None:
 # The CUDA half.
 
 
+@pytest.mark.slow
+def test_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the package."""
+    monkeypatch.syspath_prepend(ROOT)
+    lines = list(kernels.cuda_half(["sm_90"], list(kernels.ARRAYS)))
+    if not lines:
+        pytest.skip("nvcc was not found")
+    assert [line if isinstance(line, str) else line.broken() for line in lines] == [[]] * len(lines)
+
+
 def test_without_nvcc(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch("shutil.which", return_value=None), mock.patch.dict(os.environ) as environment:
         for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -196,7 +208,11 @@ def test_without_nvcc(capsys: pytest.CaptureFixture[str]) -> None:
 
 CUDA = """
 #include "../../csrc/math.h"
-template <class T, bool B, class W> __global__ void norm_kernel(W* x) { float4* y = (float4*)x; y[1] = y[0]; }
+template <class T, bool B, class W> __global__ void norm_kernel(W* x) {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  float4* y = (float4*)x;
+  y[1] = y[0];
+}
 template __global__ void norm_kernel<float, true, float>(float*);
 template __global__ void norm_kernel<double, false, double>(double*);
 template __global__ void norm_kernel<double, true, float>(float*);
@@ -228,7 +244,7 @@ def test_cuda_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scaled[:4] == ("cuda", "norm<true>", "float32", "sm_90")
     assert scaled.broken() == ["cuda norm<true> float32 sm_90 has 1 loads of 16 bytes for 2 arrays"]
     assert master[:4] == ("cuda", "norm<true>, master", "float64", "sm_90")
-    assert [rule.split()[4] for rule in bad.broken()] == ["spills", "has", "loads", "stores"]
+    assert [rule.split()[4] for rule in bad.broken()] == ["spills", "has", "accesses", "loads", "stores"]
     new, empty = (line for line in lines if isinstance(line, str))
     assert new == "cuda new - sm_90 is not in the report: its arrays are not known"
     assert empty.endswith(" has no kernels")

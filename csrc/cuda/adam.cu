@@ -28,7 +28,8 @@ struct Adam {
 template <bool kAmsgrad, class V, class T, class W, class A>
 __device__ __forceinline__ void update(
     const Rule<T, W>& rule, const Descending<T, W, Adam<A>>& work, const State<A>& state, int64_t n) {
-  elements<T, 1>(n, work.aligned, [&](auto tile, int64_t i) {
+  // W: beside a master there are registers for no more than it has in 16 bytes.
+  elements<W, 1, A>(n, work.aligned, [&](auto tile, int64_t i) {
     const int64_t slot = work.slot + i;
     auto w = tile.load(work.from, i);
     const auto g = gradient<V>(tile, rule, work, i);
@@ -55,6 +56,7 @@ __device__ __forceinline__ void update(
 template <class T, class V, class W>
 SK_KERNEL(kAdamResident<T>)
 adam_kernel(Rule<T, W> rule, State<arithmetic_t<T>> state) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   descend<Adam<A>, kAdamValues, V>(
       rule,

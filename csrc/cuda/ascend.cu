@@ -25,7 +25,7 @@ template <bool kScaled, bool kKeepW, bool kKeepG, class T, class W>
 __device__ __forceinline__ void move(const Ascent<T, W>& work, int64_t n) {
   using A = arithmetic_t<T>;
   constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+  elements<T, kUnroll, W>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = load_weights(tile, work.w, work.kept, i);
     const auto g = tile.load(work.g, i);
     if constexpr (kKeepW) {
@@ -53,6 +53,7 @@ SK_KERNEL(kResident)
 ascend_kernel(
     Segments segments, W* backup, T* gradient, int64_t* counters, const double* radius, Squares squares,
     double eps, bool skip_nonfinite) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   constexpr bool kKeeps = kKeepW && !kIsMaster<T, W>;
   double norm = 0;
@@ -66,7 +67,7 @@ ascend_kernel(
       counters[1] += 1;
     }
   }
-  walk<Ascent<T, W>>(
+  walk<Ascent<T, W>, Order::kBackwards>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;

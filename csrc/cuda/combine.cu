@@ -29,6 +29,8 @@ struct Combination {
 template <class X>
 SK_KERNEL(kResident)
 combine_kernel(Combination<X> of, double* partials, double* sq) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<X>;
   const bool go = threadIdx.x == 0 && of.checks.norms().finite;
   double sums[1] = {};
@@ -55,7 +57,7 @@ combine_kernel(Combination<X> of, double* partials, double* sq) {
         if (work.v == nullptr) {
           return;
         }
-        elements<X, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<X, 2, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto x = tile.template zeros<X>();
           if (work.x != nullptr) {
             x = tile.load(work.x, i);

@@ -63,11 +63,11 @@ __device__ __forceinline__ void store_weights(
   tile.store(work.w, i, rounded<T>(weights));
 }
 
-// The row's step counter advances by one launch, however many CTAs share the row: each sees the count from
-// before, and the last one to have seen it writes.
+// The row's step counter advances by one launch, however many stretches the row is cut into: for each the
+// count from before is seen, and whoever has seen it for the last block writes.
 struct Count {
   int64_t row;
-  int64_t blocks;  // of this CTA; none: nothing to count
+  int64_t blocks;  // of this stretch; none: nothing to count
   int64_t of;      // the row's
   float before;
 };
@@ -75,7 +75,7 @@ struct Count {
 template <class T, class W>
 __device__ __forceinline__ void count_step(const Rule<T, W>& rule, const Count& count) {
   if (count.blocks != count.of) {
-    __threadfence();  // the count is read, and only then is this CTA through with it
+    __threadfence();  // the count is read, and only then are these blocks through with it
     auto* ticket = reinterpret_cast<unsigned long long*>(&rule.segments.cell(count.row, kTicket));
     const auto blocks = static_cast<unsigned long long>(count.blocks);
     if (atomicAdd(ticket, blocks) + blocks != static_cast<unsigned long long>(count.of)) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void descend(
       rule.counters[2] += 1;
     }
   }
-  walk<Descending<T, W, C>>(
+  walk<Descending<T, W, C>, Order::kBackwards>(
       rule.segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;

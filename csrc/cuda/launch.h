@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <initializer_list>
+#include <map>
 #include <utility>
 
 // torch's shim header declares it only where torch's own headers were set up for CUDA, and only a torch with
@@ -52,10 +53,29 @@ class Device {
     config.gridDim = dim3(static_cast<unsigned>(grid));
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = waits(reinterpret_cast<const void*>(kernel), name) ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
   }
 
  private:
+  // Whether kernels wait for the one ahead of them (wait_for_previous), so that they may start early:
+  // compiled for sm_90 or later they do. A later device also runs what was compiled for an earlier one, so
+  // the code decides, not the device. It is the same of all kernels, and takes a while to ask.
+  bool waits(const void* kernel, const char* name) const {
+    thread_local std::map<int32_t, bool> known;
+    const auto [found, is_new] = known.try_emplace(device_.index(), false);
+    if (is_new) {
+      cudaFuncAttributes attributes = {};
+      check(cudaFuncGetAttributes(&attributes, kernel), name);
+      found->second = attributes.ptxVersion >= 90;
+    }
+    return found->second;
+  }
+
   static void check(cudaError_t error, const char* name) {
     if (error != cudaSuccess) {
       (void)cudaGetLastError();  // told here, it is not the next one's

@@ -8,6 +8,8 @@ namespace {
 
 SK_KERNEL(1)
 mix_kernel(Mixture mixture) {
+  wait_for_previous();
+  let_next_start();
   if (threadIdx.x == 0) {
     mixture.write();
   }

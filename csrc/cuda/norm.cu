@@ -20,6 +20,8 @@ struct Squaring {
 template <class T, bool kScaled, class W>
 SK_KERNEL(kResident)
 norm_kernel(Segments segments, const W* master, const double* radius, double* partials, NormOutput output) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   double sums[1] = {};
   double& sum = sums[0];
@@ -44,7 +46,7 @@ norm_kernel(Segments segments, const W* master, const double* radius, double* pa
         }
         if (kScaled && work.scaled) {
           constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-          elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+          elements<T, kUnroll, W>(n, work.aligned, [&](auto tile, int64_t i) {
             const auto w = tile.load(work.w, i);
             const auto g = tile.load(work.g, i);
             A squares = 0;

@@ -34,6 +34,8 @@ nudge_dots_kernel(
     Segments segments, const W* master, const float* step, const double* groups,
     const arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, double* partials, double* sq,
     double* along, int64_t stride) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   __shared__ double products[2 * kMostDirections][kThreads];
   const int count = static_cast<int>(2 * directions.count);
@@ -60,7 +62,7 @@ nudge_dots_kernel(
         if (work.g == nullptr) {
           return;
         }
-        elements<T, kUnroll<T>>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll<T>, A>(n, work.aligned, [&](auto tile, int64_t i) {
           const auto w = tile.load(work.w, i);
           const auto g = tile.load(work.g, i);
           auto kept = tile.template zeros<A>();
@@ -106,6 +108,7 @@ SK_KERNEL(kNudgeResident<T>)
 nudge_sgd_kernel(
     Rule<T, W> rule, arithmetic_t<T>* momentum, Directions<arithmetic_t<T>> directions, const double* along,
     int64_t buffers) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   __shared__ A products[kMostDirections];
   if (threadIdx.x < directions.count) {
@@ -129,7 +132,7 @@ nudge_sgd_kernel(
       },
       [&](const Descending<T, W, Nudging<A>>& work, int64_t n) {
         A* buf = work.c.momentum ? momentum + work.slot : nullptr;
-        elements<T, kUnroll<T>>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll<T>, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto correction = tile.template zeros<A>();
           for (int k = 0; k < directions.count; ++k) {
             const auto e = tile.load(directions.row(k) + work.slot, i);

@@ -22,6 +22,8 @@ struct Gradient {
 template <class T>
 SK_KERNEL(kResident)
 norm_max_kernel(Segments segments, double* partials, double* largest, NormOutput output) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   double sums[2] = {};
   walk<Gradient<T>>(
@@ -67,6 +69,8 @@ template <class T>
 SK_KERNEL(kPowerResident<T>)
 norm_p_kernel(
     Segments segments, const double* largest, int64_t buffers, double q, double* partials, double* sq) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   const A y = static_cast<A>(q);
   Peak<A> peak;
@@ -108,6 +112,7 @@ SK_KERNEL(kPowerResident<T>)
 ascend_p_kernel(
     Segments segments, W* backup, int64_t* counters, const double* radius, Squares squares, DualNorm norm,
     bool skip_nonfinite) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   const A y = static_cast<A>(norm.exponent);
   double scale = 0;
@@ -122,7 +127,7 @@ ascend_p_kernel(
       counters[1] += 1;
     }
   }
-  walk<Ascent<T, W>>(
+  walk<Ascent<T, W>, Order::kBackwards>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
@@ -152,7 +157,7 @@ ascend_p_kernel(
           return;
         }
         constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-        elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, kUnroll, W>(n, work.aligned, [&](auto tile, int64_t i) {
           auto w = load_weights(tile, work.w, work.kept, i);
           const auto g = tile.load(work.g, i);
           if constexpr (!kIsMaster<T, W>) {

@@ -16,6 +16,8 @@ struct Multiplying {
 template <class T>
 SK_KERNEL(kResident)
 dots_kernel(Segments segments, const T* gradient, double* partials, double* sq, int64_t stride) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   double sums[2] = {};
   walk<Multiplying<T>>(
@@ -68,6 +70,8 @@ SK_KERNEL(kResident)
 project_kernel(
     Segments segments, arithmetic_t<T>* g_v, const T* gradient, const double* products, int64_t buffers,
     double* partials, double* sq) {
+  wait_for_previous();
+  let_next_start();
   using A = arithmetic_t<T>;
   bool go = false;
   A along = 0;
@@ -77,7 +81,7 @@ project_kernel(
     along = projection.along;
   }
   double sums[1] = {};
-  walk<Projecting<T>>(
+  walk<Projecting<T>, Order::kBackwards>(
       segments,
       [&](const Stretch& stretch) {
         const Row& row = stretch.row;
@@ -99,7 +103,7 @@ project_kernel(
         if (work.g_v == nullptr) {
           return;
         }
-        elements<T, 2>(n, work.aligned, [&](auto tile, int64_t i) {
+        elements<T, 2, A>(n, work.aligned, [&](auto tile, int64_t i) {
           auto g = tile.template zeros<T>();
           auto g_s = g;
           if (work.g != nullptr) {

@@ -15,6 +15,7 @@ struct Copying {
 template <class T, class W>
 SK_KERNEL(kResident)
 restore_kernel(Segments segments, const W* backup) {
+  wait_for_previous();
   walk<Copying<T, W>>(
       segments,
       [&](const Stretch& stretch) {

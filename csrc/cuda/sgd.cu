@@ -17,9 +17,10 @@ template <class V, class T, class W, class A>
 __device__ __forceinline__ void update_momentum(
     const Rule<T, W>& rule, const Descending<T, W, Sgd<A>>& work, A* momentum, int64_t n) {
   A* buf = momentum + work.slot;
-  // Two tiles at a time make six loads; the wide state of half types, or a direction, makes four of one.
+  // Two packs of each array make six loads; beside the wide state of half types one makes as many, of smaller
+  // packs; with a direction one makes four.
   constexpr int kUnroll = sizeof(A) == sizeof(T) && std::is_void_v<V> ? 2 : 1;
-  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+  elements<T, kUnroll, A>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
     const auto g = gradient<V>(tile, rule, work, i);
     auto b = tile.load(buf, i);
@@ -36,7 +37,8 @@ template <class V, class T, class W, class A>
 __device__ __forceinline__ void update_plain(
     const Rule<T, W>& rule, const Descending<T, W, Sgd<A>>& work, int64_t n) {
   constexpr int kUnroll = kIsMaster<T, W> ? 1 : 2;
-  elements<T, kUnroll>(n, work.aligned, [&](auto tile, int64_t i) {
+  using Widest = std::conditional_t<kIsMaster<T, W> || std::is_same_v<V, A>, A, T>;
+  elements<T, kUnroll, Widest>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);
     const auto g = gradient<V>(tile, rule, work, i);
     tile.each([&](int u, int v) {
@@ -51,6 +53,7 @@ __device__ __forceinline__ void update_plain(
 template <class T, class V, class W>
 SK_KERNEL(kResident)
 sgd_kernel(Rule<T, W> rule, arithmetic_t<T>* momentum) {
+  wait_for_previous();
   using A = arithmetic_t<T>;
   const auto has_momentum = [&](const double* v) { return momentum != nullptr && v[kSgdMomentum] != 0; };
   descend<Sgd<A>, kSgdValues, V>(

@@ -1,6 +1,7 @@
-// How a CUDA kernel walks the segments: every CTA takes a contiguous range of `blocks`, cuts it into
+// How a CUDA kernel walks the segments: `blocks` are dealt to the CTAs in runs. A CTA cuts a run into
 // stretches (consecutive blocks of one row), lets one thread find out what there is to do with a stretch, and
-// does it with all of them: 16 bytes a load where everything is aligned, element by element elsewhere.
+// does it with all of them: 16 bytes a load of the widest array where everything is aligned, element by
+// element elsewhere.
 #pragma once
 
 #include "../common.h"
@@ -13,6 +14,10 @@ namespace sharpkern::cuda {
 // dtype, so that each block of a row is aligned as its first one.
 constexpr int64_t kBlock = 2048;
 
+// Blocks of a run, at most. Fewer: CTAs keep closer together, and share the work more evenly; more: they ask
+// the table less often.
+constexpr int64_t kRun = 16;
+
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
@@ -20,6 +25,27 @@ constexpr int kWarp = 32;
 // can hold are enough, at four loads of 16 bytes apiece, to keep more memory in flight than it needs.
 constexpr int kResident = 4;
 #define SK_KERNEL(resident) __global__ void __launch_bounds__(kThreads, resident)
+
+// First of all in every kernel. From sm_90 on a kernel may start while the one ahead of it in the stream
+// still runs (programmatic dependent launch, see launch.h). Here it waits until that one is complete and its
+// writes are visible, before it accesses any global memory. Everything is as in order, because
+// - a kernel starts early only behind one that asks for it (let_next_start); behind other kernels, copies and
+//   events it starts when they are complete. In a CUDA graph the edge that a capture makes means the same;
+// - what is ahead of the one ahead is complete, too: each that started early waited before it completed;
+// - what is behind and was launched as usual, copies too, starts when this kernel is complete.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Right behind it, in kernels that write no weights: kernels of others may load these before they wait, since
+// none of a forward pass writes them.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
 
 // Columns of the table; schema.py names them.
 enum Column : int64_t { kParam, kGrad, kScale, kBackup, kSlot, kNumel, kGroup, kTicket };
@@ -80,43 +106,73 @@ __device__ __forceinline__ Stretch stretch_at(const Segments& segments, int64_t 
   return s;
 }
 
-// prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it.
-template <class Work, class Prepare, class Move>
+// The end that the runs are dealt from. An op that goes over what a sum just went over begins with its tail,
+// which is still in the L2 cache: ascents and rules after the norm of their gradient, project after dots.
+// Sums begin at the head, and so do combine, whose direction an ascent reads next, and restore, since a whole
+// forward and backward pass came after what it reads was last used.
+enum class Order { kForwards, kBackwards };
+
+// prepare(stretch), by one thread, returns a Work; move(work, elements), by all threads, does it. As many
+// runs as keep all CTAs equally busy; they are dealt one after the other, so that what CTAs work on at a time
+// lies side by side, and what there is nothing to do with is nobody's whole share. A CTA may come back to a
+// row. Who has which blocks, and in which order, depends on the numbers of blocks and CTAs alone.
+template <class Work, Order kOrder = Order::kForwards, class Prepare, class Move>
 __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare, Move&& move) {
+  // One thread's, and here since registers are what is short.
+  struct Cursor {
+    int64_t runs;
+    int64_t turn;   // the next run's
+    int64_t block;  // the next one
+    int64_t last;   // of its run
+  };
   struct Message {
     Work work;
-    int64_t size;
-    int64_t blocks;
+    int64_t size;  // 0: that was all
   };
+  __shared__ Cursor cursor;
   __shared__ Message shared;
-  const int64_t cta = blockIdx.x;
-  const int64_t first = segments.count * cta / gridDim.x;
-  const int64_t last = segments.count * (cta + 1) / gridDim.x;
-  for (int64_t block = first; block < last;) {
+  if (threadIdx.x == 0) {
+    const int64_t per_round = gridDim.x * kRun;
+    cursor = {(segments.count + per_round - 1) / per_round * gridDim.x, blockIdx.x, 0, 0};
+  }
+  while (true) {
     if (threadIdx.x == 0) {
-      const Stretch stretch = stretch_at(segments, block, last);
-      shared.size = stretch.size;
-      shared.blocks = stretch.blocks;
-      shared.work = prepare(stretch);
+      if (cursor.block == cursor.last && cursor.turn < cursor.runs) {
+        const int64_t run = kOrder == Order::kBackwards ? cursor.runs - 1 - cursor.turn : cursor.turn;
+        cursor.block = segments.count * run / cursor.runs;
+        cursor.last = segments.count * (run + 1) / cursor.runs;
+        cursor.turn += gridDim.x;
+      }
+      shared.size = 0;
+      if (cursor.block < cursor.last) {
+        const Stretch stretch = stretch_at(segments, cursor.block, cursor.last);
+        shared.size = stretch.size;
+        shared.work = prepare(stretch);
+        cursor.block += stretch.blocks;
+      }
     }
     __syncthreads();
     const Message now = shared;
     __syncthreads();  // the next message may be written
+    if (now.size == 0) {
+      return;
+    }
     move(now.work, now.size);
-    block += now.blocks;
   }
 }
 
 // An address that came as an integer: without this the accesses would be generic ones, and ask what it is.
-template <class S>
-__device__ __forceinline__ S* global(S* address) {
+template <class P>
+__device__ __forceinline__ P* global(P* address) {
   __builtin_assume(__isGlobal(address));
   return address;
 }
 
-// V neighbouring elements, moved 16 bytes at a time.
+// V neighbouring elements, moved at once. Never more than 16 bytes, which would take two instructions: each
+// would touch every other half of a sector.
 template <class S, int V>
-struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Pack {
+struct alignas(V * sizeof(S)) Pack {
+  static_assert(V * sizeof(S) <= 16);
   S x[V];
 };
 
@@ -134,11 +190,10 @@ struct Tile {
 
   template <class S>
   static __device__ __forceinline__ Packs<S, U, V> load(const S* address, int64_t i) {
-    const S* from = global(address);
     Packs<S, U, V> packs;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      packs.pack[u] = *reinterpret_cast<const Pack<S, V>*>(from + (i + u * kStep));
+      packs.pack[u] = *global(reinterpret_cast<const Pack<S, V>*>(address + (i + u * kStep)));
     }
     return packs;
   }
@@ -152,10 +207,9 @@ struct Tile {
 
   template <class S>
   static __device__ __forceinline__ void store(S* address, int64_t i, const Packs<S, U, V>& packs) {
-    S* to = global(address);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      *reinterpret_cast<Pack<S, V>*>(to + (i + u * kStep)) = packs.pack[u];
+      *global(reinterpret_cast<Pack<S, V>*>(address + (i + u * kStep))) = packs.pack[u];
     }
   }
 
@@ -172,15 +226,18 @@ struct Tile {
   }
 };
 
-// f(tile, first element of this thread) until all of [0, n) is covered. U: unrolling of whole tiles.
-template <class T, int U, class F>
+// f(tile, first element of this thread) until all of [0, n) is covered. S: the widest dtype of the arrays,
+// whose packs have 16 bytes. U: how many packs of 16 bytes of T a thread has at a time, in as many of S as
+// that takes.
+template <class T, int U, class S = T, class F>
 __device__ __forceinline__ void elements(int64_t n, bool aligned, F&& f) {
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = 16 / sizeof(S);
   int64_t i = 0;
   if (aligned) {
-    constexpr int64_t kStep = Tile<U, V>::kStep * U;
+    constexpr int kUnroll = U * sizeof(S) / sizeof(T);
+    constexpr int64_t kStep = Tile<kUnroll, V>::kStep * kUnroll;
     for (; i + kStep <= n; i += kStep) {
-      f(Tile<U, V>{}, i + threadIdx.x * V);
+      f(Tile<kUnroll, V>{}, i + threadIdx.x * V);
     }
     for (int64_t j = i + threadIdx.x * V; j + V <= n; j += Tile<1, V>::kStep) {
       f(Tile<1, V>{}, j);
@@ -229,7 +286,7 @@ __device__ __forceinline__ auto load_weights(Tile tile, const T* w, const W* bac
 template <class T, class W>
 __device__ __forceinline__ void copy(T* to, const W* from, int64_t n, bool aligned) {
   constexpr int kUnroll = kIsMaster<T, W> ? 2 : 4;  // as many loads of 16 bytes
-  elements<T, kUnroll>(
+  elements<T, kUnroll, W>(
       n, aligned, [&](auto tile, int64_t i) { tile.store(to, i, rounded<T>(tile.load(from, i))); });
 }
 

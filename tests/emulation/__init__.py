@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,3 +95,16 @@ def configure(seed: int = 0, multiprocessors: int = 3) -> None:
     """In which random order threads and blocks run from now on, and for how many blocks there is room."""
     assert _library is not None
     _library.emulation_configure(ctypes.c_uint(seed), ctypes.c_int(multiprocessors))
+
+
+def accesses(call: Callable[[], object]) -> torch.Tensor:
+    """What a call's threads load and store of the arrays that they walk, each in its order: int64 rows of block,
+    thread, address, bytes."""
+    assert _library is not None
+    _library.emulation_record.restype = ctypes.c_int64
+    _library.emulation_accesses.restype = ctypes.c_void_p
+    _library.emulation_record(True)
+    call()
+    count = _library.emulation_record(False)
+    array = (ctypes.c_int64 * (4 * count)).from_address(_library.emulation_accesses())
+    return torch.frombuffer(array, dtype=torch.int64).view(count, 4).clone()

@@ -37,9 +37,14 @@ void barrier(Location where);
 // Waits for the lanes in the mask; hands over 8 bytes, returns those of another lane.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location where);
 unsigned lane();
-// Runs a kernel; nonzero when its threads got stuck.
-int run(dim3 grid, dim3 block, const std::function<void()>& thread);
+// Runs a kernel; nonzero when its threads got stuck, or when it may start before the one ahead of it is
+// complete, and a thread does not wait for that first of all.
+int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& thread);
+void wait_for_previous();
 const char* error();
+// A thread loads from an address, or stores there: where a test asked for it, one record for every 16 bytes,
+// the most that an instruction moves.
+void access(const void* address, size_t bytes);
 
 template <class T>
 T shuffle_value(unsigned mask, T value, unsigned from_lane, Location where) {
@@ -66,8 +71,13 @@ T __shfl_down_sync(
 }
 
 inline void __threadfence() {}
-inline bool __isGlobal(const void*) { return true; }
-#define __builtin_assume(condition)
+// The kernels say it of each address right before they access what lies there.
+template <class T>
+bool __isGlobal(const T* address) {
+  emulation::access(address, sizeof(T));
+  return true;
+}
+#define __builtin_assume(condition) (void)(condition)
 
 template <class T>
 T __ldcg(const T* p) {
@@ -83,12 +93,33 @@ T atomicAdd(T* p, T value) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 using cudaStream_t = void*;
+
+inline void cudaGridDependencySynchronize() { emulation::wait_for_previous(); }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 cudaError_t cudaSetDevice(int device);
@@ -99,8 +130,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return emulation::error(); 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
   const auto thread = [&] { kernel(arguments...); };
-  return emulation::run(config->gridDim, config->blockDim, thread) == 0 ? cudaSuccess
-                                                                        : cudaErrorLaunchFailure;
+  const bool stuck = emulation::run(config->gridDim, config->blockDim, config->numAttrs > 0, thread) != 0;
+  return stuck ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
 // Kernels register themselves for the device whose tensors they are tested on.

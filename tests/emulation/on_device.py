@@ -17,7 +17,7 @@ from test_ops import SMALL, SUMS, finite, moves, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
-from emulation import configure, launches
+from emulation import accesses, configure, launches
 from sharpkern.memory.shapes import blocks_of
 from sharpkern.ops import schema
 
@@ -49,6 +49,10 @@ MIXED = [
 ]
 
 
+# More blocks than the few CTAs of a small device take in one round: they come back, to the same rows, too.
+LONG = [Spec((5,), group=1), Spec((200_000,)), Spec((90_000,), grad=False), Spec((2049,), group=2, backed=False)]
+
+
 def result(op: str, problem: Problem, **given: Any) -> list[Tensor]:
     arguments = problem.arguments(op, CPP, **given)
     call(op, CPP, arguments)
@@ -67,12 +71,15 @@ def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(("specs", "multiprocessors"), [(MIXED, 5), (LONG, 1)], ids=["mixed", "long"])
 @pytest.mark.parametrize("op", CALLS)
-def test_same_bits_in_any_order(op: str, dtype: torch.dtype, emulated: Callable[..., None]) -> None:
+def test_same_bits_in_any_order(
+    op: str, specs: list[Spec], multiprocessors: int, dtype: torch.dtype, emulated: Callable[..., None]
+) -> None:
     first = None
     for seed in range(5):
-        emulated(seed, 5)
-        got = result(op, Problem(MIXED, dtype, op))
+        emulated(seed, multiprocessors)
+        got = result(op, Problem(specs, dtype, op))
         first = first or got
         assert all(map(same_bits, got, first)), seed
 
@@ -82,10 +89,37 @@ def test_same_bits_in_any_order(op: str, dtype: torch.dtype, emulated: Callable[
 def test_devices_of_any_size(op: str, multiprocessors: int, emulated: Callable[..., None]) -> None:
     """From one that walks many rows and blocks with each CTA to one with a CTA for each block."""
     emulated(1, multiprocessors)
-    problem = Problem(MIXED, torch.float32, op)
+    problem = Problem(MIXED if multiprocessors > 1 else LONG, torch.float32, op)
     arguments = run_and_check(op, problem, CPP, skip_nonfinite=True)
     if op_of(op) in SUMS:  # the ticket is ready again
         run_and_check(op, problem, CPP, partials=arguments["partials"])
+
+
+RUN = 16  # kRun in walk.cuh
+BACKWARDS = ("ascend", "ascend_scaled", "ascend_p", "project", "sgd", "adam", "nudge_sgd")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_blocks_are_dealt_in_runs(op: str, emulated: Callable[..., None]) -> None:
+    """A CTA takes every so many-th run, the other ones those beside it; from the tail where a sum just came along."""
+    emulated(1, 1)
+    count = 150
+    problem = Problem([Spec((count * schema.BLOCK,))], torch.float32, op)
+    arguments = problem.arguments(op, CPP)
+    found = accesses(lambda: call(op, CPP, arguments))
+    flat = op in ("combine-flat", "combine-in_place")
+    walked = problem.params[0] if op == "restore" else problem.buffers["x"] if flat else problem.grads[0]
+    blocks = (found[:, 2] - walked.data_ptr()) // (schema.BLOCK * walked.element_size())
+    ctas = int(found[:, 0].max()) + 1
+    runs = ctas * -(-count // (ctas * RUN))
+    assert runs > ctas > 1
+    order = [range(count * run // runs, count * (run + 1) // runs) for run in range(runs)]
+    if op_of(op) in BACKWARDS:
+        order.reverse()
+    for cta in range(ctas):
+        mine = (found[:, 0] == cta) & (found[:, 1] == 0) & (blocks >= 0) & (blocks < count)
+        got = blocks[mine].unique_consecutive().tolist()
+        assert got == [block for run in order[cta::ctas] for block in run]
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
@@ -154,9 +188,9 @@ def test_the_other_ops_leave_the_table_alone(op: str) -> None:
 @pytest.mark.parametrize("op", ["sgd", "adam", "sgd-mixed", "adam-mixed", "nudge_sgd"])
 def test_a_row_counts_each_step_once(op: str, emulated: Callable[..., None]) -> None:
     """However many CTAs share it. Groups: with momentum; without, where sgd does not count; with it again."""
-    for seed in range(5):
-        emulated(seed, 1 + seed)
-        problem = Problem(MIXED, torch.float32, op)
+    for seed in range(6):
+        emulated(seed, max(seed, 1))
+        problem = Problem(MIXED if seed else LONG, torch.float32, op)
         for step in range(1, 4):
             before = problem.step.clone()
             arguments = problem.arguments(op, CPP, skip_nonfinite=True)
@@ -234,6 +268,37 @@ def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     names = ("backup", "gradient", "g_v", "direction", "eigenvectors", "out", "x", "v", *cases.STATE.get(op_of(op), ()))
     names = tuple(name for name in names if name in arguments and arguments[name].numel())
     return [name for name in names if name != "out" or arguments["out"] is not arguments["v"]]
+
+
+# What an instruction moves.
+
+SECTOR = 32  # bytes, of which a GPU's memory moves whole ones
+WARP = 32
+WHOLE = [
+    Spec((schema.BLOCK * n,), group=i % 3, grad=i % 5 != 3, scaled=i % 2 == 0, backed=i % 4 != 1)
+    for i, n in enumerate((1, 2, 5, 3, 1, 4, 2))
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [*((op, torch.float32) for op in CALLS), *((op, torch.bfloat16) for op in (*CALLS, *cases.MASTERS))],
+    ids=dtype_id,
+)
+def test_a_warp_moves_whole_sectors(op: str, dtype: torch.dtype) -> None:
+    """Of whole, aligned blocks: what its threads load or store in one instruction fills the sectors that it touches."""
+    problem = Problem(WHOLE, dtype, op)
+    arguments = problem.arguments(op, CPP)
+    found = accesses(lambda: call(op, CPP, arguments))
+    for block in found[:, 0].unique():
+        of_block = found[found[:, 0] == block]
+        threads = int(of_block[:, 1].max()) + 1
+        of_thread = of_block[of_block[:, 1].argsort(stable=True)].view(threads // WARP, WARP, -1, 4)
+        address, size = of_thread[..., 2], of_thread[..., 3]
+        sectors = (address // SECTOR).sort(1).values
+        count = 1 + (sectors.diff(dim=1) != 0).sum(1)
+        assert (size >= 8).all()
+        assert torch.equal(count * SECTOR, size.sum(1))
 
 
 # More elements than 32 bits count.

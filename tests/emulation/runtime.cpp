@@ -26,6 +26,7 @@ struct Fiber {
   ucontext_t context;  // to start on its stack
   jmp_buf at;          // to go on: unlike swapcontext, no system call
   bool started = false;
+  bool waited = false;  // for the kernel ahead
   State state = State::kReady;
   emulation::Location where;
   unsigned mask = 0;
@@ -41,10 +42,18 @@ std::string message;
 
 std::mt19937 random_order;
 int launches = 0;
+bool early = false;  // a thread did not wait for the kernel ahead before it accessed memory, or at all
 int multiprocessors = 3;
+
+struct Access {
+  int64_t block, thread, address, bytes;
+};
+bool recording = false;
+std::vector<Access> accesses;
 
 void enter() {
   (*body)();
+  early = early || !fibers[current].waited;
   fibers[current].state = State::kDone;
   _longjmp(scheduler, 1);
 }
@@ -134,6 +143,7 @@ bool run_block(std::vector<unsigned>& order) {
   for (unsigned i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
     fiber.started = false;
+    fiber.waited = false;
     fiber.state = State::kReady;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks + i * kStack;
@@ -178,7 +188,18 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location whe
   return result;
 }
 
-int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+void wait_for_previous() { fibers[current].waited = true; }
+
+void access(const void* address, size_t bytes) {
+  early = early || !fibers[current].waited;
+  for (size_t i = 0; recording && i < bytes; i += 16) {
+    accesses.push_back(
+        {blockIdx.x, threadIdx.x, reinterpret_cast<int64_t>(address) + int64_t(i),
+         std::min<int64_t>(bytes - i, 16)});
+  }
+}
+
+int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& thread) {
   ++launches;
   if (grid.x == 0 || block.x == 0 || block.x % kWarp != 0 || grid.y * grid.z * block.y * block.z != 1) {
     message = "invalid configuration";
@@ -194,6 +215,7 @@ int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
     fibers = std::vector<Fiber>(block.x);
   }
   body = &thread;
+  early = false;
   gridDim = grid;
   blockDim = block;
   std::vector<unsigned> blocks(grid.x);
@@ -214,6 +236,10 @@ int run(dim3 grid, dim3 block, const std::function<void()>& thread) {
       return 1;
     }
   }
+  if (starts_early && early) {
+    message = "a thread does not wait for the kernel ahead";
+    return 1;
+  }
   return 0;
 }
 
@@ -233,6 +259,17 @@ extern "C" void emulation_configure(unsigned seed, int count) {
   random_order.seed(seed);
   multiprocessors = count;
 }
+
+// Starts a new record, or ends it; how many accesses it has.
+extern "C" int64_t emulation_record(bool on) {
+  recording = on;
+  if (on) {
+    accesses.clear();
+  }
+  return static_cast<int64_t>(accesses.size());
+}
+
+extern "C" const int64_t* emulation_accesses() { return &accesses.data()->block; }
 
 extern "C" int emulation_launches() { return launches; }
 
