@@ -70,8 +70,10 @@ class Device {
     const auto [found, is_new] = known.try_emplace(device_.index(), false);
     if (is_new) {
       cudaFuncAttributes attributes = {};
+      int driver = 0;
       check(cudaFuncGetAttributes(&attributes, kernel), name);
-      found->second = attributes.ptxVersion >= 90;
+      check(cudaDriverGetVersion(&driver), name);
+      found->second = attributes.ptxVersion >= 90 && driver >= 12030;  // before 12.3 no graph captures it
     }
     return found->second;
   }

@@ -106,6 +106,10 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   attributes->ptxVersion = 90;
   return cudaSuccess;
 }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
