@@ -11,6 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 EXAMPLES ?= 10000
 SEED ?= 1
+CUDA ?= 0
+DIST := dist/$(if $(filter 1,$(CUDA)),cuda,cpu)
 
 .PHONY: demo test fuzz bench kernels docs check wheel clean
 
@@ -46,13 +48,16 @@ check: $(VENV)/check
 	$(MAKE) wheel
 	$(PYTEST) $(ARGS)
 
-# What a user's `pip install` of the source archive makes, imported from outside the tree. Without CUDA: that part was
-# compiled for the tests.
-wheel: $(VENV)/test
+# What a user's `pip install` of the source archive makes, as a wheel for other Linux machines in dist/: its tag says what
+# it needs of the system, torch's libraries stay torch's. Installed and tried outside of the tree before it is put there.
+# Without CUDA, which was compiled for the tests; make wheel CUDA=1 insists on it.
+wheel: $(VENV)/wheels
 	rm -rf $(VENV)/wheel && $(BIN)/python setup.py --quiet sdist -d $(VENV)/wheel
-	SHARPKERN_CUDA=0 $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel $(VENV)/wheel/sharpkern-*.tar.gz
-	$(BIN)/python -m zipfile -e $(VENV)/wheel/sharpkern-*.whl $(VENV)/wheel/unpacked
-	cd $(VENV)/wheel/unpacked && ../../bin/python -c "import sharpkern, os; from sharpkern.ops import scan; assert sharpkern.build_info()['extension'], sharpkern.build_info(); assert scan.path() == 'aten', scan.path(); assert sharpkern.__file__.startswith(os.getcwd())"
+	SHARPKERN_CUDA=$(CUDA) $(BIN)/pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w $(VENV)/wheel $(VENV)/wheel/sharpkern-*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' -w $(VENV)/wheel/repaired $(VENV)/wheel/sharpkern-*.whl
+	$(BIN)/pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/repaired/sharpkern-*.whl
+	cd $(VENV)/wheel/installed && PYTHONPATH=. ../../bin/python ../../../tests/smoke.py --path aten
+	mkdir -p $(DIST) && cp $(VENV)/wheel/sharpkern-*.tar.gz $(VENV)/wheel/repaired/sharpkern-*.whl $(DIST)
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -78,9 +83,13 @@ $(VENV)/docs: $(VENV)/build
 	$(PIP) --no-build-isolation --editable ".[analysis,docs]"
 	touch $@
 
+$(VENV)/wheels: $(VENV)/build
+	$(PIP) --no-build-isolation --editable ".[wheel]"
+	touch $@
+
 $(VENV)/check: $(VENV)/test
-	$(PIP) --no-build-isolation --editable ".[analysis,demo,bench,test,integrations,docs,check]"
+	$(PIP) --no-build-isolation --editable ".[analysis,demo,bench,test,integrations,docs,check,wheel]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build sharpkern.egg-info sharpkern/_C*.so sharpkern/_aten*.so
+	rm -rf $(VENV) build dist sharpkern.egg-info sharpkern/_C*.so sharpkern/_aten*.so

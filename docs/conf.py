@@ -24,6 +24,8 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
+autodoc_mock_imports = ["accelerate", "ignite", "lightning", "skorch", "transformers"]  # the pages need no trainer
+autodoc_preserve_defaults = True  # of functions, as they are written
 autodoc_typehints = "none"  # the docstrings say what an argument is
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False

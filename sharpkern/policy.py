@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .checks import check_count, check_probability, check_real
 
+__all__ = ["Adaptive", "Always", "Bernoulli", "Every", "Policy", "Scheduled"]
+
 
 class Policy(ABC):
     """Decides for each step. One of your own is a subclass with ``decide``."""

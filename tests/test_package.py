@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -270,3 +271,15 @@ def test_rocm_runs_no_cuda_kernels(a_device: pytest.MonkeyPatch) -> None:
     a_device.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert backend.available_backends("cuda") == ["triton", "reference"]
     assert "ROCm" in str(backend.why_not("cpp", "cuda"))
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    root = Path(__file__).resolve().parents[1]
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    released = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    version = re.search(r"^version: (\S+)$", citation, re.MULTILINE)
+    assert version is not None
+    assert released is not None
+    assert version[1] == sk.__version__
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {version[1]} ({released[1]})\n" in changes

@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
+__all__ = ["Accelerator", "PreparedOptimizer"]
+
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 

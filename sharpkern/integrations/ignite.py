@@ -13,6 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
+__all__ = ["create_supervised_trainer", "supervised_training_step"]
+
 
 def supervised_training_step(
     model: nn.Module,

@@ -21,6 +21,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
+__all__ = ["SharpnessAware", "fabric_step"]
+
 
 class SharpnessAware(Callback):
     """``Trainer(callbacks=[SharpnessAware()])``: optimizers of sharpkern under automatic and manual optimization.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
+__all__ = ["SharpnessAware"]
+
 
 class SharpnessAware:
     """To be put before a net: ``class Net(SharpnessAware, NeuralNetClassifier)``, with ``optimizer=sharpkern.SAM`` and

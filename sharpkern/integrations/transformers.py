@@ -13,6 +13,8 @@ from transformers import Trainer
 from ..optim.optimizer import SharpnessAwareOptimizer
 from .accelerate import adopt
 
+__all__ = ["SharpnessAware", "SharpnessAwareTrainer"]
+
 if not (hasattr(Trainer, "_clip_grad_norm") and hasattr(Trainer, "_get_grad_norm")):
     raise ImportError("sharpkern.integrations.transformers needs a Trainer whose clipping is a method: transformers 5")
 
