@@ -90,6 +90,7 @@ CHECK = """
 
 __global__ void broadcast(int* out, int wrong) {
   __shared__ int shared;
+  cudaGridDependencySynchronize();
   for (int i = 0; i < 8; ++i) {
     if (threadIdx.x == 0) shared = i;
     if (wrong != 1) __syncthreads();
@@ -100,6 +101,7 @@ __global__ void broadcast(int* out, int wrong) {
 
 __global__ void sum(int* out, int wrong) {
   int x = 1;
+  cudaGridDependencySynchronize();
   for (int d = 16; d > 0; d /= 2) x += __shfl_down_sync(wrong == 1 ? 0xffffu : 0xffffffffu, x, d);
   if (wrong == 2 && threadIdx.x > 7) return;
   __syncthreads();
@@ -109,6 +111,8 @@ __global__ void sum(int* out, int wrong) {
 
 __global__ void early(int* out, int wrong) {
   if (wrong == 2) __isGlobal(out);
+  if (wrong == 3) __ldcg(out);
+  if (wrong == 4) atomicAdd(out, 0);
   if (wrong != 1) cudaGridDependencySynchronize();
 }
 
@@ -125,10 +129,7 @@ int main() {
     cudaError_t error = cudaLaunchKernelEx(&config, sum, &out, wrong);
     printf("%d %d\\n", error, out);
   }
-  cudaLaunchAttribute attribute = {};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  for (int wrong = 0; wrong < 3; ++wrong) {
+  for (int wrong = 0; wrong < 5; ++wrong) {
     int out = 0;
     printf("%d %d\\n", cudaLaunchKernelEx(&config, early, &out, wrong), 0);
   }
@@ -152,4 +153,4 @@ def test_emulation_notices_missing_and_divergent_barriers(tmp_path: Path) -> Non
     assert all(error == 0 and right < 8 for error, right in got[1:3])  # some read the wrong number
     assert got[3] == (0, 3 * 2 * 32)
     assert all(error != 0 for error, _ in got[4:7])
-    assert [error != 0 for error, _ in got[7:]] == [False, True, True]
+    assert [error != 0 for error, _ in got[7:]] == [False, True, True, True, True]

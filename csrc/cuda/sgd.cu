@@ -17,8 +17,8 @@ template <class V, class T, class W, class A>
 __device__ __forceinline__ void update_momentum(
     const Rule<T, W>& rule, const Descending<T, W, Sgd<A>>& work, A* momentum, int64_t n) {
   A* buf = momentum + work.slot;
-  // Two packs of each array make six loads; beside the wide state of half types one makes as many, of smaller
-  // packs; with a direction one makes four.
+  // Loads in flight: of three arrays two packs each; of half types beside wide state one of 16 bytes of T,
+  // which is two smaller packs; with a direction one of four arrays.
   constexpr int kUnroll = sizeof(A) == sizeof(T) && std::is_void_v<V> ? 2 : 1;
   elements<T, kUnroll, A>(n, work.aligned, [&](auto tile, int64_t i) {
     auto w = tile.load(work.from, i);

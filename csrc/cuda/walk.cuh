@@ -29,9 +29,11 @@ constexpr int kResident = 4;
 // First of all in every kernel. From sm_90 on a kernel may start while the one ahead of it in the stream
 // still runs (programmatic dependent launch, see launch.h). Here it waits until that one is complete and its
 // writes are visible, before it accesses any global memory. Everything is as in order, because
-// - a kernel starts early only behind one that asks for it (let_next_start); behind other kernels, copies and
-//   events it starts when they are complete. In a CUDA graph the edge that a capture makes means the same;
-// - what is ahead of the one ahead is complete, too: each that started early waited before it completed;
+// - whatever is ahead of that one is complete, too: kernels here wait for it before they complete;
+// - only a kernel ahead that asks for it (let_next_start) makes one start early: behind another kernel, a
+// copy
+//   or an event it starts when that is complete. In a CUDA graph the same holds along the edge that a capture
+//   makes of it;
 // - what is behind and was launched as usual, copies too, starts when this kernel is complete.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -39,8 +41,8 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Right behind it, in kernels that write no weights: kernels of others may load these before they wait, since
-// none of a forward pass writes them.
+// Right behind it, but only in kernels that write no weights: a kernel of another library may load weights
+// before its own wait, because no kernel of a forward pass writes them.
 __device__ __forceinline__ void let_next_start() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -72,7 +74,6 @@ struct Stretch {
   int64_t blocks;
 
   __device__ __forceinline__ bool starts_row() const { return begin == 0; }
-  __device__ __forceinline__ bool is_row() const { return size == row.numel; }
 
   template <class T>
   __device__ __forceinline__ T* at(int64_t address) const {
@@ -118,7 +119,7 @@ enum class Order { kForwards, kBackwards };
 // row. Who has which blocks, and in which order, depends on the numbers of blocks and CTAs alone.
 template <class Work, Order kOrder = Order::kForwards, class Prepare, class Move>
 __device__ __forceinline__ void walk(const Segments& segments, Prepare&& prepare, Move&& move) {
-  // One thread's, and here since registers are what is short.
+  // Thread 0's; in shared memory, where it costs no registers.
   struct Cursor {
     int64_t runs;
     int64_t turn;   // the next run's
@@ -185,7 +186,6 @@ struct Packs {
 template <int U, int V>
 struct Tile {
   static constexpr int kUnroll = U;
-  static constexpr int kWidth = V;
   static constexpr int64_t kStep = int64_t(V) * kThreads;
 
   template <class S>
@@ -227,8 +227,7 @@ struct Tile {
 };
 
 // f(tile, first element of this thread) until all of [0, n) is covered. S: the widest dtype of the arrays,
-// whose packs have 16 bytes. U: how many packs of 16 bytes of T a thread has at a time, in as many of S as
-// that takes.
+// whose packs have 16 bytes. U: unrolling, in packs of 16 bytes of T.
 template <class T, int U, class S = T, class F>
 __device__ __forceinline__ void elements(int64_t n, bool aligned, F&& f) {
   constexpr int V = 16 / sizeof(S);

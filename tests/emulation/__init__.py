@@ -91,6 +91,13 @@ def launches() -> int:
     return count
 
 
+def overlap() -> tuple[bool, bool]:
+    """Whether the last launch may start before the one ahead is complete, and whether it lets the next one do so."""
+    assert _library is not None
+    found: int = _library.emulation_overlap()
+    return bool(found & 1), bool(found & 2)
+
+
 def configure(seed: int = 0, multiprocessors: int = 3) -> None:
     """In which random order threads and blocks run from now on, and for how many blocks there is room."""
     assert _library is not None
@@ -104,7 +111,9 @@ def accesses(call: Callable[[], object]) -> torch.Tensor:
     _library.emulation_record.restype = ctypes.c_int64
     _library.emulation_accesses.restype = ctypes.c_void_p
     _library.emulation_record(True)
-    call()
-    count = _library.emulation_record(False)
+    try:
+        call()
+    finally:
+        count = _library.emulation_record(False)
     array = (ctypes.c_int64 * (4 * count)).from_address(_library.emulation_accesses())
     return torch.frombuffer(array, dtype=torch.int64).view(count, 4).clone()

@@ -37,13 +37,15 @@ void barrier(Location where);
 // Waits for the lanes in the mask; hands over 8 bytes, returns those of another lane.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location where);
 unsigned lane();
-// Runs a kernel; nonzero when its threads got stuck, or when it may start before the one ahead of it is
-// complete, and a thread does not wait for that first of all.
+// Runs a kernel; nonzero when its threads got stuck, or one of them did not wait for the kernel ahead before
+// it accessed memory in a way that is seen here: of arrays, of what other CTAs write, by atomics.
 int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& thread);
 void wait_for_previous();
+void let_next_start();
 const char* error();
-// A thread loads from an address, or stores there: where a test asked for it, one record for every 16 bytes,
-// the most that an instruction moves.
+void touch();
+// A thread loads an array's elements from an address, or stores them there: recorded where a test asked for
+// it.
 void access(const void* address, size_t bytes);
 
 template <class T>
@@ -81,11 +83,13 @@ bool __isGlobal(const T* address) {
 
 template <class T>
 T __ldcg(const T* p) {
+  emulation::touch();
   return *p;
 }
 
 template <class T>
 T atomicAdd(T* p, T value) {
+  emulation::touch();
   const T before = *p;
   *p += value;
   return before;
@@ -97,7 +101,7 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization 
 using cudaStream_t = void*;
 
 inline void cudaGridDependencySynchronize() { emulation::wait_for_previous(); }
-inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() { emulation::let_next_start(); }
 
 struct cudaFuncAttributes {
   int ptxVersion;
@@ -134,7 +138,10 @@ inline const char* cudaGetErrorString(cudaError_t) { return emulation::error(); 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
   const auto thread = [&] { kernel(arguments...); };
-  const bool stuck = emulation::run(config->gridDim, config->blockDim, config->numAttrs > 0, thread) != 0;
+  const bool starts_early = config->numAttrs == 1 &&
+                            config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                            config->attrs->val.programmaticStreamSerializationAllowed == 1;
+  const bool stuck = emulation::run(config->gridDim, config->blockDim, starts_early, thread) != 0;
   return stuck ? cudaErrorLaunchFailure : cudaSuccess;
 }
 

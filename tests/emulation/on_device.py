@@ -17,7 +17,7 @@ from test_ops import SMALL, SUMS, finite, moves, run_and_check
 from torch import Tensor
 
 import sharpkern as sk
-from emulation import accesses, configure, launches
+from emulation import accesses, configure, launches, overlap
 from sharpkern.memory.shapes import blocks_of
 from sharpkern.ops import schema
 
@@ -270,13 +270,25 @@ def flat_buffers(op: str, arguments: dict[str, Any]) -> list[str]:
     return [name for name in names if name != "out" or arguments["out"] is not arguments["v"]]
 
 
+# Launches that overlap.
+
+
+@pytest.mark.parametrize("op", [*CALLS, "mix"])
+def test_who_lets_the_next_kernel_start(op: str) -> None:
+    """Every kernel may start early, and waits, or its launch would fail; only those that write no weights let the next
+    one start."""
+    problem = Problem(MIXED, torch.float32, op)
+    call(op, CPP, problem.arguments(op, CPP))
+    assert overlap() == (True, op == "mix" or op_of(op) in REDUCTIONS)
+
+
 # What an instruction moves.
 
 SECTOR = 32  # bytes, of which a GPU's memory moves whole ones
 WARP = 32
 WHOLE = [
     Spec((schema.BLOCK * n,), group=i % 3, grad=i % 5 != 3, scaled=i % 2 == 0, backed=i % 4 != 1)
-    for i, n in enumerate((1, 2, 5, 3, 1, 4, 2))
+    for i, n in enumerate((1, 2, 5, 3, 1, 40, 2))
 ]
 
 

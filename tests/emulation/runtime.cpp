@@ -43,6 +43,8 @@ std::string message;
 std::mt19937 random_order;
 int launches = 0;
 bool early = false;  // a thread did not wait for the kernel ahead before it accessed memory, or at all
+bool started_early = false;  // the last launch may
+bool triggered = false;      // a thread of it let the next one do so
 int multiprocessors = 3;
 
 struct Access {
@@ -190,12 +192,15 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location whe
 
 void wait_for_previous() { fibers[current].waited = true; }
 
+void let_next_start() { triggered = true; }
+
+void touch() { early = early || !fibers[current].waited; }
+
 void access(const void* address, size_t bytes) {
-  early = early || !fibers[current].waited;
-  for (size_t i = 0; recording && i < bytes; i += 16) {
-    accesses.push_back(
-        {blockIdx.x, threadIdx.x, reinterpret_cast<int64_t>(address) + int64_t(i),
-         std::min<int64_t>(bytes - i, 16)});
+  touch();
+  if (recording) {
+    const auto number = reinterpret_cast<int64_t>(address);
+    accesses.push_back({blockIdx.x, threadIdx.x, number, static_cast<int64_t>(bytes)});
   }
 }
 
@@ -215,7 +220,8 @@ int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& t
     fibers = std::vector<Fiber>(block.x);
   }
   body = &thread;
-  early = false;
+  early = triggered = false;
+  started_early = starts_early;
   gridDim = grid;
   blockDim = block;
   std::vector<unsigned> blocks(grid.x);
@@ -236,7 +242,7 @@ int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& t
       return 1;
     }
   }
-  if (starts_early && early) {
+  if (early) {
     message = "a thread does not wait for the kernel ahead";
     return 1;
   }
@@ -272,6 +278,10 @@ extern "C" int64_t emulation_record(bool on) {
 extern "C" const int64_t* emulation_accesses() { return &accesses.data()->block; }
 
 extern "C" int emulation_launches() { return launches; }
+
+// Of the last launch: 1 where it may start before the one ahead is complete, 2 more where it lets the next
+// one.
+extern "C" int emulation_overlap() { return int{started_early} + 2 * int{triggered}; }
 
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
