@@ -273,6 +273,23 @@ def test_render_needs_the_file_alone(
     assert command.main(["--out", str(tmp_path), "--render"]) == 0
 
 
+@pytest.mark.parametrize(
+    "kept", sorted((ROOT / "experiments" / "results").glob("*/runs.jsonl")), ids=lambda p: p.parent.name
+)
+def test_kept_runs(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables beside a file of runs are of that file, and the pages show the accuracies and differences of these."""
+    monkeypatch.setattr(command, "draw", lambda *_: ([], []))
+    (tmp_path / "runs.jsonl").write_bytes(kept.read_bytes())
+    command.render(tmp_path, kept.parent.name)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text == kept.with_name("tables.md").read_text(encoding="utf-8")
+    shown = text.split("\n\nWhat a step takes")[0].splitlines()
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in shown if line.startswith("| ")]
+    assert len(rows) > 10
+    assert [line for line in rows if line not in page] == []
+
+
 def test_pieces(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
