@@ -7,7 +7,7 @@ import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,10 @@ class Data:
     test_y: Tensor
     first_class: int = 0  # there are none below it
     weights: Mapping[str, Tensor] | None = None  # that a training starts from; None: random ones
-    digest: str = ""  # of the examples before they are standardized
+    digest: str = ""  # of all examples before they are standardized, those of the pretraining, too
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.train_x, self.train_y, self.test_x, self.test_y
 
 
 def digits() -> Data:
@@ -103,20 +106,25 @@ def load_data(
             raise Failure(f"{train_size} training examples are wanted: {dataset} has {available}")
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data.train_x, data.train_y = data.train_x[chosen], data.train_y[chosen]
-    digest = hashlib.sha256()
-    for tensor in (data.train_x, data.train_y, data.test_x, data.test_y):
-        digest.update(tensor.contiguous().numpy())
+    before = of_classes(whole, 0, first_class)  # for the pretraining
+    digest = digest_of(tensor for part in (data, before) for tensor in part.tensors())
     mean, std = data.train_x.mean(), data.train_x.std().clamp_min(1e-6)
-    if pretraining:
-        data = of_classes(whole, 0, first_class)
+    data = before if pretraining else data
     return replace(
         data,
         train_x=((data.train_x - mean) / std).to(device),
         train_y=data.train_y.to(device),
         test_x=((data.test_x - mean) / std).to(device),
         test_y=data.test_y.to(device),
-        digest=digest.hexdigest()[:16],
+        digest=digest,
     )
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def of_classes(data: Data, first: int, end: int) -> Data:
@@ -125,7 +133,7 @@ def of_classes(data: Data, first: int, end: int) -> Data:
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to two pixels along both sides, and every second one mirrored, at random."""
+    """Each image shifted by up to two pixels along both sides, and mirrored or not, at random."""
     n, _, height, width = images.shape
     down, right = torch.randint(0, 5, (2, n, 1), generator=generator)
     mirrored = torch.randint(0, 2, (n, 1), generator=generator).bool()

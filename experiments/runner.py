@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -23,8 +24,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import sharpkern as sk
 
-from .data import Data, Failure, hold_out, load_data
-from .study import BASES, OF_RUNS, Job, Run, Study
+from .data import Data, Failure, digest_of, hold_out, load_data
+from .study import ADAPTIVE, BASES, OF_RUNS, Job, Run, Study
 from .training import make_model, train
 
 # How many gradients a step takes, for the time that is left; those of the other classes are about 2.
@@ -73,7 +74,11 @@ def append(file: IO[bytes], line: str) -> None:
     os.fsync(file.fileno())
 
 
-def header(study: Study, device: torch.device) -> dict[str, Any]:
+# What else all runs of a file share, and what it is called.
+NAMES = {"examples": "examples", "kind": "kinds of device"}
+
+
+def header(study: Study, device: torch.device, data: Data) -> dict[str, Any]:
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -86,6 +91,8 @@ def header(study: Study, device: torch.device) -> dict[str, Any]:
         "settings": asdict(study),
         "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
         "versions": {"sharpkern": sk.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "examples": data.digest,
+        "kind": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.partition(": ")[2] or cpu,
     }
 
@@ -109,9 +116,10 @@ def finish(
         headers, runs = read(path)
         data = load_part(study, folder, device)
         hold_out(data, study.held_out, 0)  # whether there are enough
-        mine = header(study, device) | {"examples": data.digest}
-        if headers and headers[0].get("examples", data.digest) != data.digest:
-            raise Failure(f"{path} has runs with other examples: name another --out")
+        mine = header(study, device, data)
+        for name in ("examples", "kind") if headers else ():
+            if headers[0].get(name, mine[name]) != mine[name]:
+                raise Failure(f"{path} has runs with other {NAMES[name]}: name another --out")
         for name, value in mine["settings"].items() if headers else ():
             before = headers[0]["settings"].get(name)
             if name not in OF_RUNS and before != value:
@@ -119,11 +127,16 @@ def finish(
         load = (study, folder, device, path.with_name("pretrained.pt"))
         if not headers or headers[0] != mine:
             append(file, json.dumps(mine) + "\n")
-        if study.pretrain and not load[-1].exists():
-            run = pretrain(*load)
-            append(file, run.line())
-            runs[run.job] = run
-        data = load_start(*load)
+        if study.pretrain:
+            kept = runs.get(study.pretraining_job)
+            if kept is None or not load[-1].exists():
+                run = pretrain(*load)
+                if kept is None:
+                    append(file, run.line())
+                    runs[run.job] = kept = run
+            data = load_start(*load)
+            if digest_of(data.weights.values()) != kept.weights:
+                raise Failure(f"{load[-1]} has not the weights that the runs of {path} start from")
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
         bar = Progress(
             TextColumn("{task.description:20}"),
@@ -156,15 +169,20 @@ def load_start(study: Study, folder: Path | None, device: torch.device, weights:
     """The data, with the weights that every training starts from."""
     data = load_part(study, folder, device)
     if study.pretrain:
-        data.weights = torch.load(weights, map_location=device, weights_only=True)
+        try:
+            data.weights = torch.load(weights, map_location=device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise Failure(f"{weights} cannot be read: {' '.join(str(e).split())[:100]}") from None
     return data
 
 
 def pretrain(study: Study, folder: Path | None, device: torch.device, weights: Path) -> Run:
     """Train the weights that the others start from, and keep them in a file."""
+    torch.set_num_threads(1)  # as in all others: the bits depend on it
     data, job = load_part(study, folder, device, pretraining=True), study.pretraining_job
     model = make_model(study, data, job.seed)
     run = train(data, study, job, lambda: None, model)
+    run.weights = digest_of(model.state_dict().values())
     whole = weights.with_suffix(".tmp")
     torch.save(model.state_dict(), whole)
     whole.replace(weights)
@@ -175,14 +193,16 @@ def cost(job: Job) -> float:
     """Gradients, in those of an epoch."""
     if job.optimizer == "SALR":
         return job.epochs * (1 + 10 / dict(job.arguments).get("every", 2))
-    return job.epochs * GRADIENTS.get(job.optimizer, 2)
+    return job.epochs * GRADIENTS.get(job.optimizer, 1.5 if job.optimizer.startswith(ADAPTIVE) else 2)
 
 
 def expected_cost(study: Study) -> float:
     """Of the final runs, while it is not known what the trials will pick."""
-    most = {c.label: max(dict(a)["epochs"] for a in study.trials(c.optimizer)) for c in study.contenders()}
-    runs = [Job("final", 0, c.optimizer, (("epochs", c.epochs or most[c.label]),), 0) for c in study.contenders()]
-    return len(study.noise) * study.seeds * sum(map(cost, runs))
+    total = 0.0
+    for contender in study.contenders():
+        trials = [Job("final", 0, contender.optimizer, arguments, 0) for arguments in study.trials(contender.optimizer)]
+        total += max(cost(job) for job in trials if contender.epochs in (None, job.epochs))
+    return len(study.noise) * study.seeds * total
 
 
 Tick = Callable[[Job], None]

@@ -53,6 +53,7 @@ class Run:
     evaluations: list[float] = field(default_factory=list)  # of the gradient, so far
     # Of the training steps so far, nothing else; of the clock on a GPU, else of the processor.
     seconds: list[float] = field(default_factory=list)
+    weights: str = ""  # the digest of those that a pretraining ended at
     second_pass_share: float = 0.0  # percent of the steps
     sharpness: float | None = None
     hessian_eigenvalue: float | None = None  # the largest

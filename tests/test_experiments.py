@@ -487,11 +487,14 @@ def test_fashion_mnist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     arguments = [str(settings), "--out", str(out), "--processes", "1", "--data-dir"]
     assert command.main([*arguments, str(folder)]) == 0
     assert [run["stage"] for run in lines_of(out)[1:]] == ["trial", "final", "final"]
-    # Runs of other examples do not go into the same file.
+    # Runs of other examples, or of another kind of device, do not go into the same file.
     other = write(tmp_path / "other", fashion_files(seed=1))
     before = (out / "runs.jsonl").read_bytes()
     capsys.readouterr()
     check_error(capsys, [*arguments, str(other)], "other examples")
+    (out / "runs.jsonl").write_bytes(before.replace(b'"kind": "cpu"', b'"kind": "cuda"'))
+    check_error(capsys, [*arguments, str(folder)], "other kinds of device")
+    (out / "runs.jsonl").write_bytes(before)
     assert (out / "runs.jsonl").read_bytes() == before
 
 
@@ -536,12 +539,18 @@ def test_augmented_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     train_step = training.train_step
     monkeypatch.setattr(training, "train_step", step)
     data = load_data("digits", None, 128, torch.device("cpu"))
+    measured = []
+    monkeypatch.setattr(training, "accuracy", lambda model, x, y: measured.append(x) or 50.0)
+    monkeypatch.setattr(training, "sharpness", lambda model, x, y: measured.append(x) or 0.0)
+    study = study_of(augment=True, train_size=128, optimizers={n: SETTINGS["optimizers"][n] for n in seen})
     for name in seen:
-        study = study_of(augment=True, train_size=128)
-        run = training.train(data, study, job_of(name, study, noise=0, seed=4), tick=lambda: None)
-        assert run.accuracy
+        job = job_of(name, study, noise=0, seed=4)
+        training.train(
+            data, study, job._replace(arguments=study.trials("SAM")[0][:1] + job.arguments[1:]), lambda: None
+        )
+    assert [x is data.test_x or x is data.train_x for x in measured] == [True] * 2 * (study.epochs + 1)
     plain = {tuple(image.flatten().tolist()) for image in data.train_x}
-    for images, same in zip(seen["SGD"], seen["SAM"], strict=False):
+    for images, same in zip(seen["SGD"], seen["SAM"], strict=True):
         assert torch.equal(images, same)
         moved = sum(tuple(image.flatten().tolist()) not in plain for image in images)
         assert moved > len(images) / 2
@@ -576,10 +585,24 @@ def test_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (first["stage"], first["noise"], first["arguments"]) == ("pretraining", 0, {"epochs": 3, "lr": 0.1})
     assert first["accuracy"][-1] > 80
     assert {run["stage"] for run in others} == {"trial", "final"}
-    weights = (tmp_path / "pretrained.pt").read_bytes()
-    before = compared(tmp_path)
-    assert command.main(arguments) == 0
-    assert (tmp_path / "pretrained.pt").read_bytes() == weights
+    weights, before = tmp_path / "pretrained.pt", compared(tmp_path)
+    kept, content = (tmp_path / "runs.jsonl").read_bytes(), weights.read_bytes()
+    capsys.readouterr()
+    for damage in (lambda: None, weights.unlink):  # what is lost is made again
+        damage()
+        assert command.main(arguments) == 0
+        assert (tmp_path / "runs.jsonl").read_bytes() == kept
+        capsys.readouterr()
+    state = torch.load(weights, weights_only=True)
+    state["1.weight"][0, 0] += 1
+    torch.save(state, weights)
+    check_error(capsys, arguments, "has not the weights that the runs of")
+    weights.write_bytes(content[:-100])
+    check_error(capsys, arguments, "cannot be read")
+    assert (tmp_path / "runs.jsonl").read_bytes() == kept
+    # Weights without their run, after a kill, or of another study: they are not trusted.
+    (tmp_path / "runs.jsonl").write_text("")
+    assert command.main([*arguments[:-1], "2"]) == 0  # and two processes load them
     assert compared(tmp_path) == before
     study, device = read_study(settings), torch.device("cpu")
     data = runner.load_start(study, None, device, tmp_path / "pretrained.pt")
@@ -888,6 +911,7 @@ COUNTS = {
     "LookSAM": lambda steps: (math.ceil(steps / 5), steps),
     "AELookSAM": lambda steps: (None, steps),
     "MomentumSAM": lambda steps: (0, steps),
+    **{name: lambda steps: (steps, steps) for name in ("GSAM", "WSAM", "StableSAM", "FriendlySAM", "VaSSO")},
     # Every other step measures: 5 gradients up and 5 down, besides the one it steps with.
     "SALR": lambda steps: (0, steps + 10 * math.ceil(steps / 2)),
 }
@@ -897,7 +921,7 @@ COUNTS = {
 def test_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Counted is what reached the model, forward and backward, and what the optimizer says of itself."""
     forward, backward = [], []
-    grids = {"SGD": {"lr": [0.05], "epochs": [3, 6]}} if name == "SGD" else {name: DEFAULTS["optimizers"][name]}
+    grids = {name: DEFAULTS["optimizers"].get(name, {"lr": [0.05]}) | ({"epochs": [3, 6]} if name == "SGD" else {})}
     study = study_of(epochs=3, batch_size=64, optimizers=grids)
     model_of = training.MODELS[study.model]
 
@@ -923,6 +947,22 @@ def test_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert run.steps == steps
     assert len(forward) == len(backward) == run.evaluations[-1] == second + other
     assert run.second_pass_share == pytest.approx(100 * second / steps)
+
+
+def test_time_that_is_left() -> None:
+    """In gradients: of the trials, and of final runs that are not known yet the dearest."""
+    grids = {
+        "SGD": {"lr": [0.1], "epochs": [1, 2, 4]},
+        **{n: {"lr": [1, 2, 3]} for n in ("SAM", "LookSAM", "Adaptive ASAM")},
+    }
+    grids["SALR"] = {"lr": [0.1], "every": [2, 5, 10]}
+    study = study_of(optimizers=grids, noise=[0, 40], seeds=3)
+    costs = Counter()
+    for job in study.trial_jobs():
+        costs[job.optimizer] += runner.cost(job) / len(study.noise)
+    assert costs == pytest.approx({"SGD": 7, "SAM": 12, "LookSAM": 7.2, "Adaptive ASAM": 9, "SALR": 2 * (6 + 3 + 2)})
+    # SGD of as many epochs, of twice as many, and of most.
+    assert runner.expected_cost(study) == pytest.approx(2 * 3 * (2 + 4 + 4 + 4 + 2.4 + 3 + 12))
 
 
 def test_samples_that_esam_counts() -> None:
