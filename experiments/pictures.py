@@ -37,7 +37,7 @@ def colors(rows: Sequence[Row]) -> dict[str, Any]:
     """The same in every picture: the base optimizer in blacks and grays, the others in order."""
     labels = list(dict.fromkeys(row.label for row in rows))
     others = [label for label in labels if not label.startswith(BASES)]
-    grays = dict(zip([label for label in labels if label not in others], ("0", "0.4", "0.65"), strict=False))
+    grays = dict(zip([label for label in labels if label not in others], ("0", "0.35", "0.55", "0.7"), strict=False))
     return grays | {label: plt.get_cmap("tab20")((2 * i % 20) + (i >= 10)) for i, label in enumerate(others)}
 
 
@@ -55,12 +55,11 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
     for line, (noise, level) in enumerate(levels.items()):
         shown = []
         for row in (row for row in rows if row.noise == noise):
-            accuracies = np.array([run.accuracy for run in row.runs.values()])
+            accuracies = np.array([run.accuracy[: row.epochs] for run in row.runs.values()])
             mean = accuracies.mean(0)
             spread = half_width(accuracies[:, -1].tolist()) if len(accuracies) > 1 else 0.0
             epochs = np.arange(1, row.epochs + 1)
-            gradients = np.mean([np.array(run.evaluations) / run.steps for run in row.runs.values()], axis=0)
-            for axis, spent in zip(axes[line], (epochs, gradients * row.epochs), strict=True):
+            for axis, spent in zip(axes[line], (epochs, row.spent), strict=True):
                 axis.plot(spent, mean, color=color[row.label], linewidth=1.3, label=row.label)
                 axis.errorbar(spent[-1], mean[-1], spread, fmt="o", color=color[row.label], markersize=5, capsize=3)
             # The first epochs may be far below: they would flatten the differences that matter.

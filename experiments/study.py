@@ -61,10 +61,6 @@ class Run:
     trace: dict[str, list[float | None]] = field(default_factory=dict)  # one value a step
     slice_loss: list[float] = field(default_factory=list)  # along the eigenvector
 
-    @property
-    def evaluations_per_step(self) -> float:
-        return self.evaluations[-1] / self.steps
-
     def line(self) -> str:
         """As JSON."""
         results = asdict(self)
@@ -81,12 +77,13 @@ class Run:
 class Contender(NamedTuple):
     """A row of the tables: an optimizer with the arguments that did best on the held-out examples.
 
-    The base optimizer is there three times: with the others' epochs, with twice as many, and as picked.
+    The base optimizer is there four times: with the others' epochs, with twice as many, as picked, and stopped early.
     """
 
     label: str
     optimizer: str
-    epochs: int | None  # of the trials to pick from; None: all
+    epochs: int | None = None  # of the trials to pick from; None: all
+    stops: bool = False  # after the epoch that was best in the trials, wherever the schedule is then
 
 
 @dataclass(frozen=True)
@@ -187,44 +184,54 @@ class Study:
 
     @property
     def rivals(self) -> list[Contender]:
-        """The base optimizer with the others' epochs, with as many gradients as SAM, and as picked."""
+        """The base optimizer with the others' epochs, with as many gradients as SAM, as picked, and stopped early."""
         name = self.base["name"]
         return [
             Contender(name, name, self.epochs),
             Contender(f"{name}, 2x epochs", name, 2 * self.epochs),
-            Contender(f"{name}, picked", name, None),
+            Contender(f"{name}, picked", name),
+            Contender(f"{name}, stopped", name, stops=True),
         ]
 
     def contenders(self) -> Iterator[Contender]:
         for name in self.optimizers:
-            yield from self.rivals if name == self.base["name"] else (Contender(name, name, None),)
+            yield from self.rivals if name == self.base["name"] else (Contender(name, name),)
 
-    def held_out_accuracies(self, runs: Mapping[Job, Run], noise: float, optimizer: str) -> dict[Arguments, float]:
-        """Of the trials whose seeds are all there: the mean after the last epoch."""
+    def held_out_curves(self, runs: Mapping[Job, Run], noise: float, optimizer: str) -> dict[Arguments, list[float]]:
+        """Of the trials whose seeds are all there: the mean after each epoch."""
         found = {}
         for arguments in self.trials(optimizer):
             jobs = [
                 Job("trial", noise, optimizer, arguments, FIRST_TRIAL_SEED + seed) for seed in range(self.trial_seeds)
             ]
             if all(job in runs for job in jobs):
-                found[arguments] = statistics.fmean(runs[job].accuracy[-1] for job in jobs)
+                curves = (runs[job].accuracy for job in jobs)
+                found[arguments] = [statistics.fmean(values) for values in zip(*curves, strict=True)]
         return found
 
-    def pick(self, runs: Mapping[Job, Run], noise: float, contender: Contender) -> Arguments | None:
-        """The arguments with the best held-out accuracy, the first of equals; None before all trials are there."""
-        accuracies = self.held_out_accuracies(runs, noise, contender.optimizer)
-        if len(accuracies) < len(self.trials(contender.optimizer)):
+    def pick(self, runs: Mapping[Job, Run], noise: float, contender: Contender) -> tuple[Arguments, int] | None:
+        """The arguments with the best held-out accuracy, the first of equals, and the epochs to go; None before all
+        trials are there."""
+        curves = self.held_out_curves(runs, noise, contender.optimizer)
+        if len(curves) < len(self.trials(contender.optimizer)):
             return None
-        allowed = [a for a in accuracies if contender.epochs in (None, dict(a)["epochs"])]
-        return max(allowed, key=accuracies.__getitem__)
+        ends = [
+            (curve[epochs - 1], epochs, arguments)
+            for arguments, curve in curves.items()
+            if contender.epochs in (None, len(curve))
+            for epochs in (range(1, len(curve) + 1) if contender.stops else (len(curve),))
+        ]
+        best = max(accuracy for accuracy, *_ in ends)
+        _, epochs, arguments = next(end for end in ends if end[0] == best)
+        return arguments, epochs
 
     def final_jobs(self, runs: Mapping[Job, Run]) -> list[Job]:
         """Once all trials are there. What two rows share is there once."""
         picked = [
-            (noise, contender.optimizer, arguments)
+            (noise, contender.optimizer, found[0])
             for noise in self.noise
             for contender in self.contenders()
-            if (arguments := self.pick(runs, noise, contender)) is not None
+            if (found := self.pick(runs, noise, contender)) is not None
         ]
         return list(dict.fromkeys(Job("final", *what, seed) for seed in range(self.seeds) for what in picked))
 

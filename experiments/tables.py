@@ -20,26 +20,34 @@ class Row:
     noise: float
     label: str
     arguments: Arguments
+    epochs: int
     runs: dict[int, Run]  # by seed
 
     @property
-    def epochs(self) -> int:
-        return dict(self.arguments)["epochs"]
+    def is_stopped(self) -> bool:
+        return self.epochs < dict(self.arguments)["epochs"]
 
     @property
     def accuracies(self) -> dict[int, float]:
         """Of the last epoch."""
-        return {seed: run.accuracy[-1] for seed, run in self.runs.items()}
+        return {seed: run.accuracy[self.epochs - 1] for seed, run in self.runs.items()}
+
+    @property
+    def spent(self) -> list[float]:
+        """Gradients after each epoch, in those of an epoch of one a step: mean over the seeds."""
+        return [
+            statistics.fmean(run.evaluations[epoch] * run.job.epochs / run.steps for run in self.runs.values())
+            for epoch in range(self.epochs)
+        ]
 
     @property
     def gradients(self) -> float:
-        """In those of an epoch of SGD: mean over the seeds."""
-        return self.epochs * statistics.fmean(run.evaluations_per_step for run in self.runs.values())
+        return self.spent[-1]
 
     @property
     def epoch_seconds(self) -> float:
         """The median over the seeds: other programs share caches and memory with it."""
-        return statistics.median(run.seconds[-1] / self.epochs for run in self.runs.values())
+        return statistics.median(run.seconds[self.epochs - 1] / self.epochs for run in self.runs.values())
 
 
 def make_rows(study: Study, runs: Mapping[Job, Run]) -> list[Row]:
@@ -47,11 +55,11 @@ def make_rows(study: Study, runs: Mapping[Job, Run]) -> list[Row]:
     rows = []
     for noise in study.noise:
         for contender in study.contenders():
-            if (arguments := study.pick(runs, noise, contender)) is None:
+            if (picked := study.pick(runs, noise, contender)) is None:
                 continue
-            jobs = [Job("final", noise, contender.optimizer, arguments, seed) for seed in range(study.seeds)]
+            jobs = [Job("final", noise, contender.optimizer, picked[0], seed) for seed in range(study.seeds)]
             if found := {job.seed: runs[job] for job in jobs if job in runs}:
-                rows.append(Row(noise, contender.label, arguments, found))
+                rows.append(Row(noise, contender.label, *picked, found))
     return rows
 
 
@@ -134,7 +142,7 @@ def difference_table(study: Study, rows: Sequence[Row]) -> Table:
     headings = ["noise", "optimizer", *rivals]
     title = (
         f"Test accuracy less that of {rivals[0]} with the same seed, points: mean and 95 % interval. "
-        f"{rivals[0]} has as many epochs, twice as many (SAM's gradients), or as many as were picked."
+        f"{rivals[0]} has as many epochs, twice as many (SAM's gradients), as many as were picked, or is stopped early."
     )
     return Table(title, headings, cells)
 
@@ -149,9 +157,10 @@ def price_table(study: Study, rows: Sequence[Row]) -> Table:
             f"{statistics.fmean(run.second_pass_share for run in row.runs.values()):.0f} %",
             f"{row.gradients / row.epochs:.2f}",
             f"{row.epoch_seconds / seconds[row.noise]:.2f}" if row.noise in seconds else "-",
-            mean_of([run.sharpness for run in row.runs.values()]),
-            mean_of([run.hessian_eigenvalue for run in row.runs.values()]),
-            mean_of([run.hessian_trace for run in row.runs.values()]),
+            *(
+                mean_of([None if row.is_stopped else getattr(run, name) for run in row.runs.values()])
+                for name in ("sharpness", "hessian_eigenvalue", "hessian_trace")
+            ),
         ]
         for row in rows
     ]
@@ -176,14 +185,17 @@ def trial_table(study: Study, runs: Mapping[Job, Run]) -> Table:
     cells = []
     for noise in study.noise:
         for contender in study.contenders():
-            if contender.epochs is not None:
+            if contender.epochs is not None or contender.stops:
                 continue  # among the trials of all epochs
             picked = study.pick(runs, noise, contender)
-            for arguments, accuracy in study.held_out_accuracies(runs, noise, contender.optimizer).items():
-                what = [contender.optimizer, show(arguments), str(dict(arguments)["epochs"])]
-                cells.append([f"{noise:g} %", *what, f"{accuracy:.2f}", "picked" if arguments == picked else ""])
-    headings = ["noise", "optimizer", "arguments", "epochs", "held-out accuracy, %", ""]
+            for arguments, curve in study.held_out_curves(runs, noise, contender.optimizer).items():
+                best = max(curve)
+                what = [contender.optimizer, show(arguments), str(len(curve)), f"{curve[-1]:.2f}"]
+                is_picked = picked is not None and arguments == picked[0]
+                cells.append([f"{noise:g} %", *what, f"{best:.2f} ({curve.index(best) + 1})", "picked" * is_picked])
+    headings = ["noise", "optimizer", "arguments", "epochs", "held-out accuracy, %", "best (epoch)", ""]
     title = (
-        "The trials: accuracy of the held-out examples, whose labels are as wrong as the others, mean over the seeds."
+        "The trials: accuracy of the held-out examples, whose labels are as wrong as the others, mean over the seeds: "
+        "at the end, and after the best epoch."
     )
     return Table(title, headings, cells, left=3)

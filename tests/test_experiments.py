@@ -332,7 +332,7 @@ def made_up(study: Study, accuracy: Callable[[Job], float]) -> dict[Job, Run]:
 
 
 def test_picks() -> None:
-    """By the mean over the trials' seeds, the first of equals; SGD has three rows, and rows share their runs."""
+    """By the mean over the trials' seeds, the first of equals; SGD has four rows, and rows share their runs."""
     study = study_of(trial_seeds=2, noise=[40])
 
     def accuracy(job: Job) -> float:
@@ -348,15 +348,45 @@ def test_picks() -> None:
         ("SGD", 2, None),
         ("SGD, 2x epochs", 4, None),
         ("SGD, picked", 1, None),
+        ("SGD, stopped", 1, None),
         ("SAM", 2, 0.5),
         ("AESAM", 2, 0.5),
     ]
     shared = made_up(study, lambda job: job.epochs)  # the longest is picked
     finals = [job for job in shared if job.stage == "final"]
     assert len(finals) == len(set(finals)) == 4 * study.seeds
-    assert len(tables.make_rows(study, shared)) == 5
+    assert len(tables.make_rows(study, shared)) == 6
     del runs[next(iter(runs))]  # a trial of SGD is missing: nothing of it is picked
     assert {row.label for row in tables.make_rows(study, runs)} == {"SAM", "AESAM"}
+
+
+def test_stopped_early() -> None:
+    """After the epoch that was best in the trials, whichever has it: accuracy, gradients and time are of that epoch."""
+    study = study_of(trial_seeds=2, noise=[40])
+    runs = made_up(study, lambda job: 50.0)
+    for job, run in list(runs.items()):
+        if job.optimizer == "SGD" and job.epochs == 4:
+            run.accuracy = [50.0, 56.0 + job.seed % 2, 54.0, 52.0]
+            run.evaluations, run.seconds = [10.0, 20.0, 30.0, 40.0], [1.0, 4.0, 9.0, 16.0]
+            run.sharpness = 1.0
+    curves = {
+        "accuracy": [70.0, 80.0, 75.0, 60.0],
+        "evaluations": [10.0, 20.0, 30.0, 40.0],
+        "seconds": [1.0, 4.0, 9.0, 16.0],
+    }
+    for job in study.final_jobs(runs):  # the one that is stopped is not among the others
+        runs.setdefault(job, Run(job, 40, **curves))
+    rows = {row.label: row for row in tables.make_rows(study, runs)}
+    stopped = rows["SGD, stopped"]
+    assert (stopped.epochs, dict(stopped.arguments)["epochs"], stopped.is_stopped) == (2, 4, True)
+    assert stopped.gradients == 2
+    assert stopped.epoch_seconds == 2
+    ends = {job.seed: run.accuracy[1] for job, run in runs.items() if job.stage == "final" and job.epochs == 4}
+    assert stopped.accuracies == ends
+    cells = {cells[1]: cells for cells in tables.price_table(study, list(rows.values())).cells}
+    assert cells["SGD, stopped"][-3:] == ["-"] * 3  # these are of the end
+    trials = {tuple(cells[1:4]): cells[4:] for cells in tables.trial_table(study, runs).cells}
+    assert trials["SGD", "lr=0.05", "4"] == ["52.00", "56.50 (2)", "picked"]
 
 
 def test_intervals() -> None:
@@ -633,7 +663,7 @@ def test_base_and_policies() -> None:
     assert isinstance(adaptive, sk.ASAM)
     assert adaptive.policy == sk.policy.Adaptive(10)
     assert [contender.label for contender in study.contenders()] == [
-        "AdamW", "AdamW, 2x epochs", "AdamW, picked", "SAM", "Adaptive ASAM",
+        "AdamW", "AdamW, 2x epochs", "AdamW, picked", "AdamW, stopped", "SAM", "Adaptive ASAM",
     ]  # fmt: skip
 
 
@@ -961,8 +991,8 @@ def test_time_that_is_left() -> None:
     for job in study.trial_jobs():
         costs[job.optimizer] += runner.cost(job) / len(study.noise)
     assert costs == pytest.approx({"SGD": 7, "SAM": 12, "LookSAM": 7.2, "Adaptive ASAM": 9, "SALR": 2 * (6 + 3 + 2)})
-    # SGD of as many epochs, of twice as many, and of most.
-    assert runner.expected_cost(study) == pytest.approx(2 * 3 * (2 + 4 + 4 + 4 + 2.4 + 3 + 12))
+    # SGD of as many epochs, of twice as many, and twice of most: picked, and stopped.
+    assert runner.expected_cost(study) == pytest.approx(2 * 3 * (2 + 4 + 4 + 4 + 4 + 2.4 + 3 + 12))
 
 
 def test_samples_that_esam_counts() -> None:
