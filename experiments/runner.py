@@ -75,7 +75,7 @@ def append(file: IO[bytes], line: str) -> None:
 
 
 # What else all runs of a file share, and what it is called.
-NAMES = {"examples": "examples", "kind": "kinds of device"}
+SHARED = {"examples": "examples", "kind": "kinds of device"}
 
 
 def header(study: Study, device: torch.device, data: Data) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def finish(
         data = load_part(study, folder, device)
         hold_out(data, study.held_out, 0)  # whether there are enough
         mine = header(study, device, data)
-        for name in ("examples", "kind") if headers else ():
+        for name, called in SHARED.items() if headers else ():
             if headers[0].get(name, mine[name]) != mine[name]:
-                raise Failure(f"{path} has runs with other {NAMES[name]}: name another --out")
+                raise Failure(f"{path} has runs with other {called}: name another --out")
         for name, value in mine["settings"].items() if headers else ():
             before = headers[0]["settings"].get(name)
             if name not in OF_RUNS and before != value:

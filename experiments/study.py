@@ -221,8 +221,7 @@ class Study:
             if contender.epochs in (None, len(curve))
             for epochs in (range(1, len(curve) + 1) if contender.stops else (len(curve),))
         ]
-        best = max(accuracy for accuracy, *_ in ends)
-        _, epochs, arguments = next(end for end in ends if end[0] == best)
+        _, epochs, arguments = max(ends, key=lambda end: end[0])
         return arguments, epochs
 
     def final_jobs(self, runs: Mapping[Job, Run]) -> list[Job]:

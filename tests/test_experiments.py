@@ -572,12 +572,10 @@ def test_augmented_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     measured = []
     monkeypatch.setattr(training, "accuracy", lambda model, x, y: measured.append(x) or 50.0)
     monkeypatch.setattr(training, "sharpness", lambda model, x, y: measured.append(x) or 0.0)
-    study = study_of(augment=True, train_size=128, optimizers={n: SETTINGS["optimizers"][n] for n in seen})
-    for name in seen:
-        job = job_of(name, study, noise=0, seed=4)
-        training.train(
-            data, study, job._replace(arguments=study.trials("SAM")[0][:1] + job.arguments[1:]), lambda: None
-        )
+    study = study_of(augment=True, train_size=128)
+    for name, arguments in {"SGD": {"lr": 0.05}, "SAM": {"lr": 0.05, "rho": 0.1}}.items():
+        job = Job("final", 0, name, tuple({"epochs": 2, **arguments}.items()), 4)
+        training.train(data, study, job, tick=lambda: None)
     assert [x is data.test_x or x is data.train_x for x in measured] == [True] * 2 * (study.epochs + 1)
     plain = {tuple(image.flatten().tolist()) for image in data.train_x}
     for images, same in zip(seen["SGD"], seen["SAM"], strict=True):

@@ -30,10 +30,8 @@ constexpr int kResident = 4;
 // still runs (programmatic dependent launch, see launch.h). Here it waits until that one is complete and its
 // writes are visible, before it accesses any global memory. Everything is as in order, because
 // - whatever is ahead of that one is complete, too: kernels here wait for it before they complete;
-// - only a kernel ahead that asks for it (let_next_start) makes one start early: behind another kernel, a
-// copy
-//   or an event it starts when that is complete. In a CUDA graph the same holds along the edge that a capture
-//   makes of it;
+// - only a kernel ahead that asks for it (let_next_start) makes one start early: behind any other kernel,
+//   copy or event it starts when that is complete; in a CUDA graph, too, along the edge that a capture makes;
 // - what is behind and was launched as usual, copies too, starts when this kernel is complete.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
