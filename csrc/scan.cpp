@@ -95,10 +95,9 @@ void define_scan(py::module_& m) {
   py::class_<Scanner>(
       m, "Scan", "Parameters of one layout: whether they have moved, and where their gradients are.")
       .def(
-          py::init([](const py::capsule& exchange, py::list params, py::handle like, int64_t param_layouts,
+          py::init([](const py::capsule& exchange, Py_ssize_t count, py::handle like, int64_t param_layouts,
                       int64_t grad_layouts, int64_t width) {
-            return Scanner(
-                Dlpack(exchange, like), std::move(params), like, param_layouts, grad_layouts, width);
+            return Scanner(Dlpack(exchange, like), count, like, param_layouts, grad_layouts, width);
           }))
       .def("unmoved", &Scanner::unmoved)
       .def("gather", &Scanner::gather);

@@ -22,8 +22,9 @@ struct View {  // borrowed; strides in elements
 
 enum class Gradient { missing, unusable, seen };
 
-// The parameters of one layout. Addresses of the host's int64 tensors, which outlive it: how each parameter
-// lies, how its gradient has to, a row [dim, sizes..., strides...] of `width` each.
+// How the parameters of one layout lie. It holds none of them, which the garbage collector would not see:
+// each call brings the list. Addresses of the host's int64 tensors, which outlive it: how each of `count`
+// parameters lies, how its gradient has to, a row [dim, sizes..., strides...] of `width` each.
 //
 // Source::view(tensor, view) looks at a tensor, and tells whether it could; Source::gradient(parameter, view,
 // held) at a parameter's gradient, of which the view is valid as long as `held` is what it was.
@@ -31,10 +32,10 @@ template <class Source>
 class Scan {
  public:
   Scan(
-      Source source, py::list params, py::handle like, int64_t param_layouts, int64_t grad_layouts,
+      Source source, Py_ssize_t count, py::handle like, int64_t param_layouts, int64_t grad_layouts,
       int64_t width)
       : source_(std::move(source)),
-        params_(std::move(params)),
+        count_(count),
         param_layouts_(reinterpret_cast<const int64_t*>(param_layouts)),
         grad_layouts_(reinterpret_cast<const int64_t*>(grad_layouts)),
         width_(width) {
@@ -44,12 +45,12 @@ class Scan {
   }
 
   // Whether every parameter is where `addresses` says, of the dtype, the device and the layout that it had.
-  bool unmoved(int64_t addresses) {
+  bool unmoved(const py::list& params, int64_t addresses) const {
+    check(params);
     const auto* expected = reinterpret_cast<const int64_t*>(addresses);
-    const Py_ssize_t n = PyList_GET_SIZE(params_.ptr());
     View view;
-    for (Py_ssize_t i = 0; i < n; ++i) {
-      const bool seen = source_.view(PyList_GET_ITEM(params_.ptr(), i), view);
+    for (Py_ssize_t i = 0; i < count_; ++i) {
+      const bool seen = source_.view(PyList_GET_ITEM(params.ptr(), i), view);
       if (!seen || address(view, param_layouts_ + i * width_) != expected[i]) {
         return false;
       }
@@ -60,16 +61,16 @@ class Scan {
   // The address of every gradient into a column of the table, rows of `step` elements: 0 for one that is
   // missing or empty, kMismatch for one that no kernel can use as it is. Returns how many there are of the
   // latter and of the former, and whether any address is another one than before.
-  std::tuple<int64_t, int64_t, bool> gather(int64_t column, int64_t step) {
+  std::tuple<int64_t, int64_t, bool> gather(const py::list& params, int64_t column, int64_t step) const {
+    check(params);
     auto* out = reinterpret_cast<int64_t*>(column);
     int64_t mismatches = 0;
     int64_t missing = 0;
     bool changed = false;
-    const Py_ssize_t n = PyList_GET_SIZE(params_.ptr());
     py::object held;
     View view;
-    for (Py_ssize_t i = 0; i < n; ++i) {
-      const Gradient gradient = source_.gradient(PyList_GET_ITEM(params_.ptr(), i), view, held);
+    for (Py_ssize_t i = 0; i < count_; ++i) {
+      const Gradient gradient = source_.gradient(PyList_GET_ITEM(params.ptr(), i), view, held);
       const int64_t found = gradient == Gradient::missing    ? 0
                             : gradient == Gradient::unusable ? kMismatch
                                                              : address(view, grad_layouts_ + i * width_);
@@ -83,6 +84,12 @@ class Scan {
 
  private:
   static constexpr int64_t kMismatch = -1;
+
+  void check(const py::list& params) const {
+    if (PyList_GET_SIZE(params.ptr()) != count_) {
+      throw py::value_error("another number of parameters");
+    }
+  }
 
   int64_t address(const View& view, const int64_t* layout) const {
     int64_t numel = 1;
@@ -107,7 +114,7 @@ class Scan {
   }
 
   Source source_;
-  py::list params_;
+  Py_ssize_t count_;
   const int64_t* param_layouts_;
   const int64_t* grad_layouts_;
   int64_t width_;

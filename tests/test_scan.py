@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import warnings
+import weakref
 from collections import defaultdict
 from typing import Any
 
@@ -84,14 +86,14 @@ def test_gradients(spec: Spec, change: Any, usable: bool, path: str, monkeypatch
     column, layouts = table[:, schema.GRAD], strides_of([torch.zeros(5), param, torch.zeros(2), torch.zeros(0)])
     found = scan_of(holders, layouts)
     before = table.clone()
-    counts = found.gather(column.data_ptr(), schema.COLUMNS)
+    counts = found.gather(holders, column.data_ptr(), schema.COLUMNS)
     assert counts == (int(not usable), 2, True)
     expected = [holders[0].grad.data_ptr(), grad.data_ptr() if usable else schema.MISMATCH, 0, 0]
     assert column.tolist() == expected
     column.copy_(before[:, schema.GRAD])
     assert torch.equal(table, before)
     column.copy_(torch.tensor(expected))
-    assert found.gather(column.data_ptr(), schema.COLUMNS) == (int(not usable), 2, False)
+    assert found.gather(holders, column.data_ptr(), schema.COLUMNS) == (int(not usable), 2, False)
 
 
 @every_scan
@@ -101,7 +103,7 @@ def test_gradients_of_another_class(path: str, monkeypatch: pytest.MonkeyPatch) 
     holder, layouts, column = torch.empty(5), strides_of([torch.empty(5)]), torch.zeros(1, dtype=torch.int64)
     holder.grad = nn.Parameter(torch.ones(5))
     found = scan_of([holder], layouts)
-    assert found.gather(column.data_ptr(), 1) == (int(path == "dlpack"), 0, True)
+    assert found.gather([holder], column.data_ptr(), 1) == (int(path == "dlpack"), 0, True)
     assert column.item() == (schema.MISMATCH if path == "dlpack" else holder.grad.data_ptr())
 
 
@@ -118,6 +120,26 @@ def test_no_gradient_is_held(path: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert memory.expired()
 
 
+@every_path
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_parameter_that_leads_to_its_optimizer_is_collected(
+    flatten: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that the garbage collector cannot see holds it."""
+    take(path, monkeypatch)
+    p = nn.Parameter(torch.ones(5))
+    opt = sk.SAM([p], torch.optim.SGD, lr=0.1, flatten=flatten)
+    p.optimizer = opt
+    for _ in range(2):
+        p.square().sum().backward()
+        opt.first_step()
+        opt.second_step()
+    gone = [weakref.ref(p), weakref.ref(opt)]
+    del p, opt
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
 @every_scan
 def test_an_error_is_the_callers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Holder:
@@ -127,15 +149,18 @@ def test_an_error_is_the_callers(path: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     take(path, monkeypatch)
     layouts, column = strides_of([torch.zeros(5)]), torch.zeros(1, dtype=torch.int64)
-    rows = layouts.data_ptr(), layouts.data_ptr(), layouts.size(1)
+    found = scan_of([torch.zeros(5)], layouts)
+    for call in (lambda: found.unmoved([], 0), lambda: found.gather([Holder()] * 2, column.data_ptr(), 1)):
+        with pytest.raises(ValueError, match="another number of parameters"):
+            call()
     if path == "aten":
         with pytest.raises(TypeError, match="parameters should be tensors"):
-            scan._aten.Scan([Holder()], torch.empty(0), *rows)
+            found.gather([Holder()], column.data_ptr(), 1)
         with pytest.raises(TypeError, match="increment_version expects tensors"):
             scan.increment_version([torch.ones(2), None])
     else:
         with pytest.raises(KeyError, match="mine"):
-            scan.Scan(scan._EXCHANGE, [Holder()], torch.empty(0), *rows).gather(column.data_ptr(), 1)
+            found.gather([Holder()], column.data_ptr(), 1)
 
 
 def _double(p: nn.Parameter) -> None:
@@ -157,10 +182,10 @@ def test_parameters(move: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> No
     params = [nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
     layouts, addresses = strides_of(params), torch.tensor([p.data_ptr() for p in params])
     found = scan_of(list(params), layouts)
-    assert found.unmoved(addresses.data_ptr())
+    assert found.unmoved(params, addresses.data_ptr())
     held = [p.data for p in params]  # the memory is not used again
     move(params[1])
-    assert not found.unmoved(addresses.data_ptr())
+    assert not found.unmoved(params, addresses.data_ptr())
     del held
 
 
@@ -244,12 +269,13 @@ def test_an_interrupt_while_addresses_are_written() -> None:
     p = nn.Parameter(torch.ones(5))
     opt = sk.SAM([p], torch.optim.SGD, lr=0.1)
     p.grad = torch.ones(5)
-    opt.step()
+    opt.first_step()
+    opt.second_step()
     table = opt._step.layouts[0].table
     gather, table._touched = table._scan.gather, False
 
     class Interrupted:
-        def gather(self, *arguments: int) -> None:
+        def gather(self, *arguments: Any) -> None:
             gather(*arguments)
             raise KeyboardInterrupt
 

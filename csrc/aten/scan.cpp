@@ -37,6 +37,9 @@ struct Aten {
   }
 
   static Gradient gradient(PyObject* param, View& out, py::object&) {
+    if (!THPVariable_Check(param)) {
+      throw py::type_error("parameters should be tensors");
+    }
     const at::Tensor& grad = THPVariable_Unpack(param).grad();
     if (!grad.defined()) {
       return Gradient::missing;
@@ -68,15 +71,9 @@ PYBIND11_MODULE(_aten, m) {
   py::class_<Scanner>(
       m, "Scan", "Parameters of one layout: whether they have moved, and where their gradients are.")
       .def(
-          py::init([](const py::list& params, py::handle like, int64_t param_layouts, int64_t grad_layouts,
-                      int64_t width) {
-            for (const py::handle param : params) {
-              if (!THPVariable_Check(param.ptr())) {
-                throw py::type_error("parameters should be tensors");
-              }
-            }
-            return Scanner(Aten(), params, like, param_layouts, grad_layouts, width);
-          }))
+          py::init(
+              [](Py_ssize_t count, py::handle like, int64_t param_layouts, int64_t grad_layouts,
+                 int64_t width) { return Scanner(Aten(), count, like, param_layouts, grad_layouts, width); }))
       .def("unmoved", &Scanner::unmoved)
       .def("gather", &Scanner::gather);
 }

@@ -71,7 +71,8 @@ class Table:
         self._addresses = torch.zeros(len(params), dtype=torch.int64, device="cpu")
         self._addresses_at = self._addresses.data_ptr()
         rows = self._param_strides, self._grad_strides
-        self._scan = None if shards else make_scan(list(params), self.none, *rows)
+        self._params = list(params)
+        self._scan = None if shards else make_scan(self._params, self.none, *rows)
         # The copy on a device.
         self._copy: Sender | None = None
         self._sent: Tensor | None = None  # the columns before BACKUP as they are there
@@ -89,7 +90,7 @@ class Table:
 
     def moved(self, params: Sequence[Tensor]) -> Tensor | None:
         """Addresses of the parameters, where they lie elsewhere than this table says."""
-        if self._scan is not None and self._scan.unmoved(self._addresses_at):
+        if self._scan is not None and self._scan.unmoved(self._params, self._addresses_at):
             return None
         addresses = self.locate(params)
         return None if torch.equal(addresses, self._addresses) else addresses
@@ -111,7 +112,7 @@ class Table:
             return False
         # An interrupt may come when addresses are written: they count as others until it is known that they are not.
         touched, self._touched = self._touched, True
-        mismatches, self.missing, changed = self._scan.gather(self._grads_at, schema.COLUMNS)
+        mismatches, self.missing, changed = self._scan.gather(self._params, self._grads_at, schema.COLUMNS)
         self._touched = touched or changed
         return not mismatches
 

@@ -35,10 +35,10 @@ def path() -> str:
 
 
 def make_scan(params: list[Tensor], like: Tensor, param_layouts: Tensor, grad_layouts: Tensor) -> Any:
-    """A ``Scan`` of parameters; None where there can be none, as of tensors that wrap others.
+    """A ``Scan`` of parameters, which it does not hold; None where there can be none, as of tensors that wrap others.
 
     Args:
-        params: the list is kept.
+        params: those that each call will bring.
         like: of their dtype, on their device.
         param_layouts, grad_layouts: how they lie, and how their gradients have to: ``memory.shapes.strides_of``. Kept
             by the caller.
@@ -47,7 +47,8 @@ def make_scan(params: list[Tensor], like: Tensor, param_layouts: Tensor, grad_la
     if found == "op" or any(type(p) not in _PLAIN for p in params):
         return None
     rows = param_layouts.data_ptr(), grad_layouts.data_ptr(), grad_layouts.size(1)
-    return _aten.Scan(params, like, *rows) if found == "aten" else Scan(_EXCHANGE, params, like, *rows)
+    count = len(params)
+    return _aten.Scan(count, like, *rows) if found == "aten" else Scan(_EXCHANGE, count, like, *rows)
 
 
 def increment_version(tensors: list[Tensor]) -> None:
