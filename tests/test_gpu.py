@@ -379,6 +379,49 @@ def test_eager_steps_around_replays(kernels: str) -> None:
             assert moved_by(kind) == -0.01
 
 
+@every_base
+@pytest.mark.parametrize("joins", [False, True], ids=["one stream", "joins"])
+def test_many_small_steps(joins: bool, base: str, kernels: str) -> None:
+    """Kernels that start before the one ahead ends (sm_90 and later) see what it wrote: two of ours, one of torch's and
+    ours, and behind an event of another stream, where gradients came late. Eager and in a graph, a thousand steps."""
+    rule, options = BASES[base]
+    ends = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n, device="cuda")) for n in (3, 5000, 70_000)]
+        opt = sk.SAM(params, rule, **options)
+        for p in params:
+            p.grad = torch.empty_like(p)
+        other = torch.cuda.Stream()
+
+        def backward(params: list[nn.Parameter] = params, other: torch.cuda.Stream = other) -> None:
+            """Each gradient is the sine of the weights."""
+            stream = torch.cuda.current_stream()
+            if joins:
+                other.wait_stream(stream)
+                stream = other
+            with torch.no_grad(), torch.cuda.stream(stream):
+                if joins:
+                    torch.cuda._sleep(20_000)
+                for p in params:
+                    torch.sin(p, out=p.grad)
+            if joins:
+                torch.cuda.current_stream().wait_stream(other)
+
+        def step(opt: sk.SAM = opt, backward: Callable[[], None] = backward) -> None:
+            backward()
+            opt.first_step()
+            backward()
+            opt.second_step()
+
+        warmed_up(step, 2)
+        again = captured(step).replay if graphed else step
+        for _ in range(1000):
+            again()
+        ends.append(dict(enumerate(params)))
+    assert_same_bits(ends[0], ends[1])
+
+
 def test_a_capture_without_a_step_before_it_is_an_error() -> None:
     # In a process of its own: a failed capture leaves torch's generators in a state of their own.
     code = """
