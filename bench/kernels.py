@@ -38,6 +38,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+from rich.console import Console
+from rich.progress import track
+
 JOBS = min(2, os.cpu_count() or 1)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -417,7 +420,8 @@ def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:
     ]
     # Triton has one driver in a process.
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(triton_job, jobs)
+        lines = pool.map(triton_job, jobs)
+        yield from track(lines, "Triton", len(jobs), console=Console(stderr=True))
 
 
 # The CUDA half.

@@ -186,14 +186,23 @@ class Naive:
     def params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def entries(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
-        """Every parameter that has a gradient, with its name and its group."""
+    def all(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
+        """Every parameter, with its name and its group."""
         return [
             (p, name, group)
             for group in self.param_groups
             for p, name in zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True)
-            if p.grad is not None
         ]
+
+    def entries(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
+        """Of those that have a gradient."""
+        return [entry for entry in self.all() if entry[0].grad is not None]
+
+    def scales(self) -> Gradients:
+        """T of every parameter that is a part of the direction: what the others' first gradients are, finite or not, is
+        not looked at."""
+        scales = {p: self.scale(name, p, group) for p, name, group in self.all()}
+        return {p: t for p, t in scales.items() if isinstance(t, Tensor) or t != 0}
 
     def gradients(self) -> Gradients:
         return {p: p.grad.clone() for p, _, _ in self.entries()}
@@ -201,18 +210,19 @@ class Naive:
     @torch.no_grad()
     def norm(self) -> float:
         """Of T g."""
-        scaled = [self.scale(name, p, group) * p.grad for p, name, group in self.entries()]
+        scaled = [t * p.grad for p, t in self.scales().items() if p.grad is not None]
         return sum(float(x.double().pow(2).sum()) for x in scaled) ** 0.5
 
     @torch.no_grad()
     def move(self, length: Callable[[dict[str, Any]], float]) -> None:
         """Every weight by length T d(T g); the steepest direction d(x) is x / norm(x)."""
         norm = self.norm()
-        scaled = {p: self.scale(name, p, group) for p, name, group in self.entries()}
-        directions = self.direction({p: t * p.grad for p, t in scaled.items()}, norm)
+        scales = self.scales()
+        directions = self.direction({p: t * p.grad for p, t in scales.items() if p.grad is not None}, norm)
         for p, _, group in self.entries() if math.isfinite(norm) else ():
-            sign = -1.0 if group["maximize"] else 1.0
-            p.add_(sign * length(group) * scaled[p] * directions[p])
+            if p in directions:
+                sign = -1.0 if group["maximize"] else 1.0
+                p.add_(sign * length(group) * scales[p] * directions[p])
         self.round()
 
     @torch.no_grad()
@@ -253,7 +263,9 @@ class Naive:
     def descend(self, g: Gradients, g_s: Gradients | None = None) -> None:
         """The base optimizer's step."""
         taken = last(g, g_s)
-        if not (math.isfinite(dot(g, g)) and math.isfinite(dot(taken, taken))):
+        scales = self.scales()
+        g_1 = g if g_s is None else {p: x for p, x in g.items() if p in scales}
+        if not (math.isfinite(dot(g_1, g_1)) and math.isfinite(dot(taken, taken))):
             self.skipped += 1
             return
         clip = min(1.0, self.max_grad_norm / (dot(taken, taken) ** 0.5 + 1e-6))
@@ -284,7 +296,9 @@ class NaiveESAM(Naive):
         numbers = [int.from_bytes(drawn[i : i + 8], "little") >> 11 for i in range(0, len(drawn), 8)]
         kept = {id(p) for p, u in zip(self.params(), numbers, strict=True) if u / 2**53 < self.beta}
         self.scale = lambda name, w, group: float(id(w) in kept)
-        self.fires = lambda t, n: any(id(p) in kept for p, _, _ in self.entries()) or not self.entries()
+        self.fires = lambda t, n: (
+            not (there := [p for p, _, _ in self.entries() if p.numel()]) or any(id(p) in kept for p in there)
+        )
 
     def picking(self, closure: Callable[..., Tensor]) -> Callable[[], Tensor]:
         before: list[float] = []

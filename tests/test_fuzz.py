@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import math
 import os
 import pickle
@@ -19,6 +20,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from sharpkern.ops import schema
 from sharpkern.policy import Adaptive, Always, Bernoulli, Every
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+HALVES = {f16, bf16}
 SENTINEL = 99.0
 AVERAGES = ("g_v", "friendly_m", "vasso_d")
 # Momentum-SAM takes few base rules, and one gradient: tests/contract/test_family.py.
@@ -84,7 +87,7 @@ class Step(Brief):
     poison: tuple[int, int, float] | None = None
     raises: int | None = None
     turned: bool = False  # gradients lie otherwise than their parameters
-    halves: bool = False  # two backward calls a pass
+    halves: bool = False  # two backward calls a pass; three micro-batches where these are accumulated
     moved: bool = False  # parameters get other memory before every pass but the first
     lr_0: bool = False
 
@@ -170,10 +173,11 @@ def group_options(draw: Any, method: str, rule: str) -> dict[str, Any]:
 @st.composite
 def steps(draw: Any, count: int, by_hand: bool, calls: int) -> Step:
     passes, which = st.just(0) | st.integers(0, calls - 1), st.integers(0, count - 1)
+    ways = "closure", "hand", "hand", "accumulate"
     fault = draw(sampled(None, None, "missing", "missing", "poison", "raises"))
     poison = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e200])) if fault == "poison" else None
     return Step(
-        draw(sampled("closure", "hand", "hand", rare=("cancel", "base"))) if by_hand else "closure",
+        draw(sampled(*ways, rare=("cancel", "base")) if by_hand else st.sampled_from(("closure", "accumulate"))),
         tuple(draw(st.lists(st.tuples(passes, which), min_size=1, max_size=4))) if fault == "missing" else (),
         (draw(passes), draw(which), poison) if poison is not None else None,
         draw(passes) if fault == "raises" else None,
@@ -213,6 +217,8 @@ def scenarios(draw: Any) -> Scenario:
         options["max_grad_norm"] = draw(st.sampled_from([0.5, 20.0]))
     if draw(sampled(False, rare=(True,))):
         options["skip_nonfinite"] = False
+    if fused and method.name != "salr" and HALVES & {spec.dtype for spec in own + joins} and draw(st.booleans()):
+        options["master_weights"] = True
     if method.of_length:
         options["total_steps"] = draw(st.integers(2, 9))
     named, with_model = draw(sampled(True, True, False)), draw(st.booleans())
@@ -284,6 +290,7 @@ class Run(ABC):
         self.groups = [[i for i, spec in enumerate(self.specs) if spec.group == g] for g in used]
         self.options = [scenario.groups[g] for g in used]
         self.t = 0  # calls of step
+        self.now = 0  # the pass that is taken
         self.opt: Any = None
         self.params: Any = []
 
@@ -295,29 +302,34 @@ class Run(ABC):
         """Parameter i as the loss takes it."""
         return self.params[i]
 
-    def closure(self, step: Step) -> Callable[[], Tensor]:
-        """Counts its passes in ``self.calls``."""
-        self.calls = 0
+    def micro_batches(self, step: Step) -> list[Callable[[], Tensor]]:
+        """Closures to be called in turn in every pass; their losses add up to that of the step."""
+        shares = [(1.0,), (0.5, 0.5), (0.25, 0.25, 0.5)][step.halves + (step.way == "accumulate")]
+        passes = itertools.count()
 
-        def evaluate() -> Tensor:
-            now, self.calls = self.calls, self.calls + 1
-            self.before_pass(now, step)
+        def evaluate(part: int) -> Tensor:
+            if part == 0:
+                self.now = next(passes)
+                self.before_pass(self.now, step)
             there = [
-                p.requires_grad and spec.uses > 0 and (now, i) not in step.missing
+                p.requires_grad and spec.uses > 0 and (self.now, i) not in step.missing
                 for i, (p, spec) in enumerate(zip(self.params, self.specs, strict=True))
             ]
-            loss = torch.zeros((), dtype=f64)
-            for part in (0.5, 0.5) if step.halves else (1.0,):
-                weights = [self.seen(i) if ok else None for i, ok in enumerate(there)]
-                loss = part * loss_of(weights, [s.uses for s in self.specs], self.t)
-                if loss.requires_grad:
-                    loss.backward()
-            self.after_backward(now, there, step)
-            if step.raises == now:
-                raise Interrupt
-            return loss / part
+            weights = [self.seen(i) if ok else None for i, ok in enumerate(there)]
+            loss = shares[part] * loss_of(weights, [s.uses for s in self.specs], self.t)
+            if loss.requires_grad:
+                loss.backward()
+            if part == len(shares) - 1:
+                self.after_backward(self.now, there, step)
+                if step.raises == self.now:
+                    raise Interrupt
+            return loss
 
-        return evaluate
+        return [partial(evaluate, part) for part in range(len(shares))]
+
+    def closure(self, step: Step) -> Callable[[], Tensor]:
+        closures = self.micro_batches(step)
+        return lambda: torch.stack([closure() for closure in closures]).sum()
 
     def before_pass(self, now: int, step: Step) -> None:  # noqa: B027
         """Whatever happens right before a pass: nothing, but to the package's own."""
@@ -430,17 +442,21 @@ class Ours(Run):
         self.measured = any(p.requires_grad for p in self.params)
         before, where = self.weights(), [p.data_ptr() for p in self.params]
         skipped = int(self.opt.stats["skipped_steps"])
-        way = "closure" if step.way == "hand" and self.straight else step.way
-        give_back, evaluate = self.lr_0(step), self.closure(step)
+        way = "closure" if step.way in ("hand", "accumulate") and self.straight else step.way
+        give_back = self.lr_0(step)
         raised = False
         try:
             if way == "closure":
-                self.opt.step(evaluate)
+                self.opt.step(self.closure(step))
+            elif way == "accumulate":
+                for closure in self.micro_batches(step):
+                    self.opt.accumulate(closure)
+                self.opt.step()
             else:
-                self.by_hand(way, evaluate)
+                self.by_hand(way, self.closure(step))
         except Interrupt:
             raised = True
-            if way != "closure":
+            if way not in ("closure", "accumulate"):
                 self.opt.restore()
         give_back()
         self.t += 1
@@ -565,7 +581,7 @@ class Theirs(Run):
             self.join(i)
         s = scenario
         groups = [{"params": self.named(m, True), **own} for m, own in zip(self.groups, self.options, strict=True)]
-        options = {key: value for key, value in s.options.items() if key != "skip_nonfinite"}
+        options = {key: value for key, value in s.options.items() if key not in ("skip_nonfinite", "master_weights")}
         self.opt = self.method.oracle(groups, s.rule, **options)
         if s.policy:
             kind, *arguments = s.policy
@@ -587,7 +603,9 @@ class Theirs(Run):
             self.round_to_dtypes()
 
     def round_to_dtypes(self) -> None:
-        self.opt.dtypes = dict(zip(self.params, self.dtypes, strict=True))
+        masters = self.scenario.options.get("master_weights")
+        dtypes = [f32 if masters and dtype in HALVES else dtype for dtype in self.dtypes]
+        self.opt.dtypes = dict(zip(self.params, dtypes, strict=True))
 
     def seen(self, i: int) -> Tensor:
         return self.params[i].to(self.dtypes[i])
