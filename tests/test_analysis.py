@@ -315,6 +315,24 @@ def test_a_shuffling_and_augmenting_loader_gives_the_same_in_every_pass() -> Non
         assert torch.equal(state, own.get_state())
 
 
+def test_a_sampler_with_a_generator_of_its_own_draws_the_same_in_every_pass() -> None:
+    """As it lies in a loader, in its batch sampler or there in a sampler; it is left as it was."""
+    model, batches = make()
+    data = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    for within in (False, True):
+        own = torch.Generator().manual_seed(5)
+        sampler = torch.utils.data.WeightedRandomSampler([1.0] * len(data), len(data), generator=own)
+        whole = torch.utils.data.BatchSampler(sampler, 16, drop_last=False)
+        given: dict[str, Any] = {"batch_sampler": whole} if within else {"batch_size": 16, "sampler": sampler}
+        loader, state = torch.utils.data.DataLoader(data, **given), own.get_state()
+        drawn = list(loader)
+        own.set_state(state)
+        for m in (None, 6):
+            found = analysis.sharpness(model, CE, loader, 0.3, m=m)
+            assert found == pytest.approx(analysis.sharpness(model, CE, drawn, 0.3, m=m), rel=1e-12)
+            assert torch.equal(state, own.get_state())
+
+
 def test_the_modes_of_training() -> None:
     """Without ``eval_mode`` norm layers take the batch's statistics, and what dropout drops is the same all along."""
     model, batches = make()

@@ -197,6 +197,28 @@ def test_select(case: str) -> None:
     assert not index.requires_grad
 
 
+def test_losses_of_samples_in_memory_that_every_call_writes_to() -> None:
+    """As of a captured graph's output: the rises are those of two passes."""
+    picked, out = [], torch.zeros(24)
+
+    class Static(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, losses: Tensor) -> Tensor:
+            return out.copy_(losses).detach()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad
+
+    for static in (False, True):
+        model = make_net()
+        closure = Losses(model, batches(1)[0])
+        take = lambda index=None, c=closure, s=static: Static.apply(c(index)) if s and index is None else c(index)  # noqa: E731
+        esam(model, beta=1.0, gamma=0.25, rho=0.5).step(take)
+        picked.append(closure.calls[-1][0])
+    assert picked[0] == picked[1] != list(range(6))
+
+
 def test_the_second_pass_is_of_the_picked_samples_only() -> None:
     model = make_net()
     opt = esam(model, beta=1.0, gamma=0.25, model=model)

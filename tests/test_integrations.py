@@ -496,6 +496,35 @@ def test_accelerate_accumulates(method: Method) -> None:
         torch.testing.assert_close(losses[MICRO - 1].detach(), first)
 
 
+@pytest.mark.parametrize("seedable", [False, True])
+def test_accelerate_with_a_monitor_over_the_loader_of_the_training(seedable: bool) -> None:
+    """Which is in the middle of it: no batch is lost, and the last one of an epoch takes its step."""
+    utils = pytest.importorskip("accelerate.utils")
+    ours, analysis = pytest.importorskip("sharpkern.integrations.accelerate"), pytest.importorskip("sharpkern.analysis")
+    ends, parts = [], [torch.cat(parts) for parts in zip(*data(), strict=True)]
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        accelerator = ours.Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=2,
+            dataloader_config=utils.DataLoaderConfiguration(use_seedable_sampler=seedable),
+        )
+        whole = DataLoader(torch.utils.data.TensorDataset(*parts), 16, shuffle=True)
+        run = make(METHODS["sam"])
+        model, opt, batches = accelerator.prepare(*run, whole)
+        monitor = analysis.SharpnessMonitor(
+            opt=opt, model=model, loss_fn=nn.functional.cross_entropy, batches=batches, every=2 if recorded else 99, k=1
+        )
+        for _ in range(3):
+            for batch in batches:
+                with accelerator.accumulate(model):
+                    opt.step(functools.partial(accelerated_closure, accelerator, model, batch))
+        assert bool(monitor.records) == recorded
+        ends.append(run)
+    assert_same(*ends)
+    assert int(ends[0][1].stats["steps"]) == 3 * -(-len(batches) // 2)
+
+
 def test_a_variable_of_the_loop_is_refused() -> None:
     """Its value would be that of the last micro-batch in every other pass."""
     _, accelerator, model, opt, batches, _ = accelerated(METHODS["sam"], MICRO)

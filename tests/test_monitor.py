@@ -36,7 +36,9 @@ def adaptive(model: nn.Module) -> Any:
 
 
 def watched(model: nn.Module, opt: Any, **more: Any) -> SharpnessMonitor:
-    return SharpnessMonitor(opt=opt, model=model, loss_fn=cross_entropy, batches=DATA, **{"every": 2, "k": 2, **more})
+    return SharpnessMonitor(
+        opt=opt, model=model, loss_fn=cross_entropy, **{"batches": DATA, "every": 2, "k": 2, **more}
+    )
 
 
 def test_a_record_has_what_is_so_and_the_training_does_not_notice() -> None:
@@ -128,8 +130,29 @@ def test_files(tmp_path: Path) -> None:
         watched(model, opt, path=tmp_path / "new" / "run")
 
 
-def test_resume(tmp_path: Path) -> None:
-    """From a checkpoint that is older than the last record."""
+def test_the_loader_of_the_training_that_is_in_the_middle_of_it() -> None:
+    """Also where workers stay: torch has them for one pass at a time."""
+    ends = []
+    for recorded in (False, True):
+        model = make_net(torch.float32)
+        opt = adaptive(model)
+        x, y = (torch.cat(parts) for parts in zip(*batches(STEPS, torch.float32, size=2), strict=True))
+        data = torch.utils.data.TensorDataset(x, y)
+        generator = torch.Generator().manual_seed(1)
+        loader = torch.utils.data.DataLoader(
+            data, 4, shuffle=True, generator=generator, num_workers=1, persistent_workers=True
+        )
+        monitor = watched(model, opt, batches=loader, every=2 if recorded else 100)
+        for _ in range(2):
+            train(model, opt, loader)
+        assert len(monitor.records) == 3 * recorded
+        ends.append({**model.state_dict(), **state_of(opt)})
+    assert_same_bits(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+def test_resume(order: list[int], tmp_path: Path) -> None:
+    """From a checkpoint that is older than the last record, whatever is loaded first."""
     straight = make_net()
     opt = adaptive(straight)
     expected = watched(straight, opt)
@@ -147,8 +170,8 @@ def test_resume(tmp_path: Path) -> None:
     model = make_net(seed=1)
     opt = adaptive(model)
     monitor = watched(model, opt, path=tmp_path / "run", resume=True)
-    for owner, state in zip((model, opt, monitor), saved, strict=True):
-        owner.load_state_dict(state)
+    for i in order:
+        (model, opt, monitor)[i].load_state_dict(saved[i])
     assert [r["step"] for r in monitor.records] == [2]
     train(model, opt, batches(STEPS)[3:])
     assert monitor.records == expected.records

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from ..batch_stats import Buffers
 from ..checks import check_number, type_name
@@ -119,16 +120,42 @@ def gradients(
 
 
 class Generators:
-    """torch's random generators, and that of a DataLoader, as they are: to go back to."""
+    """torch's random generators, and those of a DataLoader and its samplers, as they are: to go back to."""
 
     def __init__(self, batches: Any = None) -> None:
         cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-        found = [torch.default_generator, *cuda, getattr(batches, "generator", None)]
+        found = [torch.default_generator, *cuda]
+        drawing = [batches]
+        for drawn in drawing:
+            found.append(getattr(drawn, "generator", None))
+            within = (getattr(drawn, name, None) for name in ("batch_sampler", "sampler"))
+            drawing += [x for x in within if x is not None and not any(x is known for known in drawing)]
         self._states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
 
     def restore(self) -> None:
         for generator, state in self._states:
             generator.set_state(state)
+
+
+@contextmanager
+def apart(batches: Any) -> Iterator[Any]:
+    """A DataLoader apart from whoever is in the middle of it: with workers of its own, afresh, and, of one that
+    Accelerate prepared, a count of its own. Anything else as it is."""
+    if not isinstance(batches, DataLoader):
+        yield batches
+        return
+    view = object.__new__(type(batches))  # neither class allows a copy to be changed
+    own = vars(view)
+    own.update(vars(batches))
+    own.update({name: value for name, value in (("_iterator", None), ("persistent_workers", False)) if name in own})
+    with apart(own.get("base_dataloader")) as base:
+        if base is not None:
+            own["base_dataloader"] = base
+        try:
+            yield view
+        finally:
+            if hasattr(view, "gradient_state"):  # Accelerate's list of loaders that are being gone through
+                view.end()
 
 
 def move(params: Sequence[Tensor], weights: Iterable[Tensor]) -> None:
@@ -231,11 +258,12 @@ class Loss:
     def __iter__(self) -> Iterator[tuple[Tensor, float]]:
         # Every pass sees the same: the order and the augmentation of a DataLoader, what dropout drops.
         self._rewind()
-        for batch in self.batches:
-            output, target = self.forward(self.model, batch)
-            if not isinstance(target, Sized) or (isinstance(target, Tensor) and not target.dim()):
-                raise TypeError(f"the target should have an entry for each sample, but got {type_name(target)}")
-            yield self.loss_fn(output, target), len(target)
+        with apart(self.batches) as batches:
+            for batch in batches:
+                output, target = self.forward(self.model, batch)
+                if not isinstance(target, Sized) or (isinstance(target, Tensor) and not target.dim()):
+                    raise TypeError(f"the target should have an entry for each sample, but got {type_name(target)}")
+                yield self.loss_fn(output, target), len(target)
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.batches, 0)
@@ -268,13 +296,16 @@ class Loss:
 
     def split(self, m: int) -> Iterator[tuple[Loss, int]]:
         """The loss of every m samples, and their number. The last ones of a batch may be fewer."""
-        for batch in self.batches:
-            if not isinstance(batch, (tuple, list)) or not all(isinstance(t, Tensor) and t.dim() for t in batch):
-                raise TypeError("m= takes apart batches that are tuples of tensors, a sample a row")
-            for part in zip(*(t.split(m) for t in batch), strict=True):
-                loss = copy.copy(self)
-                loss.batches = [part]
-                yield loss, len(part[0])
+        with apart(self.batches) as batches:
+            for batch in batches:
+                if not isinstance(batch, (tuple, list)) or not all(isinstance(t, Tensor) and t.dim() for t in batch):
+                    raise TypeError("m= takes apart batches that are tuples of tensors, a sample a row")
+                drawn = Generators(self.batches)  # each part has the pass's first numbers, and the next batch goes on
+                for part in zip(*(t.split(m) for t in batch), strict=True):
+                    loss = copy.copy(self)
+                    loss.batches = [part]
+                    yield loss, len(part[0])
+                drawn.restore()
 
 
 @contextmanager

@@ -99,6 +99,8 @@ class SharpnessMonitor:
             raise TypeError("SharpnessMonitor needs opt=, model=, or both")
         if len({model is None, loss_fn is None, batches is None}) > 1:
             raise TypeError("model=, loss_fn= and batches= say together which loss is looked at: give all or none")
+        if not hasattr(opt, "_optimizer_step_post_hooks"):
+            opt = getattr(opt, "optimizer", opt)  # of Accelerate's, which calls no hooks
         self.opt, self.model, self.loss_fn, self.batches = opt, model, loss_fn, batches
         params = None if params is None else list(params)
         options: dict[str, Any] = dict(params=params, forward=forward, eval_mode=eval_mode, l2=l2)
@@ -121,7 +123,12 @@ class SharpnessMonitor:
             tensorboard = SummaryWriter(os.fspath(tensorboard))
         self._writer = tensorboard
         self._note_second_passes()
-        self._hook = None if opt is None else opt.register_step_post_hook(self._stepped)
+        self._hooks: list[Any] = []
+        if opt is not None:
+            self._hooks = [
+                opt.register_step_post_hook(self._stepped),
+                opt.register_load_state_dict_post_hook(lambda _: self._note_second_passes()),
+            ]
 
     # Recording.
 
@@ -278,9 +285,9 @@ class SharpnessMonitor:
 
     def close(self) -> None:
         """Count the optimizer's steps no more. The records stay."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def __enter__(self) -> SharpnessMonitor:
         return self

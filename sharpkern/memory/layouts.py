@@ -100,9 +100,10 @@ class Layouts:
         """Notice whatever the user moved, froze, loaded or added since the last pass; follow what merely moved.
 
         Args:
-            open_step: between two passes of a step members stay: whatever was perturbed has to be found again.
+            open_step: between two passes of a step members stay, for whatever was perturbed has to be found again; one
+                that was frozen may join.
         """
-        stale = not self.valid or (not open_step and self._changed())
+        stale = not self.valid or (any(map(_may_move, self.idle)) if open_step else self._changed())
         attached = [layout.attached() for layout in self._layouts]
         if stale or not all(attached):
             self.lay_out()
@@ -127,7 +128,7 @@ class Layouts:
 
     def _takes_part(self, p: Tensor) -> bool:
         """Whether it may be moved, or is a part of the algorithm's direction."""
-        if p.requires_grad or p.grad is not None:
+        if _may_move(p):
             return True
         state = self.state.get(p, {})
         return any(name in state for name in self._own_state)
@@ -323,3 +324,7 @@ def check_aliases(params: list[tuple[Tensor, str]]) -> None:
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"{name} and {other} share memory; register one tensor in both places instead")
+
+
+def _may_move(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None

@@ -141,5 +141,5 @@ class GroupTable:
         for g, row in enumerate(rows):
             for c, x in enumerate(row):
                 if isinstance(x, Tensor):
-                    table[g, c].copy_(x)
+                    table[g, c].copy_(x.reshape(()))
         return table

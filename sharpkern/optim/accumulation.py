@@ -39,7 +39,7 @@ class MicroBatches:
         """Call the closure of one more micro-batch in the first pass; keep it where there may be others."""
         closures, variables, losses = self._closures, self._variables, self._losses
         loss = self._call(len(losses), closure)  # which may drop them: others are in their place then
-        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        losses.append(kept(loss))
         if keep:
             closures.append(closure)
             variables.append(dict(_variables(closure)))
@@ -60,7 +60,7 @@ class MicroBatches:
                         "be called for the next pass: give it its own, with functools.partial or as a default argument"
                     )
         closures, losses, calls = self._closures, self._losses, itertools.count()
-        return lambda: total(losses if next(calls) == 0 else [self._call(i, c) for i, c in enumerate(closures)])
+        return lambda: total(losses if next(calls) == 0 else [kept(self._call(i, c)) for i, c in enumerate(closures)])
 
     def resetting(self) -> bool:
         """Gradients are about to be reset: whether those of earlier micro-batches are dropped with it.
@@ -89,13 +89,19 @@ class MicroBatches:
             self._running = None
 
 
+def kept(loss: Any) -> Any:
+    """What a closure returned, without its graph, and in memory of its own: that of a captured graph's output, say, is
+    written again by the next call."""
+    return loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+
 def total(losses: list[Any]) -> Any:
-    """Their sum; None where any of them is no number. The last one may be None: of a closure that did nothing, which
-    trainers hand to ``step``."""
+    """The sum of losses that are kept; None where any of them is no number. The last one may be None: of a closure that
+    did nothing, which trainers hand to ``step``."""
     losses = losses[:-1] if losses and losses[-1] is None else losses
     if not losses or not all(map(_is_number, losses)):
         return None
-    return functools.reduce(operator.add, (loss.detach() if isinstance(loss, Tensor) else loss for loss in losses))
+    return functools.reduce(operator.add, losses)
 
 
 def _is_number(loss: Any) -> bool:
@@ -106,9 +112,13 @@ def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
     """Names and values of what a function reads around it, as a loop's variables, and does not write itself."""
     function = closure
     while not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
-        within = (getattr(function, name, None) for name in ("__wrapped__", "func", "__func__"))
-        function = next((f for f in within if callable(f)), None)
-        if function is None:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif isinstance(function, types.MethodType):
+            function = function.__func__
+        elif callable(getattr(function, "__wrapped__", None)):
+            function = function.__wrapped__
+        else:
             return
     code = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))

@@ -63,6 +63,7 @@ class Checkpoints(Optimizer):
         """
         self._refuse_perturbed("state_dict()")
         self._refuse_zero("state_dict()")
+        self._warn_of_more()
         # The first of the post-hooks: the user's see the whole dict, and may return another one.
         handle = self.register_state_dict_post_hook(lambda _, state: self._complete_saved(state), prepend=True)
         try:
@@ -98,6 +99,7 @@ class Checkpoints(Optimizer):
         """
         self._refuse_open("load_state_dict()")
         self._refuse_zero("load_state_dict()")
+        self._warn_of_more()
         # The last of the pre-hooks: it sees the dict as the user's hooks left it.
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_loaded(loaded))
         try:
@@ -222,10 +224,12 @@ class Checkpoints(Optimizer):
 
     def _take_loaded(self, loaded: dict[str, Any], state: dict[str, Any]) -> None:
         """Complete what torch made of a state dict: missing options, state that torch cast."""
-        names = self._names(state["param_groups"])
+        names, rule = self._names(state["param_groups"]), self._step.rule
         for old, new, found in zip(self.param_groups, state["param_groups"], names, strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
+            if isinstance(rule, FusedRule):
+                rule.amend(new)
             new[NUMBERS] = None
             new["param_names"] = found
             if found is None:
@@ -234,7 +238,7 @@ class Checkpoints(Optimizer):
         # optimizer's number (NAdam's mu_product), which is of no parameter's dtype.
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in state["param_groups"] for p in group["params"]]
-        fused = isinstance(self._step.rule, FusedRule)
+        fused = isinstance(rule, FusedRule)
         for i, p in zip(ids, params, strict=True):
             for key, value in loaded["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
@@ -312,6 +316,15 @@ class Checkpoints(Optimizer):
     def _refuse_open(self, what: str) -> None:
         if self._step.is_open:
             raise RuntimeError(f"{what} between two passes of a step: call second_step() or restore() first")
+
+    def _warn_of_more(self) -> None:
+        """Once: a wrapped base optimizer may save more than state and groups."""
+        base = self._step.rule.base
+        if any(getattr(base, name) is not getattr(Optimizer, name) for name in ("state_dict", "load_state_dict")):
+            self._step.warn_once(
+                f"{base.__name__} has a state_dict() or load_state_dict() of its own, which is not called: what it "
+                "saves beside state and param_groups is not in this state dict"
+            )
 
     def _refuse_zero(self, what: str) -> None:
         if is_zero(self._step.rule.base):

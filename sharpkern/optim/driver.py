@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disab
 from torch.amp.grad_scaler import GradScaler
 
 from ..policy import Scheduled
+from .accumulation import kept
 from .checkpoint import Checkpoints
 from .step import AGAIN, AS_IS, DONE, Passes, Step, Wish
 
@@ -290,7 +291,8 @@ class Driver(Checkpoints):
                 hears of it; ``scaler.update()`` is left to the caller.
 
         Returns:
-            The loss of the first call; None without a closure.
+            What the first call returned, of a tensor that another pass may follow a copy without its graph; None
+            without a closure.
 
         After ``accumulate`` this is the step of all its micro-batches, of which a closure is one more (one that does
         nothing will do); it returns the sum of what they returned in the first pass, where those are numbers.
@@ -352,7 +354,8 @@ class Driver(Checkpoints):
                 self._run(lambda: losses.append(closure()), begin=True)
                 (loss,) = losses
             else:
-                step.loss = loss = self._evaluate(closure, first=True)
+                loss = self._evaluate(closure, first=True)
+                step.loss = loss = loss if self.one_pass else kept(loss)
                 self._run(closure, begin=True)
         elif self.one_pass:
             self._run(None, begin=True, through=True)
@@ -387,8 +390,16 @@ class Driver(Checkpoints):
         """Give the unperturbed weights back and cancel the pending step. Does nothing when none is pending.
 
         The step's number stays taken: a policy that wanted its second pass does not make up for it.
+
+        Raises:
+            RuntimeError: amid what a step computes between its passes, as from a signal's handler.
         """
         step = self._bound()
+        if getattr(step.passes, "gi_running", False):
+            raise RuntimeError(
+                "restore() was called while the step computes (from a signal's handler?): raise an exception there, "
+                "and the step gives the weights back"
+            )
         if step.layouts.away:
             step.refresh()
             step.back()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_real, type_name
 from ..direction import Part, Share
+from .accumulation import kept
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, AS_IS, Passes, Step
 
@@ -177,7 +178,7 @@ class ESAM(SharpnessAwareOptimizer):
         def backward() -> Tensor:
             if not first:
                 losses = self._check_losses(closure(), None, trained=True)
-                first.append(losses.detach())
+                first.append(kept(losses))
             else:
                 with torch.no_grad():
                     after = closure()

@@ -183,6 +183,8 @@ class NudgedSGD(SharpnessAwareOptimizer):
                 rows = [row for row, value in zip(rows, values, strict=True) if value > 0]
             rows = rows[: self.k]
             lengths = _squared_lengths(rows)
+            held = {x.untyped_storage().data_ptr() for p in params for x in self._own_directions(p)}
+            rows = [[x.clone() if x.untyped_storage().data_ptr() in held else x for x in row] for row in rows]
             # Where this is interrupted there are none.
             step.scalars["directions"] = 0
             for i, name in enumerate(self.state_names):
@@ -192,6 +194,11 @@ class NudgedSGD(SharpnessAwareOptimizer):
             step.scalars["directions"] = len(rows)
             # Tools that restore a checkpoint take state that is there for all of it.
             step.expose(trained=True)
+
+    def _own_directions(self, p: Tensor) -> list[Tensor]:
+        """A parameter's part of the directions that there are."""
+        entry = self.state.get(p, {})
+        return [entry[name] for name in self.state_names if name in entry]
 
     def _put_direction(self, name: str, params: Sequence[Tensor], row: Sequence[Tensor] | None) -> None:
         """One direction into the state; None: zeros where there is another one. The memory takes it over from there."""

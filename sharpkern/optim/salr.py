@@ -17,6 +17,7 @@ from ..distributed import everybody_of, processes
 from ..memory.scalars import Sum
 from ..policy import refuse
 from ..rules import FusedRule
+from .accumulation import kept
 from .optimizer import SharpnessAwareOptimizer
 from .step import AGAIN, Passes, Step, Wish
 
@@ -163,7 +164,7 @@ class SALR(SharpnessAwareOptimizer):
             step.norm(norm)
             step.ascend(length, along=norm)
         loss = yield AGAIN
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        return kept(loss)
 
     def record(self, step: Step, sharpness: float) -> None:
         """Set the ratio, S over the median of all S; one that is not positive, or not finite, changes nothing."""

@@ -324,9 +324,11 @@ class Step(Measurements):
 
     def send(self, loss: Any) -> Any:
         """Run the algorithm to its next wish, with the loss of the evaluation that it wished for; DONE at its end."""
-        assert self.passes is not None
+        passes = self.passes
+        if passes is None:
+            raise RuntimeError("restore() was called while the step ran")
         try:
-            return self.passes.send(loss)
+            return passes.send(loss)
         except StopIteration:
             return DONE
 

@@ -43,6 +43,9 @@ class FusedRule(ABC):
         known = inspect.signature(self.base.__init__).parameters
         self._probe({k: v for k, v in group.items() if k in known and k != "params" and k not in _WITHOUT_MEANING})
 
+    def amend(self, group: Group) -> None:  # noqa: B027
+        """What torch's class makes of a loaded group."""
+
     def values(self, group: Group) -> list[float | Tensor]:
         """The group's row of the table of values; a tensor stands for itself where reading it would wait."""
         return [number(group[column]) for column in self.columns]
@@ -93,6 +96,10 @@ class AdamRule(FusedRule):
 
     def state_names(self, group: Group) -> Names:
         return ("step", "exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+    def amend(self, group: Group) -> None:
+        if self.base is torch.optim.AdamW:  # one of an Adam says otherwise
+            group["decoupled_weight_decay"] = True
 
     def values(self, group: Group) -> list[float | Tensor]:
         betas = dict(zip(("beta1", "beta2"), group["betas"], strict=True))

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -87,6 +88,22 @@ def test_micro_batches_are_as_the_joint_batch(method: Method) -> None:
     untrained = make_net()
     untrained.bn = nn.Identity()
     assert relative_error(models[0], untrained) > 1e-3
+
+
+@over([SAM, SALR])
+def test_losses_in_memory_that_every_call_writes_to(method: Method) -> None:
+    """As of a captured graph's output."""
+    (model, opt), (twin, other) = (make(method) for _ in range(2))
+    out = torch.zeros_like(model.out.bias[0]).detach()
+
+    def static(closure: Callable[[], Tensor]) -> Tensor:
+        return out.copy_(closure().detach())
+
+    for i in range(STEPS):
+        for closure in closures(model, i):
+            opt.accumulate(functools.partial(static, closure))
+        assert torch.equal(opt.step(), other.step(of_all(twin, i)))
+    assert_same((model, opt), (twin, other))
 
 
 @over([m for m in METHODS.values() if m is not SALR])
@@ -388,6 +405,15 @@ def test_a_model_may_move_between_micro_batches() -> None:
         opt.step()
         models.append(model)
     assert_same_bits(*map(weights, models))
+
+
+def test_a_callable_that_has_every_attribute() -> None:
+    """Which is looked through for the variables that it reads."""
+    model, opt = make(SAM)
+    for closure in closures(model):
+        opt.accumulate(mock.Mock(side_effect=closure))
+    opt.step()
+    assert int(opt.stats["second_passes"]) == 1
 
 
 def test_what_is_no_closure_is_refused() -> None:

@@ -444,10 +444,43 @@ def test_a_frozen_parameter_without_memory_takes_no_part_in_loading() -> None:
     assert opt.param_groups[0]["lr"] == 0.1
 
 
+def test_an_adamw_decays_as_one_whatever_it_loads() -> None:
+    """A state dict of Adam says that its decay is not decoupled: torch's AdamW does not heed that, its Adam does."""
+    for source, base in ((torch.optim.Adam, AdamW), (AdamW, torch.optim.Adam)):
+        model, twin = make_net(), make_net()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numbers that it lacks
+            ours, theirs = sk.AESAM(model.parameters(), base, total_steps=9), base(twin.parameters())
+            for opt in (ours, theirs):
+                opt.load_state_dict(source(make_net().parameters(), lr=0.01, weight_decay=0.5).state_dict())
+            for m, opt in ((model, ours), (twin, theirs)):
+                make_closure(m, batches(1)[0])()
+                opt.step()
+        assert ours.param_groups[0]["decoupled_weight_decay"] == theirs.param_groups[0]["decoupled_weight_decay"]
+        assert relative_error(model, twin) < 1e-12
+
+
+def test_a_base_optimizer_that_saves_more_is_told_of() -> None:
+    class Counting(SGD):
+        k = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict() | {"k": self.k}
+
+    opt = sk.SAM(make_net().parameters(), Counting, lr=0.1)
+    with pytest.warns(UserWarning, match="Counting has a state_dict.. or load_state_dict.. of its own"):
+        saved = opt.state_dict()
+    with pytest.warns(UserWarning, match="Counting has"):
+        sk.SAM(make_net().parameters(), Counting, lr=0.1).load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.SAM(make_net().parameters(), RMSprop, lr=0.1).load_state_dict(saved)
+
+
 def test_a_loaded_radius_may_be_a_tensor() -> None:
     """A schedule may have written one into the group, which a step takes."""
     model = make_net(f32)
-    for rho in (0.1, torch.tensor(0.1)):
+    for rho in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
         opt = sk.SAM(model.parameters(), lr=0.0)
         opt.param_groups[0]["rho"] = rho
         opt.zero_grad()

@@ -3,7 +3,10 @@ or sparse, closures that return nothing useful (contract 5, 7, 12)."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -381,6 +384,53 @@ def test_a_closure_that_restores_cancels_the_step(method: Method) -> None:
     assert_same_bits(weights(model), before)
     opt.step(inner)
     assert not torch.equal(model.out.weight, before["out.weight"])
+
+
+@over([METHODS["sam"], METHODS["salr"], METHODS["friendlysam"]])
+def test_restore_at_any_line_of_a_step(method: Method) -> None:
+    """As from a signal's handler: an error where the step could not go on, and never a step that ends elsewhere."""
+    batch = batches(1, f32)[0]
+    lines = itertools.count(step=7)
+
+    def run(at: int) -> tuple[bool, bool, dict[str, Tensor], dict[str, Tensor]]:
+        """Whether the line was reached and the step ended, and the weights before and after."""
+        model = make_net(f32).eval()
+        opt = method.make(model.named_parameters(), "momentum")
+        closure = make_closure(model, batch)
+        opt.step(closure)
+        before, left, ended = weights(model), itertools.count(at, -1), True
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            if "sharpkern" not in frame.f_code.co_filename or frame.f_code.co_name == "restore":
+                return None
+            if event == "line" and next(left) == 0:
+                with contextlib.suppress(RuntimeError):
+                    opt.restore()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            opt.step(closure)
+        except (RuntimeError, TypeError):
+            ended = False
+        finally:
+            sys.settrace(None)
+        assert not opt.is_perturbed
+        reached = next(left) < 0
+        after = weights(model)
+        opt.step(closure)
+        return reached, ended, before, after
+
+    *_, done = run(1_000_000)
+    for at in lines:
+        reached, ended, before, after = run(at)
+        if not reached:
+            break
+        if not ended or not torch.equal(after["out.weight"], done["out.weight"]):
+            assert_same_bits(after, before)
+        else:
+            assert_same_bits(after, done)
+    assert at > 100
 
 
 def test_an_error_while_a_step_is_given_up_leaves_none_open() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,36 @@ def test_frozen_thawed_and_added(method: Method, base: str) -> None:
             m.zero_grad()
             each.step(make_closure(m, batch))
     assert relative_error(ours, theirs) < 1e-11
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@each_method
+def test_thawed_between_two_passes(method: Method, base: str, flatten: bool) -> None:
+    """Against the definition, from the second call of the closure in the third step on; clipped, and skipped where its
+    gradient is not finite, as any other."""
+    ours, theirs = make_net(), make_net()
+    more = method.every | ({} if method.name == "salr" else {"max_grad_norm": 0.05})
+    opt = method.make(ours.named_parameters(), base, flatten=flatten, **more)
+    naive = method.oracle(theirs.named_parameters(), base, **more)
+    for m, each in ((ours, opt), (theirs, naive)):
+        m.conv.requires_grad_(False)
+        for i, batch in enumerate(batches(7)):
+            calls, inner = itertools.count(), make_closure(m, batch)
+
+            def closure(m: nn.Module = m, i: int = i, calls: Any = calls, inner: Any = inner) -> Tensor:
+                thawing = next(calls) == 1 and i >= 2
+                if thawing:
+                    m.conv.requires_grad_(True)
+                loss = inner()
+                if thawing and i == 2:
+                    m.conv.weight.grad.view(-1)[0] = math.nan
+                    m.conv.requires_grad_(False)
+                return loss
+
+            each.step(closure)
+            m.zero_grad()
+    assert relative_error(ours, theirs) < 1e-11
+    assert torch.equal(ours.conv.weight, make_net().conv.weight) == (method.calls == 1)
 
 
 @each_method

@@ -151,6 +151,22 @@ def test_every_form_of_directions() -> None:
     assert all(assert_same_bits(end, ends[0]) is None for end in ends)
 
 
+def test_directions_that_are_read_from_the_state() -> None:
+    """In another order, in the memory that they are written to."""
+    flat = directions(make_net())
+    ends = []
+    for read in (False, True):
+        model, opt = made()
+        opt.refresh(flat)
+        train(model, opt, batches(1))
+        params = list(model.parameters())
+        there = [[opt.state[p][f"eigenvector_{i}"] for p in params] for i in (2, 0, 1)]
+        opt.refresh(there if read else flat[[2, 0, 1]])
+        train(model, opt, batches(2))
+        ends.append(weights(model))
+    assert_same_bits(ends[0], ends[1])
+
+
 def test_directions_of_no_positive_curvature_are_left_out() -> None:
     """And what is beyond k is."""
     flat = directions(make_net(), 6)
