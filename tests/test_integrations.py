@@ -979,6 +979,74 @@ def test_skorch(method: Method) -> None:
     assert len(net.history[0, "batches", :, "train_loss"]) == len(taken)
 
 
+def test_skorch_divides_the_loss_of_a_net_of_ones_own() -> None:
+    """A penalty, say; what is recorded is the whole of it."""
+    taken = data(MICRO)[:MICRO]
+    net = skorch_net(METHODS["sam"], gradient_accumulation_steps=MICRO)
+
+    class Penalized(type(net)):  # type: ignore[misc]
+        def get_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = super().get_loss(*args, **kwargs)
+            return loss + self.module_.out.weight.square().sum()
+
+    net.__class__ = Penalized
+    net.fit(*(torch.cat(parts) for parts in zip(*taken, strict=True)))
+    model, opt = make(METHODS["sam"])
+    losses = []
+
+    def closure() -> None:
+        for x, y in taken:
+            losses.append(nn.functional.cross_entropy(model(x), y) + model.out.weight.square().sum())
+            (losses[-1] / MICRO).backward()
+
+    opt.step(closure)
+    assert_same((net.module_, net.optimizer_), (model, opt))
+    recorded = net.history[0, "batches", :, "train_loss"]
+    assert recorded == pytest.approx([float(loss.detach()) for loss in losses[:MICRO]], rel=1e-12)
+    net.optimizer_.zero_grad()
+    net.train_step_single = lambda batch, **_: {"loss": mean_loss(net.module_, [batch])}
+    with pytest.raises(RuntimeError, match="called no get_loss"):
+        net.partial_fit(*(torch.cat(parts) for parts in zip(*taken, strict=True)))
+
+
+def test_skorch_sets_any_option_of_an_optimizer_that_is_there() -> None:
+    skorch = pytest.importorskip("skorch")
+    ours = pytest.importorskip("sharpkern.integrations.skorch")
+
+    class Net(ours.SharpnessAware, skorch.NeuralNet):  # type: ignore[misc, name-defined]
+        pass
+
+    x, y = (torch.cat(parts).float() for parts in zip(*data(), strict=True))
+    ends = []
+    for later in (False, True):
+        torch.manual_seed(0)
+        net = Net(
+            nn.Linear(x[0].numel(), 3),
+            criterion=nn.CrossEntropyLoss,
+            optimizer=sk.LookSAM,
+            optimizer__momentum=0.9,
+            lr=0.1,
+            batch_size=8,
+            max_epochs=1,
+            train_split=None,
+            verbose=0,
+            iterator_train__shuffle=False,
+        )
+        net.partial_fit(x.flatten(1), y.long())
+        options = {"alpha": 0.1, "k": 1, "max_grad_norm": 0.5, "rho": 0.2}
+        if later:
+            net.set_params(**{f"optimizer__{name}": value for name, value in options.items()})
+            assert net.get_params()["optimizer__k"] == 1
+        else:
+            opt = sk.LookSAM(net.module_.parameters(), lr=0.1, momentum=0.9, **options)
+            opt.load_state_dict(net.optimizer_.state_dict())
+            opt.param_groups[0]["rho"] = 0.2
+            net.optimizer_ = opt
+        net.partial_fit(x.flatten(1), y.long())
+        ends.append((net.module_, net.optimizer_))
+    assert_same(*ends)
+
+
 def test_skorch_refuses_what_it_cannot_do_right() -> None:
     skorch = pytest.importorskip("skorch")
     x, y = (torch.cat(parts) for parts in zip(*data(), strict=True))

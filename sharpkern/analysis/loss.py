@@ -144,7 +144,7 @@ def apart(batches: Any) -> Iterator[Any]:
     if not isinstance(batches, DataLoader):
         yield batches
         return
-    view = object.__new__(type(batches))  # neither class allows a copy to be changed
+    view: Any = object.__new__(type(batches))  # neither class allows a copy to be changed
     own = vars(view)
     own.update(vars(batches))
     own.update({name: value for name, value in (("_iterator", None), ("persistent_workers", False)) if name in own})

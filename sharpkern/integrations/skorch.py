@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from skorch.callbacks import GradientNormClipping
@@ -25,7 +26,8 @@ class SharpnessAware:
 
     Raises:
         TypeError: in a fit, for an optimizer that is not one of sharpkern.
-        RuntimeError: in a fit, with the callback ``GradientNormClipping``: ``optimizer__max_grad_norm=`` clips.
+        RuntimeError: in a fit, with the callback ``GradientNormClipping``: ``optimizer__max_grad_norm=`` clips; with
+            accumulation, for a ``train_step_single`` that takes its loss from no ``get_loss``.
     """
 
     _taken = 0  # batches of the step
@@ -39,10 +41,27 @@ class SharpnessAware:
         self._taken = 0
         return super().initialize_optimizer(*args, **kwargs)  # type: ignore[misc]
 
-    def get_loss(self: Any, *args: Any, training: bool = False, **kwargs: Any) -> Tensor:
-        """In training the batch's part of the step's loss."""
-        loss: Tensor = super().get_loss(*args, training=training, **kwargs)  # type: ignore[misc]
-        return loss / self.gradient_accumulation_steps if training else loss
+    def set_params(self: Any, **params: Any) -> Any:
+        """As in skorch, which changes groups: for an option that is of no group (``optimizer__k``) the optimizer is
+        made anew, and goes on where the one before was."""
+        opt: Any = getattr(self, "optimizer_", None)
+        own = {}
+        if isinstance(opt, SharpnessAwareOptimizer):
+            known = {"optimizer__param_groups", *(f"optimizer__{name}" for name in opt.defaults)}
+            own = {
+                key: value
+                for key, value in params.items()
+                if key.startswith("optimizer__")
+                and not any(key == name or key.startswith(f"{name}__") for name in known)
+            }
+        super().set_params(**{key: value for key, value in params.items() if key not in own})  # type: ignore[misc]
+        if own:
+            state = opt.state_dict()
+            vars(self).update(own)
+            self.initialize_optimizer()
+            if "optimizer__base_optimizer" not in own:
+                self.optimizer_.load_state_dict(state)
+        return self
 
     def train_step(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Take a batch, and the step with the last one."""
@@ -56,7 +75,7 @@ class SharpnessAware:
             )
 
         def closure() -> Tensor:
-            step = self.train_step_single(batch, **fit_params)
+            step = self._part_of_step(lambda: self.train_step_single(batch, **fit_params))
             if not first:
                 first.append(step)
                 parameters = TeeGenerator(self.get_all_learnable_params())
@@ -71,6 +90,27 @@ class SharpnessAware:
         else:
             opt.step(closure)
         return {**first[0], "loss": first[0]["loss"].detach() * self.gradient_accumulation_steps}
+
+    def _part_of_step(self: Any, one_pass: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A pass in which what ``get_loss`` returns, the user's own, is divided by the number of batches a step."""
+        parts, get_loss, divided = self.gradient_accumulation_steps, self.get_loss, False
+        if parts == 1:
+            return one_pass()
+
+        def part(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal divided
+            divided = True
+            loss: Tensor = get_loss(*args, **kwargs) / parts
+            return loss
+
+        vars(self)["get_loss"] = part
+        try:
+            step = one_pass()
+        finally:
+            del vars(self)["get_loss"]
+        if not divided:
+            raise RuntimeError(f"train_step_single() called no get_loss(), whose loss would be divided by {parts}")
+        return step
 
     def run_single_epoch(self: Any, iterator: Any, training: bool, *args: Any, **kwargs: Any) -> None:
         """Take the step of what is left, too."""

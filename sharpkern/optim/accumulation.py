@@ -8,7 +8,7 @@ import itertools
 import numbers
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._closures: list[Callable[[], Any]] = []
-        self._variables: list[dict[str, Any]] = []  # what each closure read, by name
+        self._variables: list[dict[Any, Any]] = []  # what each closure read
         self._losses: list[Any] = []  # of the first pass: one a micro-batch, whether its closure is kept or not
         self._running: int | None = None  # the number of the closure that is being called
 
@@ -42,7 +42,7 @@ class MicroBatches:
         losses.append(kept(loss))
         if keep:
             closures.append(closure)
-            variables.append(dict(_variables(closure)))
+            variables.append(_variables(closure))
         return loss
 
     def closure(self) -> Callable[[], Any]:
@@ -53,10 +53,11 @@ class MicroBatches:
         """
         self.check_between()
         for closure, before in zip(self._closures, self._variables, strict=True):
-            for name, value in _variables(closure):
-                if not (value is before[name] or (isinstance(value, (int, float, str)) and value == before[name])):
+            for key, value in _variables(closure).items():
+                known = before.get(key, value)  # a function may be another one now: that is told of by its name
+                if not (value is known or (isinstance(value, (int, float, str)) and value == known)):
                     raise RuntimeError(
-                        f"a closure that accumulate() took reads {name!r}, which has another value now that it is to "
+                        f"a closure that accumulate() took reads {key[1]!r}, which has another value now that it is to "
                         "be called for the next pass: give it its own, with functools.partial or as a default argument"
                     )
         closures, losses, calls = self._closures, self._losses, itertools.count()
@@ -108,8 +109,9 @@ def _is_number(loss: Any) -> bool:
     return loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, numbers.Number)
 
 
-def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of what a function reads around it, as a loop's variables, and does not write itself."""
+def _variables(closure: Any) -> dict[tuple[types.FunctionType, str], Any]:
+    """What a function, and those of its module that it calls by name, read around them, as a loop's variables, and none
+    of them writes."""
     function = closure
     while not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
         if isinstance(function, functools.partial):
@@ -119,22 +121,29 @@ def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
         elif callable(getattr(function, "__wrapped__", None)):
             function = function.__wrapped__
         else:
-            return
-    code = function.__code__
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    for name in _reads(code):
-        if name not in cells:
-            yield name, function.__globals__.get(name)
-        else:
-            try:
-                yield name, cells[name].cell_contents
-            except ValueError:  # it has none
-                yield name, None
+            return {}
+    functions, written = [function], set[str]()
+    values: dict[tuple[types.FunctionType, str], Any] = {}
+    for f in functions:
+        cells = dict(zip(f.__code__.co_freevars, f.__closure__ or (), strict=True))
+        read, stored = _names(f.__code__)
+        written |= stored
+        for name in read:
+            value = f.__globals__.get(name)
+            if name in cells:
+                try:
+                    value = cells[name].cell_contents
+                except ValueError:  # it has none
+                    value = None
+            values[f, name] = value
+            if isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
+                functions += [value] * (value not in functions)
+    return {key: value for key, value in values.items() if key[1] not in written}
 
 
 @functools.lru_cache(256)
-def _reads(code: types.CodeType) -> tuple[str, ...]:
-    """Variables around a function that it reads, and does not write itself."""
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Variables around a function: those that it reads, and those that it writes."""
     read, codes = set(code.co_freevars), [code]
     written: set[str] = set()
     for part in codes:  # of functions and comprehensions within it, too
@@ -144,4 +153,4 @@ def _reads(code: types.CodeType) -> tuple[str, ...]:
                 stores = instruction.opname.startswith(("STORE", "DELETE"))
                 (written if stores else read).add(str(instruction.argval))
     own = {name for part in codes for name in part.co_cellvars}
-    return tuple(sorted(read - written - own))
+    return tuple(sorted(read - own)), frozenset(written - own)

@@ -350,7 +350,14 @@ def test_variables_of_a_loop_are_not_what_they_were() -> None:
     def of_global() -> Any:
         return next(micro_closure(model, b)() for b in [LOOP])
 
+    def inner() -> Any:
+        return of_free()
+
+    def through() -> Any:
+        return inner()
+
     loops = [(of_free, "batch"), (functools.partial(of_free, 3), "batch"), (of_index, "i"), (of_global, "LOOP")]
+    loops.append((through, "batch"))
     for closure, name in loops:
         for i, batch in enumerate(micro_batches):  # noqa: B007
             LOOP = batch
@@ -359,9 +366,12 @@ def test_variables_of_a_loop_are_not_what_they_were() -> None:
             opt.step()
         assert_same_bits(weights(model), before)
 
-    def own(batch: Batch) -> Any:
+    def add(loss: float) -> None:
         nonlocal total
-        total += float(micro_closure(model, batch)().detach())
+        total += loss
+
+    def own(batch: Batch) -> Any:
+        add(float(micro_closure(model, batch)().detach()))
         return torch.tensor(total)
 
     for batch in micro_batches:
