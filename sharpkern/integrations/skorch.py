@@ -61,6 +61,7 @@ class SharpnessAware:
             self.initialize_optimizer()
             if "optimizer__base_optimizer" not in own:
                 self.optimizer_.load_state_dict(state)
+            self.optimizer_.zero_grad()  # they were used
         return self
 
     def train_step(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
