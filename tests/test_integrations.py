@@ -1042,6 +1042,7 @@ def test_skorch_sets_any_option_of_an_optimizer_that_is_there() -> None:
             opt.load_state_dict(net.optimizer_.state_dict())
             opt.param_groups[0]["rho"] = 0.2
             net.optimizer_ = opt
+            opt.zero_grad()
         net.partial_fit(x.flatten(1), y.long())
         ends.append((net.module_, net.optimizer_))
     assert_same(*ends)

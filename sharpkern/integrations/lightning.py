@@ -145,6 +145,8 @@ class _Optimization(_AutomaticOptimization):
 
     def _make_closure(self, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         made = super()._make_closure(kwargs, optimizer, batch_idx)
+        if made._backward_fn is None:  # nothing is trained, as in the epoch of StochasticWeightAveraging's statistics
+            return made
         closure = _Closure(made._step_fn, made._backward_fn, made._zero_grad_fn)
         closure.batch = self.trainer, optimizer, self.trainer.fit_loop._should_accumulate()
         return closure
