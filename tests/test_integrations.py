@@ -6,6 +6,7 @@ test_loops.py has what they do in stand-ins.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import logging
@@ -24,6 +25,7 @@ from loops import MICRO, STEPS, Batch, Run, assert_same, data, every_way, make, 
 from methods import METHODS, Method, every_method, over
 from models import assert_same_bits, relative_error
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
 import sharpkern as sk
@@ -335,6 +337,57 @@ def test_lightning_logs_the_first_pass_in_manual_optimization(loop: str) -> None
     type(module).on_train_batch_end = lambda self, *_: self.losses.append(float(self.trainer.callback_metrics["loss"]))
     lightning_trainer().fit(module, loader(MICRO))
     assert module.losses == first
+
+
+def passes_of(module: Any) -> list[tuple[int, bool]]:
+    """Of a Lightning module under training: batch and whether the weights are perturbed, of every pass."""
+    passes: list[tuple[int, bool]] = []
+
+    def training_step(self: Any, batch: Batch, batch_idx: int) -> Tensor:
+        passes.append((batch_idx, self.opt.is_perturbed))
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    type(module).training_step = training_step
+    type(module).on_train_batch_end = lambda *_: None
+    return passes
+
+
+def test_lightning_finds_a_learning_rate_with_every_pass_of_all_batches(tmp_path: Path) -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    ours = pytest.importorskip("sharpkern.integrations.lightning").SharpnessAware()
+    finder = callbacks.LearningRateFinder(num_training_steps=2, update_attr=False, early_stop_threshold=None)
+    module = lightning_module(METHODS["sam"])
+    passes = passes_of(module)
+    trainer = lightning_trainer(
+        callbacks=[finder, ours], accumulate_grad_batches=MICRO, default_root_dir=str(tmp_path), max_steps=1
+    )
+    trainer.fit(module, loader(MICRO))
+    window = [(i, perturbed) for perturbed in (False, True) for i in range(MICRO)]
+    assert passes[: len(window)] == window
+    assert passes[-len(window) :] == window
+
+
+@over([METHODS["sam"], METHODS["momentumsam"]])
+def test_lightning_averages_weights_and_looks_at_norm_layers_once(method: Method) -> None:
+    """After the last epoch, every batch once and at the averaged weights."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    module, trainer = lightning_module(method), lightning_trainer(max_epochs=3)
+    trainer.callbacks.append(callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1))
+    passes = passes_of(module)
+    module.configure_optimizers = lambda: module.opt
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Swapping scheduler")
+        trainer.fit(module, loader())
+    assert passes[-STEPS:] == [(i, False) for i in range(STEPS)]
+    assert len(passes) == STEPS * (3 * method.calls + 1)
+    twin = copy.deepcopy(module.model)
+    for module_ in twin.modules():
+        if isinstance(module_, nn.BatchNorm2d):
+            module_.reset_running_stats()
+            module_.momentum = None  # of a simple average
+    for x, _ in data():
+        twin(x)
+    torch.testing.assert_close(module.model.bn.running_mean, twin.bn.running_mean)
 
 
 def test_lightning_steps_may_take_things_out_of_a_batch() -> None:
@@ -1093,7 +1146,7 @@ def _process(rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     warnings.simplefilter("ignore")
-    for name in ("sam", "aelooksam", "momentumsam"):
+    for name in ("sam", "aelooksam", "momentumsam", "salr"):
         method = METHODS[name]
         options = dict(lambda_start=2.0, lambda_end=0.0) if method.triggered else {}
         expected = plain_net()
@@ -1130,12 +1183,16 @@ def _with_accelerate(model: nn.Module, opt: Any, rank: int) -> None:
     from sharpkern.integrations.accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
-    parallel, opt = accelerator.prepare(model, opt)
+    parallel, prepared = accelerator.prepare(model, opt)
     assert isinstance(parallel, nn.parallel.DistributedDataParallel)
+    passes = []
+    parallel.register_comm_hook(passes, lambda _, bucket: passes.append(bucket) or allreduce_hook(None, bucket))
     for batch in half(data(MICRO), rank):
         with accelerator.accumulate(parallel):
-            opt.step(functools.partial(accelerated_closure, accelerator, parallel, batch))
+            prepared.step(functools.partial(accelerated_closure, accelerator, parallel, batch))
     accelerator.free_memory()
+    if type(opt) is sk.SAM:
+        assert len(passes) == 2 * STEPS
 
 
 def test_data_parallel(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import accelerate
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from torch import nn
 
 from ..optim.optimizer import SharpnessAwareOptimizer
 
@@ -31,6 +32,8 @@ class Accelerator(accelerate.Accelerator):
     Other optimizers are prepared as ever. Use ``max_grad_norm=`` of the optimizer, not ``clip_grad_norm_``.
     """
 
+    _parallel: Sequence[nn.Module] = ()  # the models as they were prepared, where Accelerate keeps what it was given
+
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
         """As in Accelerate.
 
@@ -39,8 +42,21 @@ class Accelerator(accelerate.Accelerator):
         """
         prepared = super().prepare_optimizer(optimizer, device_placement)
         if isinstance(prepared.optimizer, SharpnessAwareOptimizer):
-            adopt(prepared, self)
+            adopt(prepared, self).take_models(self._parallel)
         return prepared
+
+    def prepare_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Accelerate."""
+        prepared = super().prepare_model(*args, **kwargs)
+        self._parallel = [*self._parallel, prepared]
+        for opt in (opt for opt in self._optimizers if isinstance(opt, PreparedOptimizer)):
+            opt.take_models(self._parallel)
+        return prepared
+
+    def free_memory(self, *objects: Any) -> Any:
+        """As in Accelerate."""
+        self._parallel = []
+        return super().free_memory(*objects)
 
     def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
         """As in Accelerate, also for ``save_state`` and ``save_model``.
@@ -57,7 +73,15 @@ class PreparedOptimizer(AcceleratedOptimizer):
     """What :class:`Accelerator` makes of an optimizer of sharpkern."""
 
     accelerator: Any
+    _models: Sequence[nn.Module] = ()
     _is_overflow: bool
+
+    def take_models(self, prepared: Sequence[nn.Module]) -> None:
+        """Learn which models were prepared, in DistributedDataParallel where there are several processes."""
+        self._models = prepared
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        trained = (model for model in prepared if any(id(p) in own for p in model.parameters()))
+        self.optimizer._step.parallel = next(trained, None)
 
     def accumulate(self, closure: Callable[[], Any]) -> Any:
         """Take a micro-batch; its gradients are exchanged between processes with those of the last one of a step."""
@@ -119,7 +143,7 @@ class PreparedOptimizer(AcceleratedOptimizer):
         @functools.wraps(closure)
         def apart() -> Any:
             with contextlib.ExitStack() as stack:
-                for model in self.accelerator._models:
+                for model in self._models:
                     stack.enter_context(self.accelerator.no_sync(model))
                 return closure()
 

@@ -45,6 +45,11 @@ class SharpnessAware(Callback):
 
     _clips: Sequence[SharpnessAwareOptimizer] = ()  # that have the trainer's norm
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Come before a LearningRateFinder, which takes its steps when a fit starts."""
+        if stage == "fit":
+            trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the place of the trainer's own steps."""
         opts = _ours(trainer)
@@ -75,6 +80,8 @@ class SharpnessAware(Callback):
                 opt.max_grad_norm = float(trainer.gradient_clip_val)
         if automatic:
             loop.__class__ = _Optimization
+        for opt in opts:
+            opt._step.parallel = strategy.model
         plugin = strategy.precision_plugin
         plugin.optimizer_step = functools.partial(_step, plugin, type(plugin).optimizer_step)
 
@@ -92,6 +99,8 @@ class SharpnessAware(Callback):
 
     def _give_back(self, trainer: Any) -> None:
         _restore(trainer)
+        for opt in _ours(trainer):
+            opt._step.parallel = None
         for opt in self._clips:
             opt.max_grad_norm = None
         self._clips = ()
@@ -145,7 +154,7 @@ class _Optimization(_AutomaticOptimization):
 
     def _make_closure(self, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         made = super()._make_closure(kwargs, optimizer, batch_idx)
-        if made._backward_fn is None:  # nothing is trained, as in the epoch of StochasticWeightAveraging's statistics
+        if made._backward_fn is None:
             return made
         closure = _Closure(made._step_fn, made._backward_fn, made._zero_grad_fn)
         closure.batch = self.trainer, optimizer, self.trainer.fit_loop._should_accumulate()
@@ -188,6 +197,8 @@ def _before_step(module: Any, opt: SharpnessAwareOptimizer) -> None:
 
 def _step(plugin: Any, original: Any, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
     """In place of the precision plugin's step: every pass is the optimizer's, and so is the scaler."""
+    if getattr(closure, "_backward_fn", closure) is None:
+        return closure()  # nothing is trained: StochasticWeightAveraging looks at the norm layers' statistics
     opt, scaler = optimizer, getattr(plugin, "scaler", None)
     nothing = closure is do_nothing_closure
     if not isinstance(opt, SharpnessAwareOptimizer) or (nothing and not opt._step.micro_batches):

@@ -100,10 +100,10 @@ class SharpnessAware:
         Raises:
             TypeError: for an optimizer that is not one of sharpkern.
         """
-        take = super().training_step  # type: ignore[misc]
-        loss: Tensor = adopt(self.optimizer, self.accelerator).accumulate(
-            lambda: take(model, copy.copy(inputs), num_items_in_batch)
-        )
+        take, prepared = super().training_step, adopt(self.optimizer, self.accelerator)  # type: ignore[misc]
+        if model not in prepared._models:
+            prepared.take_models([model])
+        loss: Tensor = prepared.accumulate(lambda: take(model, copy.copy(inputs), num_items_in_batch))
         return loss
 
     def _clip_grad_norm(self: Any, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from ..distributed import everybody_of
 from ..memory.layout import SCRATCH, Layout
 from ..memory.layouts import Layouts
 from ..memory.scalars import BASE, Scalars, merged, of_state
+from ..memory.shards import Processes
 from ..memory.state import Names
 from ..memory.transfer import GroupTable, Receiver
 from ..ops import schema
@@ -49,6 +50,7 @@ class Measurements(Gradients):
 
     def __init__(self, opt: Any, rule: Rule, settings: Settings, flatten: bool) -> None:
         self.settings, self._direction, self.state_names = settings, opt.direction, opt.state_names
+        self.parallel: nn.Module | None = None  # in which a trainer wrapped the model
         self.declared = merged(opt.scalars, *map(of_state, opt.state_names))
         scalars = Scalars(merged(BASE, self.declared, opt.policy.scalars, opt.direction.scalars))
         fused = isinstance(rule, FusedRule)
@@ -177,17 +179,22 @@ class Measurements(Gradients):
         device = self.layouts[0].device
         return torch.stack([self.scalars.row(name, device).sum() for name in sums]).sum().isfinite()
 
+    @property
+    def everybody(self) -> Processes | None:
+        """The processes that average their gradients, where ``model=``, a trainer or DTensors tell of them."""
+        scope = self.layouts.scope
+        return everybody_of(self.parallel, scope) or everybody_of(self.settings.model, scope)
+
     def read(self, *values: Any, mean: bool = False) -> list[float]:
         """Numbers or tensors of one element, read on the host in one go.
 
         Args:
-            mean: over the processes that average their gradients, where ``model=`` or DTensors tell of them: one
-                all-reduce.
+            mean: over ``everybody``: one all-reduce.
         """
         like = self.scalars.row("first", self.layouts[0].device)
         wide = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in values]
         numbers = torch.stack([x.detach().reshape(()).to(like) for x in wide])
-        if mean and (found := everybody_of(self.settings.model, self.layouts.scope)) is not None:
+        if mean and (found := self.everybody) is not None:
             numbers = found.all_reduce(numbers) / found.size
         read: list[float] = self._receiver.read(numbers).tolist()
         return read

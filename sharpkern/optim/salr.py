@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..direction import Nowhere
-from ..distributed import everybody_of, processes
+from ..distributed import processes
 from ..memory.scalars import Sum
 from ..policy import refuse
 from ..rules import FusedRule
@@ -151,7 +151,7 @@ class SALR(SharpnessAwareOptimizer):
         step.rewind()
         step.put_gradients(grads)
         highest = yield from self.branch(step, self.step_size, self.norms[self.n_descent - 1 :])
-        if processes() > 1 and everybody_of(step.settings.model, step.layouts.scope) is None:
+        if processes() > 1 and step.everybody is None:
             step.warn_once(ALONE)
         low, high, finite = step.read(lowest, highest, step.all_finite("first", *self.norms), mean=True)
         return (low - high if self.param_groups[0].get("maximize") else high - low), finite == 1
