@@ -23,11 +23,13 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {"SGD-m": (SGD, {"momentum": 0.9}), "AdamW": (AdamW, {})}
 CLASSES: list[tuple[str, Any, dict[str, Any]]] = [
     ("SAM, ASAM, SSSAM", sk.SAM, {}),
+    ("StableSAM", sk.StableSAM, {}),
     ("AESAM", sk.AESAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}),
     ("LookSAM, refresh every step", sk.LookSAM, {"k": 1}),
     ("LookSAM", sk.LookSAM, {"k": 2}),
     ("AELookSAM", sk.AELookSAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}),
-    ("GSAM, WSAM, StableSAM", sk.GSAM, {}),
+    ("GSAM", sk.GSAM, {}),
+    ("WSAM", sk.WSAM, {}),
     ("FriendlySAM", sk.FriendlySAM, {}),
     ("VaSSO", sk.VaSSO, {}),
     ("MomentumSAM", sk.MomentumSAM, {}),
@@ -69,8 +71,6 @@ def rows() -> list[tuple[str, str, tuple[float, float], tuple[float, float]]]:
     for name, (rule, options) in BASES.items():
         base = measure(lambda params: rule(params, lr=1e-3, **options))  # noqa: B023
         for label, cls, more in CLASSES:
-            if cls is sk.MomentumSAM and name == "AdamW":
-                continue
             own = measure(lambda params: cls(params, rule, lr=1e-3, **options, **more))  # noqa: B023
             found.append((label, name, own, base))
     return found

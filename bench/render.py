@@ -245,7 +245,10 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md and README.md")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text(encoding="utf-8"))
+    try:
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.results}: {error}")
     if not args.write:
         print(render(results))
         return

@@ -134,14 +134,13 @@ def run(options: argparse.Namespace) -> None:
         raise Failure(f"{path.stem} needs --data-dir, the folder of its four files")
     out = options.out or Path("results") / path.stem
     if not options.render:
-        out.mkdir(parents=True, exist_ok=True)
         processes = options.processes or (1 if options.device.type == "cuda" else len(os.sched_getaffinity(0)))
         runner.finish(study, part, out / "runs.jsonl", options.data_dir, options.device, processes)
-    render(out, path.stem)
+    render(out, path.stem, study)
 
 
-def render(out: Path, name: str) -> None:
-    """Print and write what the file has."""
+def render(out: Path, name: str, asked: Study) -> None:
+    """Print and write what the file has, which is of the study that was asked for."""
     path = out / "runs.jsonl"
     if not path.is_file():
         raise Failure(f"--render: there is no {path}")
@@ -149,6 +148,8 @@ def render(out: Path, name: str) -> None:
     if not headers:
         raise Failure(f"{path} is empty")
     study = from_settings(headers[0]["settings"])
+    if (study.dataset, study.model) != (asked.dataset, asked.model):
+        raise Failure(f"{path} has runs of {study.model} on {study.dataset}: it is not of {name}")
     rows = tables.make_rows(study, runs)
     made = [tables.accuracy_table(rows), tables.difference_table(study, rows), tables.price_table(study, rows)]
     trials = tables.trial_table(study, runs)

@@ -112,10 +112,11 @@ def finish(
         path: the file; it need not be there.
         folder: of the data, where they do not come with a package.
     """
+    data = load_part(study, folder, device)
+    hold_out(data, study.held_out, 0)  # whether there are enough
+    path.parent.mkdir(parents=True, exist_ok=True)
     with opened(path) as file:
         headers, runs = read(path)
-        data = load_part(study, folder, device)
-        hold_out(data, study.held_out, 0)  # whether there are enough
         mine = header(study, device, data)
         for name, called in SHARED.items() if headers else ():
             if headers[0].get(name, mine[name]) != mine[name]:

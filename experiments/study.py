@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -107,7 +108,10 @@ class Study:
     optimizers: dict[str, dict[str, list[Any]]]  # the grid of each: argument, values
 
     def __post_init__(self) -> None:
-        check(self.dataset in IMAGES.values(), f"dataset {self.dataset!r}: there are {', '.join(IMAGES.values())}")
+        check(
+            self.dataset in IMAGES.values(),
+            f"dataset {self.dataset!r}: there are {', '.join(dict.fromkeys(IMAGES.values()))}",
+        )
         check(self.model in list(MODELS), f"model {self.model!r}: there are {', '.join(MODELS)}")
         check(IMAGES[self.model] == self.dataset, f"model {self.model!r} is not for {self.dataset}")
         check(isinstance(self.augment, bool), f"augment {self.augment!r} is neither true nor false")
@@ -119,6 +123,7 @@ class Study:
             check(optional or (whole and value >= least), f"{name} {value!r} is not a whole number from {least} up")
         base = self.base.get("name") if isinstance(self.base, dict) else None
         check(base in BASES, f"base {self.base!r} has no name; there are {', '.join(BASES)}")
+        check("lr" not in self.base, "base has an lr, which is a matter of the grids")
         levels = self.noise if isinstance(self.noise, list) else []
         right = levels and all(is_number(level) and 0 <= level <= 100 for level in levels)
         check(right and len(set(levels)) == len(levels), f"noise {self.noise!r} is no list of percentages")
@@ -129,6 +134,7 @@ class Study:
             check(isinstance(grid, dict), f"{name}: its grid is no object of lists")
             for argument, values in grid.items():
                 check(isinstance(values, list) and values, f"{name}: {argument} {values!r} is no list of values")
+                check(argument not in GIVEN and argument not in self.base, f"{name}: {argument} is not of the grid's")
                 check(all(is_number(v) or isinstance(v, (bool, str)) for v in values), f"{name}: {argument} {values!r}")
             check("lr" in grid, f"{name}: its grid has no lr")
         for name in self.optimizers:
@@ -137,7 +143,8 @@ class Study:
             for arguments in trials:
                 epochs = dict(arguments)["epochs"]
                 check(
-                    isinstance(epochs, int) and epochs >= 1, f"{name}: epochs {epochs!r} is no whole number from 1 up"
+                    type(epochs) is int and epochs >= max(1, self.warmup_epochs),
+                    f"{name}: epochs {epochs!r} is no whole number from 1, and warmup_epochs {self.warmup_epochs}, up",
                 )
                 try:
                     make_optimizer(self, name, nn.Linear(2, 2), arguments, steps=2, seed=0)
@@ -238,6 +245,9 @@ class Study:
 BASES = ("SGD", "AdamW")
 ADAPTIVE = "Adaptive "  # before the name of a class: with AE-SAM's policy, of default arguments
 
+# Arguments that a run gives an optimizer, so that a grid does not.
+GIVEN = ("model", "params", "policy", "seed", "total_steps")
+
 # Settings that are whole numbers, and the smallest that makes sense. Batch norm needs two examples.
 LEAST = {
     "train_size": 4,
@@ -265,7 +275,7 @@ def check_pretraining(pretrain: Any) -> None:
         isinstance(pretrain, dict) and pretrain.keys() == {"classes", "epochs", "lr"},
         f"pretrain {pretrain!r} has not classes, epochs and lr alone",
     )
-    whole = all(isinstance(pretrain[name], int) and pretrain[name] >= 1 for name in ("classes", "epochs"))
+    whole = all(type(pretrain[name]) is int and pretrain[name] >= 1 for name in ("classes", "epochs"))
     check(
         whole and pretrain["classes"] < CLASSES - 1 and is_number(pretrain["lr"]),
         f"pretrain {pretrain!r}: classes is from 1 to {CLASSES - 2}, epochs from 1 up, lr a number",
@@ -280,7 +290,7 @@ def class_of(name: str) -> type[torch.optim.Optimizer] | None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def from_settings(settings: Any) -> Study:

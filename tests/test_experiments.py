@@ -280,7 +280,7 @@ def test_kept_runs(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The tables beside a file of runs are of that file, and the pages show the accuracies and differences of these."""
     monkeypatch.setattr(command, "draw", lambda *_: ([], []))
     (tmp_path / "runs.jsonl").write_bytes(kept.read_bytes())
-    command.render(tmp_path, kept.parent.name)
+    command.render(tmp_path, kept.parent.name, command.read_study(STUDIES / f"{kept.parent.name}.json"))
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert text == kept.with_name("tables.md").read_text(encoding="utf-8")
     shown = text.split("\n\nWhat a step takes")[0].splitlines()
@@ -450,6 +450,12 @@ BAD_SETTINGS = [
     ({"optimizers": {"SAM": {"lr": [0.1], "alpha": [1]}}}, "SAM with alpha=1, lr=0.1: "),
     ({"optimizers": {"SAM": {"lr": [0.1, 0.1]}}}, "SAM: its grid names one trial twice"),
     ({"optimizers": {"SAM": {"lr": [0.1], "epochs": [0]}}}, "SAM: epochs 0"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "epochs": [True]}}}, "SAM: epochs True"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "epochs": [2]}}, "warmup_epochs": 3}, "SAM: epochs 2"),
+    ({"optimizers": {"SAM": {"lr": [math.inf]}}}, "SAM: lr [inf]"),
+    ({"optimizers": {"SAM": {"lr": [0.1], "momentum": [0, 0.5]}}}, "SAM: momentum is not of the grid's"),
+    ({"optimizers": {"AESAM": {"lr": [0.1], "total_steps": [9, 99]}}}, "AESAM: total_steps is not of the grid's"),
+    ({"base": {"name": "SGD", "lr": 5}}, "base has an lr"),
     ({"optimizers": {"SGD": {"lr": [0.1], "epochs": [1, 2]}}}, "SGD: epochs [1, 2] without 2 and 4"),
     ({"optimizers": {"SAM": {"lr": [0.1]}, "ASAM": {"lr": [0.1, 0.2]}}}, "ASAM has 2 trials, SAM 1"),
     ({"held_out": 127}, "held_out 127"),
@@ -462,6 +468,18 @@ def test_bad_settings(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], culprit: str
 ) -> None:
     check_error(capsys, [str(settings_file(tmp_path, **changes)), "--out", str(tmp_path)], culprit)
+
+
+def test_a_failed_start_leaves_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_error(capsys, ["fashion-mnist-mlp", "--data-dir", str(tmp_path), "--out", str(out)], str(tmp_path))
+    assert not out.exists()
+
+
+def test_runs_of_another_study_are_not_rendered(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    before = (finished / "tables.md").read_text()
+    check_error(capsys, ["fashion-mnist-mlp", "--render", "--out", str(finished)], "it is not of fashion-mnist-mlp")
+    assert (finished / "tables.md").read_text() == before
 
 
 @pytest.mark.parametrize(

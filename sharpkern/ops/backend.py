@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from . import reference, schema
 try:
     import sharpkern._C as _C
 except ImportError as error:  # built without the extension, or for another torch or Python
-    _missing: str | None = f"the extension could not be imported: {error}"
+    _is_source = Path(__file__).parents[2].joinpath("setup.py").exists()
+    _missing: str | None = f"the extension could not be imported: {error}" + (
+        ". This is the source tree, not what pip installed: install with -e, or run elsewhere" * _is_source
+    )
     _built: dict[str, Any] = {}
 else:
     _missing = None

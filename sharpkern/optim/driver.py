@@ -85,6 +85,8 @@ class Driver(Checkpoints):
                 if closure is None and not (through and wish is AS_IS):
                     if wish is AS_IS:
                         step.watch()
+                    else:
+                        step.watch_reset()
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None
                 if collect and closure is not None:
@@ -338,6 +340,7 @@ class Driver(Checkpoints):
                         self.restore()
                     raise
                 step.warn_of_added_gradients()
+                step.warn_of_kept_gradients()
                 step.warn_without_gradients("second_step() found no gradient, so this step trains nothing")
                 if self._run(None, begin=False) is not None:
                     self.restore()

@@ -39,8 +39,11 @@ class Gradients:
         # A parameter that had a gradient, and what that was when a step or zero_grad() left it.
         self._witness: Tensor | None = None
         self._noted: _Mark | None = None
-        self._watch: RemovableHandle | None = None  # on the witness, while a step by hand takes one pass
-        self._added: list[bool] = []  # backward passes that it saw
+        self._watch: RemovableHandle | None = None  # on the witness, while a step by hand is open
+        self._added: list[bool] = []  # backward passes that it saw where none was wanted
+        self._made: list[bool] = []  # and where another was
+        self._before: _Mark | None = None  # of the pass before that
+        self._resets = 3  # steps by hand in which it is looked at whether the gradients are reset
         self._accumulated: Marks = {}  # after the last micro-batch
         self._looks = 3  # at the values of gradients that were there before a closure: each waits for the device
 
@@ -192,12 +195,23 @@ class Gradients:
         if p is not None and p.requires_grad:
             self._watch = p.register_post_accumulate_grad_hook(lambda _: seen.append(True))
 
+    def watch_reset(self) -> None:
+        """Notice, in the first steps by hand, a backward that adds to the gradients of the pass before."""
+        self.choose_witness()
+        p, made = self._witness, self._made
+        if self._resets and p is not None and p.grad is not None and p.requires_grad and not is_capturing(p.device):
+            self._resets -= 1
+            self._before = _mark(p)
+            self._watch = p.register_post_accumulate_grad_hook(lambda _: made.append(True))
+
     def unwatch(self) -> None:
         """Notice none any more."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        self._before = None
         self._added.clear()
+        self._made.clear()
 
     def warn_of_added_gradients(self) -> None:
         """Warn, once, of a second backward where ``first_step`` said that none is wanted."""
@@ -205,6 +219,17 @@ class Gradients:
             self.warn_once(
                 "first_step() returned False: second_step() uses the gradients that were there, and another backward "
                 "added to them. Write `if opt.first_step(zero_grad=True):` before it"
+            )
+
+    def warn_of_kept_gradients(self) -> None:
+        """Warn, once, of a second backward that added to the gradients of the first: nobody else wrote to them."""
+        before, now = self._before, None if self._witness is None else _mark(self._witness)
+        if before is None or now is None or before[2] is None or now[2] is None or not self._made:
+            return
+        if now[:2] == before[:2] and now[2] == before[2] + len(self._made):
+            self.warn_once(
+                "the backward after first_step() added to the gradients that were there, and the step is along the "
+                "sum: reset them in between, with first_step(zero_grad=True) or zero_grad()"
             )
 
     def count_base_step(self) -> None:

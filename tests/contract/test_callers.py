@@ -368,6 +368,29 @@ def test_a_backward_that_is_not_wanted_is_said(method: Method) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize("reset", ["argument", "to none", "to zero", "another memory", "forgotten"])
+@every_by_hand
+def test_a_second_backward_that_adds_to_the_first_gradients_is_told_of(method: Method, reset: str) -> None:
+    model = make_net(f32)
+    opt = method.make(model.named_parameters(), "momentum", **method.every)
+    with told(*["added to the gradients that were there"] * (reset == "forgotten")):
+        for batch in batches(4, f32):
+            opt.zero_grad()
+            make_closure(model, batch)()
+            assert opt.first_step(zero_grad=reset == "argument")
+            if reset.startswith("to"):
+                opt.zero_grad(set_to_none=reset == "to none")
+            held = [p.grad for p in model.parameters()]
+            if reset == "another memory":
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)
+            make_closure(model, batch)()
+            make_closure(model, batch)()  # of a second micro-batch
+            opt.second_step()
+            del held
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 @each_method
 def test_a_step_of_the_base_optimizer_is_said_and_counted(method: Method, base: str) -> None:
     if method.one_pass:
