@@ -21,19 +21,15 @@ COUNT = 25_000_000
 STEPS = 6
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {"SGD-m": (SGD, {"momentum": 0.9}), "AdamW": (AdamW, {})}
-CLASSES: list[tuple[str, Any, dict[str, Any]]] = [
-    ("SAM, ASAM, SSSAM", sk.SAM, {}),
-    ("StableSAM", sk.StableSAM, {}),
-    ("AESAM", sk.AESAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}),
-    ("LookSAM, refresh every step", sk.LookSAM, {"k": 1}),
-    ("LookSAM", sk.LookSAM, {"k": 2}),
-    ("AELookSAM", sk.AELookSAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}),
-    ("GSAM", sk.GSAM, {}),
-    ("WSAM", sk.WSAM, {}),
-    ("FriendlySAM", sk.FriendlySAM, {}),
-    ("VaSSO", sk.VaSSO, {}),
-    ("MomentumSAM", sk.MomentumSAM, {}),
-    ("SALR", sk.SALR, {}),
+# (class, its options, what these make of it).
+CLASSES: list[tuple[Any, dict[str, Any], str]] = [
+    *((cls, {}, "") for cls in (sk.SAM, sk.ASAM, sk.SSSAM, sk.StableSAM)),
+    (sk.AESAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}, ""),
+    (sk.LookSAM, {"k": 1}, ", refresh every step"),
+    (sk.LookSAM, {"k": 2}, ""),
+    (sk.AELookSAM, {"total_steps": STEPS, "lambda_start": -9.0, "lambda_end": -9.0}, ""),
+    (sk.ESAM, {"gamma": 1.0}, ""),
+    *((cls, {}, "") for cls in (sk.GSAM, sk.WSAM, sk.FriendlySAM, sk.VaSSO, sk.MomentumSAM, sk.SALR)),
 ]
 
 
@@ -70,9 +66,9 @@ def rows() -> list[tuple[str, str, tuple[float, float], tuple[float, float]]]:
     measure(lambda params: sk.SAM(params, SGD, lr=1e-3))  # code that is loaded with the first step
     for name, (rule, options) in BASES.items():
         base = measure(lambda params: rule(params, lr=1e-3, **options))  # noqa: B023
-        for label, cls, more in CLASSES:
+        for cls, more, note in CLASSES:
             own = measure(lambda params: cls(params, rule, lr=1e-3, **options, **more))  # noqa: B023
-            found.append((label, name, own, base))
+            found.append((cls.__name__ + note, name, own, base))
     return found
 
 

@@ -141,11 +141,9 @@ class Study:
             trials = self.trials(name)
             check(len(set(trials)) == len(trials), f"{name}: its grid names one trial twice")
             for arguments in trials:
-                epochs = dict(arguments)["epochs"]
-                check(
-                    type(epochs) is int and epochs >= max(1, self.warmup_epochs),
-                    f"{name}: epochs {epochs!r} is no whole number from 1, and warmup_epochs {self.warmup_epochs}, up",
-                )
+                epochs, least = dict(arguments)["epochs"], max(1, self.warmup_epochs)
+                right = type(epochs) is int and epochs >= least
+                check(right, f"{name}: epochs {epochs!r} is no whole number from {least} up")
                 try:
                     make_optimizer(self, name, nn.Linear(2, 2), arguments, steps=2, seed=0)
                 except (TypeError, ValueError) as e:

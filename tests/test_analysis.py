@@ -316,18 +316,26 @@ def test_a_shuffling_and_augmenting_loader_gives_the_same_in_every_pass() -> Non
 
 
 def test_a_sampler_with_a_generator_of_its_own_draws_the_same_in_every_pass() -> None:
-    """As it lies in a loader, in its batch sampler or there in a sampler; it is left as it was."""
+    """As it lies in a loader, in its batch sampler or there in a sampler; it is left as it was. So with what torch's
+    own generator draws while the batches are made."""
     model, batches = make()
+
+    def augmented(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        x, y = (torch.stack(parts) for parts in zip(*samples, strict=True))
+        return x + torch.randn_like(x), y
+
     data = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
     for within in (False, True):
         own = torch.Generator().manual_seed(5)
         sampler = torch.utils.data.WeightedRandomSampler([1.0] * len(data), len(data), generator=own)
         whole = torch.utils.data.BatchSampler(sampler, 16, drop_last=False)
         given: dict[str, Any] = {"batch_sampler": whole} if within else {"batch_size": 16, "sampler": sampler}
-        loader, state = torch.utils.data.DataLoader(data, **given), own.get_state()
+        loader = torch.utils.data.DataLoader(data, collate_fn=augmented, **given)
+        state, of_torch = own.get_state(), torch.get_rng_state()
         drawn = list(loader)
         own.set_state(state)
         for m in (None, 6):
+            torch.set_rng_state(of_torch)
             found = analysis.sharpness(model, CE, loader, 0.3, m=m)
             assert found == pytest.approx(analysis.sharpness(model, CE, drawn, 0.3, m=m), rel=1e-12)
             assert torch.equal(state, own.get_state())

@@ -162,6 +162,13 @@ def test_a_run_has_every_row(run: Run) -> None:
     assert found("iteration", "shape", "base", "contender", "finite") == trained
 
 
+def test_results_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.render", "missing.json"])
+    with pytest.raises(SystemExit):
+        render.main()
+    assert "error: missing.json: [Errno 2]" in capsys.readouterr().err
+
+
 def test_a_run_renders(run: Run) -> None:
     table, results = render.render(run.results()), copy.deepcopy(run.results())
     starts = ["| adam | 3k, bfloat16 | 22 | ", "| sgd | tiny, float32, 7 tensors | 20 | "]

@@ -576,6 +576,10 @@ def test_accelerate_with_a_monitor_over_the_loader_of_the_training(seedable: boo
         ends.append(run)
     assert_same(*ends)
     assert int(ends[0][1].stats["steps"]) == 3 * -(-len(batches) // 2)
+    for _ in batches:
+        with pytest.raises(ValueError, match="should be finite"):
+            analysis.sharpness(model, lambda *_: torch.tensor(float("nan")), batches, 0.1)
+        assert accelerator.gradient_state.active_dataloader is batches
 
 
 def test_a_variable_of_the_loop_is_refused() -> None:
@@ -1088,6 +1092,12 @@ def test_skorch_sets_any_option_of_an_optimizer_that_is_there() -> None:
         net.partial_fit(x.flatten(1), y.long())
         options = {"alpha": 0.1, "k": 1, "max_grad_norm": 0.5, "rho": 0.2}
         if later:
+            held, known = net.optimizer_, net.get_params(deep=False)
+            for wrong in ({"k": 0}, {"kk": 1}):
+                with pytest.raises((ValueError, TypeError)):
+                    net.set_params(**{f"optimizer__{name}": value for name, value in wrong.items()})
+            assert net.optimizer_ is held
+            assert net.get_params(deep=False) == known
             net.set_params(**{f"optimizer__{name}": value for name, value in options.items()})
             assert net.get_params()["optimizer__k"] == 1
         else:

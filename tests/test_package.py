@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,15 @@ def test_works_without_the_extension() -> None:
         "except ValueError as e: assert 'could not be imported' in str(e)\n"
     )
     assert run(code) == ""
+
+
+def test_a_source_tree_without_the_extension_says_so(tmp_path: Path) -> None:
+    """A clone in which a command runs comes before what pip installed from it."""
+    shutil.copytree(PACKAGE, tmp_path / "sharpkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "setup.py").touch()
+    code = "import sharpkern; print(sharpkern.build_info()['error'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "This is the source tree" in done.stdout, done.stderr
 
 
 def test_no_host_read_in_a_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:

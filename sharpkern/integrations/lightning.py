@@ -197,9 +197,9 @@ def _before_step(module: Any, opt: SharpnessAwareOptimizer) -> None:
 
 def _step(plugin: Any, original: Any, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
     """In place of the precision plugin's step: every pass is the optimizer's, and so is the scaler."""
-    if getattr(closure, "_backward_fn", closure) is None:
-        return closure()  # nothing is trained: StochasticWeightAveraging looks at the norm layers' statistics
     opt, scaler = optimizer, getattr(plugin, "scaler", None)
+    if isinstance(opt, SharpnessAwareOptimizer) and getattr(closure, "_backward_fn", closure) is None:
+        return closure()  # nothing is trained: StochasticWeightAveraging looks at the norm layers' statistics
     nothing = closure is do_nothing_closure
     if not isinstance(opt, SharpnessAwareOptimizer) or (nothing and not opt._step.micro_batches):
         result = original(plugin, optimizer, model=model, closure=closure, **kwargs)

@@ -47,21 +47,22 @@ class SharpnessAware:
         opt: Any = getattr(self, "optimizer_", None)
         own = {}
         if isinstance(opt, SharpnessAwareOptimizer):
-            known = {"optimizer__param_groups", *(f"optimizer__{name}" for name in opt.defaults)}
-            own = {
-                key: value
-                for key, value in params.items()
-                if key.startswith("optimizer__")
-                and not any(key == name or key.startswith(f"{name}__") for name in known)
-            }
-        super().set_params(**{key: value for key, value in params.items() if key not in own})  # type: ignore[misc]
+            groups = ("param_groups", *opt.defaults)
+            options = {key: value for key, value in params.items() if key.startswith("optimizer__")}
+            own = {key: value for key, value in options.items() if key.split("__")[1] not in groups}
         if own:
-            state = opt.state_dict()
-            vars(self).update(own)
-            self.initialize_optimizer()
-            if "optimizer__base_optimizer" not in own:
-                self.optimizer_.load_state_dict(state)
+            before, state = dict(vars(self)), opt.state_dict()
+            try:
+                vars(self).update(own)
+                self.initialize_optimizer()
+                if "optimizer__base_optimizer" not in own:
+                    self.optimizer_.load_state_dict(state)
+            except BaseException:
+                vars(self).clear()
+                vars(self).update(before)
+                raise
             self.optimizer_.zero_grad()  # they were used
+        super().set_params(**{key: value for key, value in params.items() if key not in own})  # type: ignore[misc]
         return self
 
     def train_step(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from . import reference, schema
 try:
     import sharpkern._C as _C
 except ImportError as error:  # built without the extension, or for another torch or Python
-    _is_source = Path(__file__).parents[2].joinpath("setup.py").exists()
-    _missing: str | None = f"the extension could not be imported: {error}" + (
-        ". This is the source tree, not what pip installed: install with -e, or run elsewhere" * _is_source
-    )
+    _missing: str | None = f"the extension could not be imported: {error}"
+    _package = Path(__file__).parents[1]
+    if (_package.parent / "setup.py").exists() and not any(_package.glob("_C.*.so")):
+        _missing = f"{_missing}. This is the source tree, not what pip installed: install with -e, or run elsewhere"
     _built: dict[str, Any] = {}
 else:
     _missing = None

@@ -53,11 +53,11 @@ class MicroBatches:
         """
         self.check_between()
         for closure, before in zip(self._closures, self._variables, strict=True):
-            for key, value in _variables(closure).items():
-                known = before.get(key, value)  # a function may be another one now: that is told of by its name
+            for place, (name, value) in _variables(closure).items():
+                _, known = before.get(place, (name, value))  # of another function now: that is told of by its name
                 if not (value is known or (isinstance(value, (int, float, str)) and value == known)):
                     raise RuntimeError(
-                        f"a closure that accumulate() took reads {key[1]!r}, which has another value now that it is to "
+                        f"a closure that accumulate() took reads {name!r}, which has another value now that it is to "
                         "be called for the next pass: give it its own, with functools.partial or as a default argument"
                     )
         closures, losses, calls = self._closures, self._losses, itertools.count()
@@ -109,9 +109,9 @@ def _is_number(loss: Any) -> bool:
     return loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, numbers.Number)
 
 
-def _variables(closure: Any) -> dict[tuple[types.FunctionType, str], Any]:
+def _variables(closure: Any) -> dict[int | str, tuple[str, Any]]:
     """What a function, and those of its module that it calls by name, read around them, as a loop's variables, and none
-    of them writes."""
+    of them writes: name and value of each, by its cell or, of a global one, its name."""
     function = closure
     while not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
         if isinstance(function, functools.partial):
@@ -122,12 +122,13 @@ def _variables(closure: Any) -> dict[tuple[types.FunctionType, str], Any]:
             function = function.__wrapped__
         else:
             return {}
-    functions, written = [function], set[str]()
-    values: dict[tuple[types.FunctionType, str], Any] = {}
+    functions, written = [function], set[int | str]()
+    values: dict[int | str, tuple[str, Any]] = {}
     for f in functions:
         cells = dict(zip(f.__code__.co_freevars, f.__closure__ or (), strict=True))
+        places: dict[str, int | str] = {name: id(cell) for name, cell in cells.items()}
         read, stored = _names(f.__code__)
-        written |= stored
+        written |= {places.get(name, name) for name in stored}
         for name in read:
             value = f.__globals__.get(name)
             if name in cells:
@@ -135,10 +136,10 @@ def _variables(closure: Any) -> dict[tuple[types.FunctionType, str], Any]:
                     value = cells[name].cell_contents
                 except ValueError:  # it has none
                     value = None
-            values[f, name] = value
+            values[places.get(name, name)] = name, value
             if isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
                 functions += [value] * (value not in functions)
-    return {key: value for key, value in values.items() if key[1] not in written}
+    return {place: found for place, found in values.items() if place not in written}
 
 
 @functools.lru_cache(256)

@@ -293,8 +293,7 @@ class Driver(Checkpoints):
                 hears of it; ``scaler.update()`` is left to the caller.
 
         Returns:
-            What the first call returned, of a tensor that another pass may follow a copy without its graph; None
-            without a closure.
+            What the first call returned, of a tensor a copy without its graph; None without a closure.
 
         After ``accumulate`` this is the step of all its micro-batches, of which a closure is one more (one that does
         nothing will do); it returns the sum of what they returned in the first pass, where those are numbers.
@@ -355,10 +354,9 @@ class Driver(Checkpoints):
             if self.one_gradient:
                 losses: list[Any] = []
                 self._run(lambda: losses.append(closure()), begin=True)
-                (loss,) = losses
+                (loss,) = map(kept, losses)
             else:
-                loss = self._evaluate(closure, first=True)
-                step.loss = loss = loss if self.one_pass else kept(loss)
+                step.loss = loss = kept(self._evaluate(closure, first=True))
                 self._run(closure, begin=True)
         elif self.one_pass:
             self._run(None, begin=True, through=True)

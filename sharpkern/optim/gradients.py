@@ -197,9 +197,11 @@ class Gradients:
 
     def watch_reset(self) -> None:
         """Notice, in the first steps by hand, a backward that adds to the gradients of the pass before."""
+        if not self._resets:
+            return
         self.choose_witness()
         p, made = self._witness, self._made
-        if self._resets and p is not None and p.grad is not None and p.requires_grad and not is_capturing(p.device):
+        if p is not None and p.grad is not None and p.requires_grad and not is_capturing(p.device):
             self._resets -= 1
             self._before = _mark(p)
             self._watch = p.register_post_accumulate_grad_hook(lambda _: made.append(True))

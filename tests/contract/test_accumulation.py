@@ -334,6 +334,12 @@ def test_a_change_of_any_gradient_is_refused(how: str) -> None:
 LOOP: Any = None  # a variable of a module's loop
 
 
+def write_a_namesake() -> None:
+    """A global variable, of the name of one of a loop's."""
+    global batch
+    batch = None
+
+
 def test_variables_of_a_loop_are_not_what_they_were() -> None:
     """A closure that reads them would see the last micro-batch each time; what it writes itself may change."""
     global LOOP
@@ -358,6 +364,12 @@ def test_variables_of_a_loop_are_not_what_they_were() -> None:
 
     loops = [(of_free, "batch"), (functools.partial(of_free, 3), "batch"), (of_index, "i"), (of_global, "LOOP")]
     loops.append((through, "batch"))
+
+    def beside_a_namesake() -> Any:
+        write_a_namesake()
+        return of_free()
+
+    loops.append((beside_a_namesake, "batch"))
     for closure, name in loops:
         for i, batch in enumerate(micro_batches):  # noqa: B007
             LOOP = batch

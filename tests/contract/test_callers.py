@@ -394,7 +394,7 @@ def test_a_second_backward_that_adds_to_the_first_gradients_is_told_of(method: M
 @each_method
 def test_a_step_of_the_base_optimizer_is_said_and_counted(method: Method, base: str) -> None:
     if method.one_pass:
-        pytest.skip("it is the step")
+        pytest.skip("of one pass: step() without a closure is its step")
     model = make_net(f32)
     opt = method.make(model.named_parameters(), base)
     closure = make_closure(model, batches(1, f32)[0])
@@ -418,7 +418,7 @@ def test_a_step_of_the_base_optimizer_is_said_and_counted(method: Method, base: 
 def test_a_warning_that_is_an_error_changes_nothing(method: Method, base: str, what: str) -> None:
     """The next step is taken, and no gradient is held meanwhile."""
     if what == "base step" and method.one_pass:
-        pytest.skip("it is the step")
+        pytest.skip("of one pass: step() without a closure is its step")
     model, twin = make_net(f32), make_net(f32)
     opt, other = (method.make(m.named_parameters(), base) for m in (model, twin))
     closures = [make_closure(m, batches(1, f32)[0]) for m in (model, twin)]

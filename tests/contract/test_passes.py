@@ -66,6 +66,7 @@ def test_step_calls_the_closure_once_a_pass_and_returns_the_first_loss(method: M
         loss = opt.step(closure)
     assert len(losses) == method.calls
     assert torch.equal(loss, losses[0])
+    assert not loss.requires_grad
     assert not any(torch.equal(losses[0], other) for other in losses[1:])
 
 
@@ -309,7 +310,7 @@ def test_plain_steps_around_skipped_ones(method: Method) -> None:
 def test_step_without_a_closure_asks_nothing(method: Method, base: str) -> None:
     """A plain base step that touches no policy and no statistics."""
     if method.one_pass:
-        pytest.skip("it is the step")
+        pytest.skip("of one pass: step() without a closure is its step")
     model, twin = make_net(f32), make_net(f32)
     opt, plain = method.make(model.named_parameters(), base), SAM.make(twin.named_parameters(), base)
     for batch in batches(2, f32):
