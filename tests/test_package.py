@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,29 @@ def test_a_source_tree_without_the_extension_says_so(tmp_path: Path) -> None:
     code = "import sharpkern; print(sharpkern.build_info()['error'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "This is the source tree" in done.stdout, done.stderr
+
+
+def test_an_editable_install_is_found_beside_a_clone(tmp_path: Path) -> None:
+    """A script lies in the folder into which sharpkern was cloned: that folder of the same name is not the package."""
+    clone, root = tmp_path / "sharpkern", PACKAGE.parent
+    shutil.copytree(PACKAGE, clone / "sharpkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, clone)
+    environment = {**os.environ, "SHARPKERN_EXT": "0"}
+    wheels = tmp_path / "wheels"
+    command = [sys.executable, "setup.py", "--quiet", "editable_wheel", "--dist-dir", str(wheels)]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import sharpkern; print(sharpkern.__file__)"
+    plain = [path for path in sys.path if path not in ("", str(root)) and "__editable__" not in path]
+    environment["PYTHONPATH"] = os.pathsep.join(plain)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert Path(done.stdout.strip()) == clone / "sharpkern" / "__init__.py", done.stderr
 
 
 def test_no_host_read_in_a_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
