@@ -2,7 +2,8 @@
 
 A policy is plain data. What most of them decide depends on the step's number alone, so that they are resumed by that
 number, and the same on every process; Adaptive's statistics lie with the numbers of the step, and are saved with them.
-Every two-pass optimizer takes one as ``policy=``.
+Every two-pass optimizer takes one as ``policy=``, but for AESAM and AELookSAM, which are names for Adaptive over SAM
+and LookSAM.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ __all__ = ["Adaptive", "Always", "Bernoulli", "Every", "Policy", "Scheduled"]
 
 
 class Policy(ABC):
-    """Decides for each step. One of your own is a subclass with ``decide``."""
+    """Decides for each step. One of your own is a subclass with ``decide``, or of :class:`Scheduled` where the number
+    of the step is enough.
+
+    Example::
+
+        class Warmup(Scheduled):
+            def second_pass(self, t):
+                return t >= 1000  # plain steps first
+    """
 
     @property
     def scalars(self) -> Mapping[str, Tensor]:
@@ -32,8 +41,13 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, step: Any) -> bool:
-        """Whether a step whose gradients are there looks at them twice. ``step.t`` is its number, from 0; what it
-        can measure is in ``optim/measure.py``."""
+        """Whether a step whose gradients are there looks at them twice.
+
+        Args:
+            step: ``step.t`` is its number, from 0. After ``step.norm()`` the squared norm of the gradient is in
+                ``step.scalars["squared_norm"]``, a float64 tensor of the device. What else a step can do is in
+                ``optim/measure.py``.
+        """
 
 
 class Scheduled(Policy):

@@ -65,7 +65,8 @@ def train_by_hand(model: nn.Module, opt: torch.optim.Optimizer, data: list[tuple
     for batch in data:
         closure = make_closure(model, batch)
         opt.zero_grad()
-        closure()
+        if not getattr(opt, "one_gradient", False):
+            closure()
         if opt.first_step(zero_grad=True):
             closure()
         opt.second_step(zero_grad=True)

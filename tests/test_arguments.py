@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         f"p of {cls.__name__}": (
             lambda cls=cls, more=more: cls(params(), SGD, p=3.0, lr=0.1, **more),
             TypeError,
-            f"{cls.__name__} takes no p=",
+            f"{cls.__name__} takes no p=, which is of SAM, SSSAM, AESAM",
         )
         for cls, more in {
             sk.ASAM: {},
@@ -132,6 +132,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown keyword wrapped": (lambda: sk.SAM(params(), torch.optim.RMSprop, momentun=0.9), TypeError, "'momentun'"),
     "colliding rho": (lambda: sk.SAM(params(), torch.optim.Adadelta), ValueError, "Adadelta.*'rho'.*SAM"),
     "instance": (lambda: sk.SAM(params(), SGD(params(), lr=0.1)), TypeError, "an instance of SGD"),
+    "a model": (lambda: sk.SAM(nn.Linear(2, 2)), TypeError, "params should be those of the model, model.parameters"),
     "no optimizer": (lambda: sk.SAM(params(), nn.Linear), TypeError, "base_optimizer should be an optimizer class"),
     "none": (lambda: sk.SAM(params(), None), TypeError, "base_optimizer should be an optimizer class"),
     "two passes inside": (lambda: sk.SAM(params(), sk.ASAM), ValueError, "ASAM cannot be the base optimizer"),
@@ -403,7 +404,11 @@ def test_repr_and_defaults() -> None:
     opt = sk.SAM(params())
     assert opt.defaults["lr"] == 1e-3
     assert opt.defaults["rho"] == 0.05
+    assert repr(opt).startswith("SAM (\nParameter Group 0\n    adaptive: False\n")
     assert "rho: 0.05" in repr(opt)
+    assert "sharpkern" not in repr(opt)
+    opt = sk.LookSAM(params(), alpha=0.2)
+    assert repr(opt).startswith("LookSAM (\nalpha: 0.2\npolicy: Every(k=5)\nParameter Group 0\n")
     assert sk.ASAM(params()).defaults["rho"] == 0.5
     assert sk.ASAM(params()).defaults["eta"] == 0.01
 

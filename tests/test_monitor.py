@@ -69,6 +69,21 @@ def test_a_record_has_what_is_so_and_the_training_does_not_notice() -> None:
     assert_same_bits(state_of(opt), state_of(other))
 
 
+def test_before_the_first_step_nothing_is_measured() -> None:
+    model = make_net()
+    opt = adaptive(model)
+    monitor = SharpnessMonitor(opt=opt, every=1)
+    assert set(monitor.record()) == {"step"}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    elements = sum(p.numel() for p in model.parameters())
+    assert monitor.record()["grad_norm"] == pytest.approx(math.sqrt(elements))
+    opt.first_step()
+    opt.second_step()
+    assert monitor.records[-1].keys() >= {"grad_norm", "ema_mean", "ema_var", "second_pass_share"}
+    monitor.close()
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_decisions(every: int) -> None:
     """Of the very step that is recorded, however often that is."""

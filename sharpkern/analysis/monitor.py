@@ -189,7 +189,7 @@ class SharpnessMonitor:
 
     def _of_optimizer(self) -> Record:
         stats, before = self._stats(), self._second_passes
-        if not stats:
+        if not stats or not int(stats["steps"] + stats["base_steps"]):  # it has measured nothing yet
             return {"grad_norm": self._grad_norm()}
         counts = {name: int(stats.pop(name)) for name in ("steps", "second_passes", "skipped_steps", "base_steps")}
         record: Record = {"salr_sharpness" if name == "sharpness" else name: float(x) for name, x in stats.items()}
@@ -197,7 +197,7 @@ class SharpnessMonitor:
             record["second_pass"] = counts["second_passes"] - int(before)
         steps = counts["steps"] + counts["base_steps"]
         record["skipped_steps"] = counts["skipped_steps"]
-        return record | {"second_pass_share": counts["second_passes"] / steps if steps else math.nan}
+        return record | {"second_pass_share": counts["second_passes"] / steps}
 
     def _grad_norm(self) -> float:
         """Of the gradients that are there; NaN without any."""

@@ -25,14 +25,15 @@ class AESAM(SharpnessAwareStep):
             \text{base}(w,\ g) & \text{else}
         \end{cases}
 
-    With the defaults about half of the steps are SAM steps, few at the start and most at the end. A lambda of
-    ``-math.inf`` at both ends makes this :class:`sharpkern.SAM`, ``math.inf`` the base optimizer.
+    With the defaults about half of the steps are SAM steps, few in the first half and most in the second one. Both
+    averages start at 0, which makes SAM steps of about the first eight: of a run of 30 steps that is nearly all. A
+    lambda of ``-math.inf`` at both ends makes this :class:`sharpkern.SAM`, ``math.inf`` the base optimizer.
 
     A plain step takes one forward and backward pass and two launches; ``first_step`` returns False for it. The
     decision is the only number that the host reads of a step, so a step cannot be captured in a CUDA graph.
 
-    Clip by ``max_grad_norm=``. Gradients that are clipped before ``first_step``, or in a closure, all have one norm,
-    and nearly every step becomes a SAM step.
+    Clip by ``max_grad_norm=``. Gradients that are clipped before ``first_step``, or in a closure, have one norm: the
+    policy has nothing left to tell them by.
 
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
@@ -89,8 +90,8 @@ class AELookSAM(LookSAM):
         \text{else:}&\quad w \leftarrow \text{base}\Bigl(w,\ g + \alpha \frac{\|g\|_2}{\|g_v\|_2}\, g_v\Bigr)
 
     with :math:`\mu, \sigma, c_t` of :class:`sharpkern.AESAM`. Before the first :math:`g_v` a step that is not triggered
-    is a plain one. With the defaults about one step in five is a SAM step; with gradients that are clipped before the
-    trigger sees them nearly every one, which ``max_grad_norm=`` avoids.
+    is a plain one. With the defaults about one step in five is a SAM step, in short runs more. Clip by
+    ``max_grad_norm=``, as with :class:`sharpkern.AESAM`.
 
     Args:
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.

@@ -25,6 +25,11 @@ NO_GRADIENT = (
     "the closure left no gradient, so this step trains nothing: does it call loss.backward()? (A trainer that hands "
     "over a closure which does nothing wants first_step() and second_step())",
 )
+# Said of a first step whose backward is yet to come.
+EARLY = (
+    "first_step() of {} comes before the only backward of a step, and does not look at the gradients that are there: a "
+    "loop with a backward before it, too, costs twice as much. Where another loss left them, zero_grad() says so"
+)
 
 
 class Driver(Checkpoints):
@@ -153,6 +158,9 @@ class Driver(Checkpoints):
             )
         unscaler = self._bound().unscaler
         unscaler.begin(scaler, self._step.settings.skip_nonfinite, self)
+
+        if self.one_gradient:
+            self._step.warn_of_discarded_gradients(EARLY.format(type(self).__name__))
 
         def measure() -> bool:
             return self._run(None, begin=True) is AGAIN

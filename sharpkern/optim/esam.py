@@ -58,6 +58,7 @@ class ESAM(SharpnessAwareOptimizer):
     Raises:
         ValueError, TypeError: for arguments out of range, and in a step for a closure that does not return such losses,
             before anything changed.
+        RuntimeError: for such a closure that calls backward.
 
     A step with draws cannot be captured in a CUDA graph.
 
@@ -108,7 +109,7 @@ class ESAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """ESAM: the step of SAM, of the tensors that are drawn."""
-        if self.policy.decide(step) and (self.beta == 1 or step.keep(self.draw(step.t))):
+        if self.wants_second_pass(step) and (self.beta == 1 or step.keep(self.draw(step.t))):
             step.norm()
             step.ascend()
             yield AGAIN
@@ -178,6 +179,11 @@ class ESAM(SharpnessAwareOptimizer):
         def backward() -> Tensor:
             if not first:
                 losses = self._check_losses(closure(), None, trained=True)
+                params = (p for group in self.param_groups for p in group["params"])
+                if not self._step.layouts.flatten and any(p.grad is not None for p in params):
+                    raise RuntimeError(
+                        f"ESAM with gamma={self.gamma} calls backward itself: its closure returns losses, and does not"
+                    )
                 first.append(kept(losses))
             else:
                 with torch.no_grad():

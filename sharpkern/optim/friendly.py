@@ -62,7 +62,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """Friendly-SAM: SAM along d = g - sigma m; then m = lam m + (1 - lam) g, where g = d + sigma m."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.combine("direction", "friendly_m", 1, -self.sigma)
             step.follow("direction")
             step.ascend()

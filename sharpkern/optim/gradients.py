@@ -17,6 +17,12 @@ from ..memory.shards import left_behind, local
 from ..memory.transfer import is_capturing
 from ..rules import Rule
 
+DISCARDED = (
+    "step(closure) resets the gradients before it calls the closure: those that were there are not used. Accumulate "
+    "inside of the closure, with accumulate(), or by hand with first_step() and second_step(). Where another loss left "
+    "them (a GAN, two optimizers) it does no harm: zero_grad() before this step says so"
+)
+
 
 class Gradients:
     """The gradients of an optimizer's parameters.
@@ -110,8 +116,8 @@ class Gradients:
             self._witness = next((p for p in self._params() if p.grad is not None), None)
         self.note_gradient()
 
-    def warn_of_discarded_gradients(self) -> None:
-        """Warn, once, of gradients that the caller made and ``step(closure)`` does not use."""
+    def warn_of_discarded_gradients(self, message: str = DISCARDED) -> None:
+        """Warn, once, of gradients that the caller made and a step that begins does not use."""
         if self._witness is None:
             self._witness = next((p for p in self._params() if p.grad is not None), None)
         witness = self._witness
@@ -123,12 +129,7 @@ class Gradients:
         self._looks -= 1
         if self._any_nonzero():
             self._looks = 0
-            self.warn_once(
-                "step(closure) resets the gradients before it calls the closure: those that were there are not used. "
-                "Accumulate inside of the closure, with accumulate(), or by hand with first_step() and second_step(). "
-                "Where another loss left them (a GAN, two optimizers) it does no harm: zero_grad() before this step "
-                "says so"
-            )
+            self.warn_once(message)
 
     def marks(self) -> Marks:
         """Of every parameter's gradient."""

@@ -60,7 +60,7 @@ class GSAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """GSAM: step with g_s - alpha g_perp, which is (1 + alpha <g, g_s> / ||g_s||^2) g_s - alpha g."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.norm()
             step.ascend(keep_gradient=True)
             yield AGAIN

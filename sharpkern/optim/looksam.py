@@ -69,7 +69,7 @@ class LookSAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """LookSAM: a SAM step that refreshes g_v, or a plain one with g_v added to the gradient."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.norm()
             step.ascend(keep_gradient=True)
             yield AGAIN

@@ -17,6 +17,8 @@ from .step import AGAIN, Passes, Step
 class Onwards(Direction):
     """Where the base rule's momentum v is about to move the weights, along -v, by rho. ``maximize`` is in v already."""
 
+    whole = "it goes along the whole momentum"
+
     def check(self, group: Group) -> None:
         super().check(group)
         if group.get("momentum") == 0:

@@ -25,6 +25,7 @@ class Nudge(Direction):
     """The options of a group: by how much the step along the directions is scaled."""
 
     options = ("nudge",)
+    whole = "its directions are of all parameters"
 
     def check(self, group: Group) -> None:
         check_number(group["nudge"], "nudge")
@@ -105,6 +106,10 @@ class NudgedSGD(SharpnessAwareOptimizer):
         maximize: bool = False,
         **kwargs: Any,
     ) -> None:
+        if isinstance(lr, type):
+            raise TypeError(
+                f"NudgedSGD takes no base optimizer, but got {lr.__name__}: it steps as torch.optim.SGD does"
+            )
         if k != 0 or isinstance(k, bool):
             check_count(k, "k")
         if k > schema.DIRECTIONS:
@@ -147,8 +152,9 @@ class NudgedSGD(SharpnessAwareOptimizer):
                   order of these, which may be others: those of the optimizer that are not among them have zeros;
                 - a function that returns the loss, on its graph, or pairs (such a loss, number of samples), or an
                   iterable that makes such pairs: the top eigenvectors of its Hessian, those of ``sharpkern.analysis``
-                  (2 k asked for by magnitude, as in the paper). A weight decay is no part of such a loss: ``l2``. It is
-                  called for each product: call ``model.eval()`` before, or norm statistics are updated each time;
+                  (2 k asked for by magnitude, as in the paper). A weight decay is no part of such a loss: ``l2``. One
+                  loss is computed once; pairs are asked for again in each product: call ``model.eval()`` before, or
+                  norm statistics are updated each time;
                 - None: none any more.
             eigenvalues: of the directions; those of 0 or less are left out: there the loss is not sharp. Without them
                 all are taken. Of more than ``k`` the first ones are.

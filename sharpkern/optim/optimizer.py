@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, check_params, type_name, warn, warn_half
@@ -38,6 +39,8 @@ class SharpnessAwareOptimizer(Driver):
     # What an algorithm declares: where it goes, and arguments that it refuses.
     direction = Direction()
     refused: tuple[str, ...] = ()
+    # By name of an argument the classes that have it.
+    _takers: dict[str, list[str]] = {}
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class SharpnessAwareOptimizer(Driver):
         **base_kwargs: Any,
     ) -> None:
         refuse_within_zero(type(self).__name__)
+        if isinstance(params, nn.Module):
+            raise TypeError(f"params should be those of the model, model.parameters(), but got a {type_name(params)}")
         check_number(perturb_eps, "perturb_eps", positive=True)  # 0 would make a zero gradient NaN
         if max_grad_norm is not None:
             check_number(max_grad_norm, "max_grad_norm", positive=True)
@@ -69,8 +74,7 @@ class SharpnessAwareOptimizer(Driver):
             self.direction = self.direction.part(perturb, type(self).__name__)
         if not isinstance(master_weights, bool):
             raise TypeError(f"master_weights should be a bool, but got {master_weights!r}")
-        if "p" in base_kwargs:
-            raise TypeError(f"{type(self).__name__} takes no p=: SAM and AESAM move in the ball of a p-norm")
+        self._refuse_arguments_of_others(base_optimizer, base_kwargs)
         self.policy = choose(policy, Always)
         if m_sharpness != "global":
             self._check_m_sharpness()
@@ -112,8 +116,33 @@ class SharpnessAwareOptimizer(Driver):
             left_out = {*signature.parameters, *cls.refused, *(() if cls.direction.partial else ("perturb",))}
             left_out |= {"m_sharpness"} if one else set()
             rest = [p for p in shared.values() if p.kind == p.KEYWORD_ONLY and p.name not in left_out]
+            of_base = inspect.signature(torch.optim.SGD).parameters  # NudgedSGD has these of its own
+            for p in [p for p in own if p.name not in of_base] if "__init__" in vars(cls) else []:
+                cls._takers.setdefault(p.name, []).append(cls.__name__)
             own = [*own[:-1], *rest, shared["base_kwargs"]]
         cls.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+
+    def _refuse_arguments_of_others(self, base_optimizer: Any, given: Mapping[str, Any]) -> None:
+        """Raise TypeError for what neither this class nor the base optimizer takes, but another class does."""
+        for name in self._takers.keys() & given.keys() if inspect.isclass(base_optimizer) else ():
+            known = inspect.signature(base_optimizer).parameters
+            if name not in known and all(p.kind != p.VAR_KEYWORD for p in known.values()):
+                takers = ", ".join(self._takers[name])
+                raise TypeError(f"{type(self).__name__} takes no {name}=, which is of {takers}")
+
+    def wants_second_pass(self, step: Step) -> bool:
+        """What the policy decides."""
+        answer = self.policy.decide(step)
+        if answer is None:
+            raise TypeError(f"{type_name(self.policy)}.decide should return a bool, but returned None")
+        return bool(answer)
+
+    def __repr__(self) -> str:
+        """torch's, with the arguments that are of no group."""
+        given = {name: value for name, value in vars(self).items() if name in self._knobs and not name.startswith("_")}
+        own = {name: x for name, x in given.items() if isinstance(x, (int, float, Policy)) and x != Always()}
+        head, *lines = [line for line in super().__repr__().split("\n") if line.strip() != f"{NUMBERS}: None"]
+        return "\n".join([head, *(f"{name}: {value}" for name, value in sorted(own.items())), *lines])
 
     def _check_m_sharpness(self) -> None:
         """Raise TypeError where a first gradient of each process's own has no meaning."""

@@ -23,7 +23,7 @@ class SharpnessAwareStep(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """SAM: step with the gradient at the perturbed weights, from the weights."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.norm()
             step.ascend()
             yield AGAIN

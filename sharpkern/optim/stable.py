@@ -46,7 +46,7 @@ class StableSAM(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """StableSAM: step with ||g|| / ||g_s|| g_s."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.norm()
             step.ascend()
             yield AGAIN

@@ -62,7 +62,7 @@ class VaSSO(SharpnessAwareOptimizer):
 
     def passes(self, step: Step) -> Passes:
         """VaSSO: SAM along d = (1 - theta) d + theta g, which is kept."""
-        if self.policy.decide(step):
+        if self.wants_second_pass(step):
             step.combine("direction", "vasso_d", self.theta, 1 - self.theta)
             step.follow("direction")
             step.ascend()

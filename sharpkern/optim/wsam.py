@@ -69,7 +69,7 @@ class WSAM(SharpnessAwareOptimizer):
     def passes(self, step: Step) -> Passes:
         """WSAM: a step along g and one along the sharpness, a (g_s - g); or one along their sum."""
         a = self.gamma / (1 - self.gamma)
-        if not self.policy.decide(step):
+        if not self.wants_second_pass(step):
             yield AS_IS
             step.descend()
             return

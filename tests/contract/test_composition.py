@@ -157,6 +157,44 @@ def test_the_signature_shows_the_shared_arguments() -> None:
         assert names.count("policy") == (cls not in (sk.AESAM, sk.AELookSAM, sk.MomentumSAM))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: sk.LookSAM(p, adaptive=True), "LookSAM takes no adaptive=, which is of SAM, SSSAM"),
+        (lambda p: sk.SAM(p, total_steps=9), "SAM takes no total_steps=, which is of AESAM, AELookSAM"),
+        (lambda p: sk.SALR(p, rho=0.1), "SALR takes no rho="),
+        (lambda p: sk.NudgedSGD(p, alpha=0.1), "NudgedSGD takes no alpha=, which is of LookSAM, AELookSAM, GSAM"),
+        (lambda p: sk.NudgedSGD(p, torch.optim.SGD), "NudgedSGD takes no base optimizer, but got SGD"),
+        (lambda p: sk.SAM(p, torch.optim.RMSprop, k=3), "SAM takes no k=, which is of LookSAM"),
+        (lambda p: sk.SAM(p, torch.optim.Adam, momentum=0.9), "unexpected keyword argument 'momentum'"),
+    ],
+)
+def test_arguments_of_another_class(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(make_net().parameters())
+
+
+def test_an_option_of_the_base_optimizer_may_have_the_name_of_another_classs() -> None:
+    opt = sk.SAM(make_net().parameters(), torch.optim.RMSprop, alpha=0.5)
+    assert opt.param_groups[0]["alpha"] == 0.5
+
+
+class Undecided(Policy):
+    def decide(self, step: Any) -> Any:
+        step.norm()
+        self.seen = float(step.scalars["squared_norm"])
+
+
+def test_a_policy_that_decides_nothing() -> None:
+    model, policy = make_net(), Undecided()
+    opt = sk.SAM(model.parameters(), lr=0.1, policy=policy)
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"Undecided\.decide should return a bool, but returned None"):
+        opt.step(make_closure(model, batches(1)[0]))
+    assert_same_bits(weights(model), before)
+    assert policy.seen == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()))
+
+
 # A user's own.
 
 

@@ -209,13 +209,14 @@ def test_state_of_a_users_own() -> None:
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_one_gradient_by_hand(base: str) -> None:
-    """Perturb, backward, step: to the bit what a closure does. A loop for two gradients wastes the first one."""
+    """Perturb, backward, step: to the bit what a closure does. A loop for two gradients wastes the first one, and is
+    told so."""
     ends = []
     for way in ("closure", "by hand", "two"):
         model = make_net(f32).eval()
         opt = METHODS["momentumsam"].make(model.named_parameters(), base, rho=0.3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
             for t, batch in enumerate(batches(5, f32)):
                 closure = make_closure(model, batch)
                 before = weights(model)
@@ -230,6 +231,9 @@ def test_one_gradient_by_hand(base: str) -> None:
                 closure()
                 opt.second_step(zero_grad=True)
                 assert not opt.is_perturbed
+        assert [str(w.message)[:72] for w in seen] == [
+            "first_step() of MomentumSAM comes before the only backward of a step, an"
+        ] * (way == "two")
         ends.append((weights(model), opt.stats))
     for end, stats in ends[1:]:
         assert_same_bits(end, ends[0][0])

@@ -5,7 +5,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -17,25 +16,32 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-constexpr size_t kStack = 128 << 10;
+// Not a power of two: the tops of the stacks would share a few sets of the cache.
+constexpr size_t kStack = (128 << 10) + 17 * 64;
 constexpr unsigned kWarp = 32;
 
 enum class State { kReady, kBarrier, kShuffle, kDone };
 
+// Where to go on: frame, place in the code and stack, kept by the compiler's own setjmp. Unlike swapcontext it makes no
+// system call, and unlike the C library's it takes a few instructions.
+using Place = void* [5];
+
+// A thread of a block, and of every block after it: system calls to start one would take longer than most kernels.
 struct Fiber {
   ucontext_t context;  // to start on its stack
-  jmp_buf at;          // to go on: unlike swapcontext, no system call
+  Place at;            // to go on
   bool started = false;
   bool waited = false;  // for the kernel ahead
   State state = State::kReady;
   emulation::Location where;
   unsigned mask = 0;
-  uint64_t value = 0;
+  uint64_t value = 0;  // that it brings to a shuffle
+  uint64_t shown = 0;  // that the others of the last shuffle see: nobody is at the next one before all have read it
 };
 
 std::vector<Fiber> fibers;
 char* stacks = nullptr;
-jmp_buf scheduler;
+Place scheduler;
 unsigned current = 0;
 const std::function<void()>* body = nullptr;
 std::string message;
@@ -53,31 +59,50 @@ struct Access {
 bool recording = false;
 std::vector<Access> accesses;
 
-void enter() {
-  (*body)();
-  early = early || !fibers[current].waited;
-  fibers[current].state = State::kDone;
-  _longjmp(scheduler, 1);
-}
+// Not in the function that kept the place.
+[[noreturn, gnu::noinline]] void go_on(Place& place) { __builtin_longjmp(place, 1); }
 
-void wait(State state, emulation::Location where) {
-  Fiber& fiber = fibers[current];
-  fiber.state = state;
-  fiber.where = where;
-  if (_setjmp(fiber.at) == 0) {
-    _longjmp(scheduler, 1);
+// Back to the scheduler, until it resumes this fiber.
+[[gnu::noinline]] void leave(State state) {
+  fibers[current].state = state;
+  if (__builtin_setjmp(fibers[current].at) == 0) {
+    go_on(scheduler);
   }
 }
 
-void resume(unsigned i) {
+void enter() {
+  while (true) {
+    (*body)();
+    early = early || !fibers[current].waited;
+    leave(State::kDone);
+  }
+}
+
+void wait(State state, emulation::Location where) {
+  fibers[current].where = where;
+  leave(state);
+}
+
+[[noreturn, gnu::noinline]] void start(unsigned i) {
+  Fiber& fiber = fibers[i];
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stacks + i * kStack;
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+  setcontext(&fiber.context);
+  std::abort();
+}
+
+[[gnu::noinline]] void resume(unsigned i) {
   current = i;
   threadIdx = dim3(i);
-  if (_setjmp(scheduler) == 0) {
+  if (__builtin_setjmp(scheduler) == 0) {
     if (fibers[i].started) {
-      _longjmp(fibers[i].at, 1);
+      go_on(fibers[i].at);
     }
-    fibers[i].started = true;
-    setcontext(&fibers[i].context);
+    start(i);
   }
 }
 
@@ -121,6 +146,7 @@ bool release() {
         for (unsigned j = first; j < end; ++j) {
           if (mask >> (j - first) & 1) {
             fibers[j].state = State::kReady;
+            fibers[j].shown = fibers[j].value;
           }
         }
         any = true;
@@ -142,16 +168,9 @@ bool release() {
 }
 
 bool run_block(std::vector<unsigned>& order) {
-  for (unsigned i = 0; i < fibers.size(); ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.started = false;
+  for (Fiber& fiber : fibers) {
     fiber.waited = false;
     fiber.state = State::kReady;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks + i * kStack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
   }
   while (true) {
     std::shuffle(order.begin(), order.end(), random_order);
@@ -179,15 +198,11 @@ unsigned lane() { return threadIdx.x % kWarp; }
 void barrier(Location where) { wait(State::kBarrier, where); }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane, Location where) {
-  // Two rounds: nobody writes the next value before everybody has read this one.
   const unsigned warp = threadIdx.x - lane();
   fibers[current].mask = mask;
   fibers[current].value = value;
   wait(State::kShuffle, where);
-  const uint64_t result = fibers[warp + from_lane].value;
-  fibers[current].mask = mask;
-  wait(State::kShuffle, where);
-  return result;
+  return fibers[warp + from_lane].shown;
 }
 
 void wait_for_previous() { fibers[current].waited = true; }
@@ -211,6 +226,7 @@ int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& t
     return 1;
   }
   if (fibers.size() != block.x) {
+    munmap(stacks, fibers.size() * kStack);
     stacks = static_cast<char*>(
         mmap(nullptr, block.x * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (stacks == MAP_FAILED) {
@@ -238,6 +254,9 @@ int run(dim3 grid, dim3 block, bool starts_early, const std::function<void()>& t
           message += ", " + describe(i);
           break;
         }
+      }
+      for (Fiber& fiber : fibers) {
+        fiber.started = false;  // it hangs in this kernel
       }
       return 1;
     }
