@@ -29,9 +29,29 @@ struct Element {
   ~Element() { aoti_torch_delete_tensor_object(handle); }
 };
 
+// The list owns the elements that were not taken from it.
 struct List {
   StableListHandle handle;
-  ~List() { torch_delete_list(handle); }
+  size_t size = 0;
+  size_t taken = 0;
+
+  explicit List(StableListHandle list) : handle(list) {
+    TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
+  }
+  ~List() {
+    while (taken < size) {
+      const Element rest{take()};
+    }
+    torch_delete_list(handle);
+  }
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+
+  AtenTensorHandle take() {
+    StableIValue item{};
+    torch_list_get_item(handle, taken++, &item);
+    return torch::stable::detail::to<AtenTensorHandle>(item);
+  }
 };
 
 // layout: [ndim, sizes..., strides...] of the parameter. Strides of size-1 dimensions do not count.
@@ -66,7 +86,7 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   const Tensor table = to<Tensor>(stack[0]);
   const Tensor status = to<Tensor>(stack[1]);
-  const List list{to<StableListHandle>(stack[2])};
+  List list(to<StableListHandle>(stack[2]));
   const Tensor layout = to<Tensor>(stack[3]);
   const Tensor like = to<Tensor>(stack[4]);
   const int32_t dtype = code(to<ScalarType>(stack[5]));
@@ -76,9 +96,7 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   const int32_t strided = aoti_torch_layout_strided();
 
-  size_t size = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(list.handle, &size));
-  const auto n = static_cast<int64_t>(size);
+  const auto n = static_cast<int64_t>(list.size);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(0) == n &&
           table.size(1) == kColumns && table.is_contiguous(),
@@ -97,9 +115,7 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
   int64_t mismatches = 0;
   int64_t missing = 0;
   for (int64_t i = 0; i < n; ++i) {
-    StableIValue item{};
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list.handle, i, &item));
-    const Element grad{to<AtenTensorHandle>(item)};
+    const Element grad{list.take()};
     int32_t grad_layout = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(grad.handle, &grad_layout));
     if (grad_layout == strided) {

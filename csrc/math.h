@@ -87,6 +87,12 @@ SK_INLINE void update_ema(double* ema, double n, double decay, double coefficien
   ema[kEmaFired] = n >= ema[kEmaThreshold] ? 1 : 0;
 }
 
+// sum + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN.
+template <class A>
+SK_INLINE A plus(A sum, A c, A x) {
+  return c != 0 ? sum + c * x : sum;
+}
+
 // What one row of parameters needs to take an SGD step. Conditions on the group become coefficients,
 // so that the loop over elements has no branch.
 template <class A>
@@ -130,15 +136,15 @@ SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, doubl
 // buf = momentum buf + intake (c g + weight_decay w);  w - lr (from_gradient g + from_buffer buf)
 template <class A>
 SK_INLINE A sgd_momentum(A w, A g, A& buffer, const SgdCoefficients<A>& c) {
-  const A d = c.gradient * g + c.weight_decay * w;
-  buffer = c.momentum * buffer + c.intake * d;
+  const A d = plus(c.gradient * g, c.weight_decay, w);
+  buffer = plus(c.intake * d, c.momentum, buffer);
   return w - c.lr * (c.from_gradient * d + c.from_buffer * buffer);
 }
 
 // w - lr (c g + weight_decay w)
 template <class A>
 SK_INLINE A sgd_plain(A w, A g, const SgdCoefficients<A>& c) {
-  return w - c.lr * (c.gradient * g + c.weight_decay * w);
+  return w - c.lr * plus(c.gradient * g, c.weight_decay, w);
 }
 
 // Directions that SGD is nudged along, at most; schema.py has its twin.
@@ -156,7 +162,7 @@ SK_INLINE SgdCoefficients<A> nudge_coefficients(const double* v, bool first, dou
 // The next momentum buffer without what the gradient adds, and that.
 template <class A>
 SK_INLINE A sgd_kept(A w, A buffer, const SgdCoefficients<A>& c) {
-  return c.momentum * buffer + c.intake * (c.weight_decay * w);
+  return plus(c.intake * plus(A(0), c.weight_decay, w), c.momentum, buffer);
 }
 template <class A>
 SK_INLINE A sgd_pulled(A g, const SgdCoefficients<A>& c) {
@@ -166,7 +172,7 @@ SK_INLINE A sgd_pulled(A g, const SgdCoefficients<A>& c) {
 // buf = momentum buf + intake (c g + weight_decay w);  w - lr (buf + correction)
 template <class A>
 SK_INLINE A nudge_sgd(A w, A g, A& buffer, A correction, const SgdCoefficients<A>& c) {
-  buffer = c.momentum * buffer + c.intake * (c.gradient * g + c.weight_decay * w);
+  buffer = plus(c.intake * plus(c.gradient * g, c.weight_decay, w), c.momentum, buffer);
   return w - c.lr * (buffer + correction);
 }
 
@@ -226,12 +232,12 @@ SK_INLINE float root(float x) {
 // w shrink - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps).  AMSGrad: the largest v so far.
 template <bool kAmsgrad, class A>
 SK_INLINE A adam(A w, A g, A& m, A& v, A& vmax, const AdamCoefficients<A>& c) {
-  const A d = c.gradient * g + c.weight_decay * w;
+  const A d = plus(c.gradient * g, c.weight_decay, w);
   m = m + c.one_minus_beta1 * (d - m);
   v = c.beta2 * v + (c.one_minus_beta2 * d) * d;
   A second = v;
   if constexpr (kAmsgrad) {
-    vmax = vmax > v ? vmax : v;
+    vmax = v >= vmax || v != v ? v : vmax;  // a NaN stays one, as in torch.maximum
     second = vmax;
   }
   return c.shrink * w - c.step_size * (m / (root(second) / c.sqrt_bias_correction2 + c.eps));

@@ -32,9 +32,10 @@ SK_INLINE float where(bool holds, float x) {
 // Of a normal x > 0, to 2 ulp: x = 2^e f with f from sqrt(1/2) to sqrt(2); log f = 2 atanh(s), s = (f - 1) /
 // (f + 1).
 SK_INLINE float log2_of(float x) {
-  const int32_t bits = std::bit_cast<int32_t>(x);
-  const int32_t e = (bits - std::bit_cast<int32_t>(0.707106781f)) >> 23;
-  const float f = std::bit_cast<float>(bits - e * (1 << 23));
+  // Unsigned: of another x, whose result is not used, this may overflow.
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const int32_t e = static_cast<int32_t>(bits - std::bit_cast<uint32_t>(0.707106781f)) >> 23;
+  const float f = std::bit_cast<float>(bits - (static_cast<uint32_t>(e) << 23));
   const float s = (f - 1) / (f + 1);
   const float z = s * s;
   const float series = s * (z * (1 / 3.f + z * (1 / 5.f + z * (1 / 7.f + z * (1 / 9.f)))));
@@ -48,7 +49,8 @@ SK_INLINE float exp2_of(float x) {
   const float r = 0.693147181f * (within - static_cast<float>(n));  // log(2)
   const float tail = 1 / 24.f + r * (1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f)));
   const float exp = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * tail)));
-  return where(x > -126, std::bit_cast<float>(std::bit_cast<int32_t>(exp) + n * (1 << 23)));
+  return where(
+      x > -126, std::bit_cast<float>(std::bit_cast<uint32_t>(exp) + (static_cast<uint32_t>(n) << 23)));
 }
 #endif
 

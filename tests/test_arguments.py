@@ -342,6 +342,73 @@ def test_overlapping_parameters_are_refused_before_anything_moves() -> None:
     assert not opt.is_perturbed
 
 
+@pytest.mark.parametrize("tied", ["all", "part", "gaps", "one element for all"])
+def test_memory_that_comes_to_be_shared_is_refused_before_anything_moves(tied: str) -> None:
+    """After steps; and where it was taken between two passes, in the next step."""
+    for by_hand in (False, True) if tied != "one element for all" else (False,):
+        wide = torch.ones(60)
+        ties = {"all": wide[:24], "part": wide[20:44], "gaps": wide[:48:2], "one element for all": wide[-1:].expand(24)}
+        a, b = nn.Parameter(wide[:24]), nn.Parameter(torch.full((24,), 2.0))
+        opt = sk.SAM([a, b], SGD, rho=0.5, lr=0.1)
+
+        def closure(a: Any = a, b: Any = b) -> Any:
+            loss = (a * b).sum()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        if by_hand:
+            opt.zero_grad()
+            closure()
+            opt.first_step(zero_grad=True)
+            b.data = ties[tied]
+            closure()
+            opt.second_step()
+        else:
+            b.data = ties[tied]
+        before = a.detach().clone(), b.detach().clone()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="share memory"):
+                opt.step(closure)
+            assert torch.equal(a, before[0])
+            assert torch.equal(b, before[1])
+            assert not opt.is_perturbed
+        b.data = torch.full((24,), 2.0)
+        opt.step(closure)
+        assert not torch.equal(a, before[0])
+
+
+def test_gaps_may_hold_another_parameter() -> None:
+    base = torch.ones(4, 6)
+    rows, odd, even = (nn.Parameter(m) for m in (torch.ones(3), base[:, ::2], base[:, 1::2]))
+    opt = sk.SAM([rows, odd, even], SGD, rho=0.0, lr=0.5)
+    opt.step(lambda: (odd.sum() + 2 * even.sum()).backward())
+    assert torch.equal(base, torch.tensor([0.5, 0.0] * 3).expand(4, 6))
+    with pytest.raises(ValueError, match="share memory"):
+        opt.add_param_group({"params": [nn.Parameter(base[1:3])]})
+
+
+def test_a_parameter_of_which_torch_keeps_the_negative() -> None:
+    p = nn.Parameter(torch.tensor([1 + 2j, 3 - 4j]).conj().imag[:1])
+    assert p.is_neg()
+    opt = sk.SAM([p], SGD, rho=0.5, lr=0.1)
+    for weight in (-2.0, -1.9):
+        assert p.tolist() == pytest.approx([weight])
+        opt.step(lambda: (-p).sum().backward())
+    assert p.tolist() == pytest.approx([-1.8])
+
+
+def test_a_gradient_without_memory() -> None:
+    p, empty = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))
+    opt = sk.SAM([p, empty], SGD, lr=0.1)
+    p.grad, empty.grad = torch.ones(3), torch._neg_view(torch.ones(0))
+    opt.first_step()
+    opt.second_step()
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the gradient of parameter 0 of group 0 has no memory behind it"):
+        opt.first_step()
+
+
 def test_a_bad_group_changes_nothing() -> None:
     opt = sk.SAM(params(), SGD, lr=0.1)
     for group, error in (

@@ -86,6 +86,7 @@ class Layout:
         self.buffers: dict[str, Tensor] = {}
         self.grads: list[Tensor] = []
         self._meta = list(map(_meta, memory))
+        self.moved = False  # whether any parameter has moved since it was seen that none shares memory with another
 
     def _memory(self) -> list[Tensor]:
         """Where the elements of each parameter lie that this process has."""
@@ -187,6 +188,7 @@ class Layout:
         if self.shards is not None:
             self.segments[:] = [self.copies.get(i, p) for i, p in enumerate(memory)]
         self.table.follow(addresses)
+        self.moved = True
         self.doubt_parameters()
         return True
 
@@ -228,7 +230,7 @@ class Layout:
             self.table.note_empty([g is not None for g in found])
         for i in self.table.gather(grads):
             grad, (size, stride) = grads[i], self._shapes[i]
-            if grad.layout != torch.strided or grad.size() != size or not grad.data_ptr():
+            if grad.layout != torch.strided or grad.size() != size or (grad.numel() and not grad.data_ptr()):
                 raise error(self.names[i], grad)
             grads[i] = torch.empty_strided(size, stride, dtype=self.dtype, device=self.device).copy_(grad)
             self.table.grad_column[i] = grads[i].data_ptr()

@@ -3,10 +3,10 @@ still serve, whether weights are away."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from . import transfer
 from .layout import SCRATCH, Layout
 from .members import count_entries, identical
 from .scalars import Scalars
-from .shapes import SUPPORTED_DTYPES, is_dense
+from .shapes import SUPPORTED_DTYPES, is_dense, overlaps, share_memory, span_of
 from .shards import Scope, check_supported, holders_of, is_sharded, local, placing, scope_of
 from .state import LayoutState, Names, check_shapes
 
@@ -105,6 +105,10 @@ class Layouts:
         """
         stale = not self.valid or (any(map(_may_move, self.idle)) if open_step else self._changed())
         attached = [layout.attached() for layout in self._layouts]
+        if not open_step and any(layout.moved for layout in self._layouts):
+            check_aliases([pair for layout in self._layouts for pair in zip(layout.params, layout.names, strict=True)])
+            for layout in self._layouts:
+                layout.moved = False
         if stale or not all(attached):
             self.lay_out()
         elif self._seen_state != self._state_key():
@@ -156,6 +160,8 @@ class Layouts:
             if self._takes_part(p) or p in backups:
                 check_memory(p, entry[3])
                 check_supported(p, entry[3])
+                if overlaps(local(p)):
+                    raise ValueError(f"{entry[3]} has elements that share memory (an expanded tensor?)")
                 if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
                 members.setdefault((p.device, p.dtype, placing(p)), []).append(entry)
@@ -166,7 +172,8 @@ class Layouts:
                 "take one step before the capture of a CUDA graph: buffers cannot be laid out while it is captured"
             )
         laid = [(p, label) for alike in members.values() for p, _, _, label in alike]
-        check_aliases(laid)
+        if not self.away:  # first the weights come back: the next step asks
+            check_aliases(laid)
         for p, label in laid if self.flatten else []:
             if placing(p) is not None:
                 raise ValueError(f"flatten=True takes no DTensor, but {label} is one: its memory is its module's")
@@ -181,6 +188,7 @@ class Layouts:
             layouts.append(Layout(params, labels, indices, scale, self.flatten, self._own_state, self.mastered))
         kept = {name for old in self._layouts if self.away for name in SCRATCH if name in old.buffers}
         for layout in layouts:
+            layout.moved = self.away
             for name in kept:  # also where no parameter has anything there
                 layout.buffer(name)
             for i, p in enumerate(layout.params):
@@ -315,15 +323,17 @@ def check_memory(p: Tensor, label: str) -> None:
 
 
 def check_aliases(params: list[tuple[Tensor, str]]) -> None:
-    """Two parameters over the same memory would be written by two threads at once."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
-        for p, name in ((local(p), name) for p, name in params)
-        if p.numel() and is_dense(p)  # one with gaps is written by torch, one at a time
-    )
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{name} and {other} share memory; register one tensor in both places instead")
+    """Raise ValueError for parameters that share memory: two threads would write it at once."""
+    spans = sorted(((*span_of(local(p)), name, local(p)) for p, name in params), key=itemgetter(0, 1))
+    for i, (_, end, name, p) in enumerate(spans):
+        for begin, _, other, q in spans[i + 1 :]:
+            if begin >= end:
+                break
+            if share_memory(p, q):
+                raise ValueError(
+                    f"{name} and {other} share memory: register one tensor in both places instead; where one has left "
+                    "the model, take it out of its group"
+                )
 
 
 def _may_move(p: Tensor) -> bool:

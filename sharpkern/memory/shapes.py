@@ -16,9 +16,12 @@ ALIGNMENT = 32
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in any order of dimensions and without overlap."""
+    """Whether the elements fill one stretch of memory, in any order of dimensions and without overlap, as they are
+    (torch may keep a tensor's negative)."""
     if t.numel() == 0:
         return True
+    if t.is_neg():
+        return False
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.size(), strict=True) if size != 1):
         if stride != expected:
@@ -37,6 +40,24 @@ def overlaps(t: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def span_of(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor and of the one past its last."""
+    reach = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.size(), strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + (reach * t.element_size() if t.numel() else 0)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose spans meet have any element in common."""
+    if is_dense(a) and is_dense(b):
+        return True
+    places = []
+    for t in (a, b):
+        (begin, end), item = span_of(t), t.element_size()
+        offsets = torch.arange((end - begin) // item, device="cpu").as_strided(t.size(), t.stride()).flatten()
+        places.append((begin + item * offsets[:, None] + torch.arange(item, device="cpu")).flatten())  # of bytes
+    return bool(torch.isin(*places).any())
 
 
 def slots_of(tensors: Sequence[Tensor]) -> tuple[list[int], int]:

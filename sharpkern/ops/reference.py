@@ -502,7 +502,7 @@ def sgd(
     descents = _descents(params, counters, grads, backup, direction, table, sq, coefficients, max_norm, go)
     for i, row, param, w, g in descents:
         v = dict(zip(SGD, groups[row[GROUP]], strict=True))
-        d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+        d = _plus(-g if v["maximize"] else g, v["weight_decay"], w)
         if v["momentum"]:
             buffer = _slot(momentum_buffer, param, row)
             following = v["momentum"] * buffer + (1 - v["dampening"]) * d
@@ -511,6 +511,11 @@ def sgd(
             _keep(buffer, following, go)
             step[i] += go.to(step.dtype)
         _move(param, w - v["lr"] * d, go, backup, row)
+
+
+def _plus(total: Tensor, c: float, x: Tensor) -> Tensor:
+    """total + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN."""
+    return total + c * x if c else total
 
 
 def _one_minus_power(beta: float, t: Tensor) -> Tensor:
@@ -549,7 +554,7 @@ def adam(
         if v["decoupled_weight_decay"]:
             shrink -= v["lr"] * v["weight_decay"]
         else:
-            d = d + v["weight_decay"] * w
+            d = _plus(d, v["weight_decay"], w)
         t = step[i].to(sq.dtype) + 1
         step_size = v["lr"] / _one_minus_power(v["beta1"], t)
         correction = _one_minus_power(v["beta2"], t).sqrt()
@@ -590,7 +595,8 @@ def nudge_dots(
             continue
         v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
         g = _wide(grad)
-        kept, pulled = v["weight_decay"] * _weights(param, master, row), -g if v["maximize"] else g
+        kept = _plus(torch.zeros_like(g), v["weight_decay"], _weights(param, master, row))
+        pulled = -g if v["maximize"] else g
         if v["momentum"]:
             first, intake = step[i] == 0, 1 - v["dampening"]
             buffer = _slot(momentum_buffer, param, row)
@@ -634,7 +640,7 @@ def nudge_sgd(
             continue
         v = dict(zip(NUDGED, groups[row[GROUP]], strict=True))
         w, g = _weights(param, master, row), _wide(grad) * clip
-        d = (-g if v["maximize"] else g) + v["weight_decay"] * w
+        d = _plus(-g if v["maximize"] else g, v["weight_decay"], w)
         if v["momentum"]:
             buffer = _slot(momentum_buffer, param, row)
             d = torch.where(step[i] == 0, d, v["momentum"] * buffer + (1 - v["dampening"]) * d)

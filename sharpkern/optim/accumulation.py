@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -55,7 +56,7 @@ class MicroBatches:
         for closure, before in zip(self._closures, self._variables, strict=True):
             for place, (name, value) in _variables(closure).items():
                 _, known = before.get(place, (name, value))  # of another function now: that is told of by its name
-                if not (value is known or (isinstance(value, (int, float, str)) and value == known)):
+                if not (value is known or (_is_immutable(value) and type(value) is type(known) and value == known)):
                     raise RuntimeError(
                         f"a closure that accumulate() took reads {name!r}, which has another value now that it is to "
                         "be called for the next pass: give it its own, with functools.partial or as a default argument"
@@ -88,6 +89,13 @@ class MicroBatches:
             return closure()
         finally:
             self._running = None
+
+
+def _is_immutable(value: Any) -> bool:
+    """Whether an equal one is as good."""
+    if isinstance(value, tuple):
+        return all(map(_is_immutable, value))
+    return isinstance(value, (int, float, complex, str, bytes, torch.device, torch.dtype, type(None)))
 
 
 def kept(loss: Any) -> Any:

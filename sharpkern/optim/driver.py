@@ -90,7 +90,7 @@ class Driver(Checkpoints):
                 if closure is None and not (through and wish is AS_IS):
                     if wish is AS_IS:
                         step.watch()
-                    else:
+                    elif not self.one_gradient:
                         step.watch_reset()
                     return wish
                 begin, collect, loss = False, wish is AGAIN, None

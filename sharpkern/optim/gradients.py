@@ -66,6 +66,8 @@ class Gradients:
     def _bad_gradient(self, name: str, grad: Tensor) -> Exception:
         if grad.layout != torch.strided:
             return RuntimeError(f"{self._owner} does not support sparse gradients, but that of {name} is {grad.layout}")
+        if grad.numel() and not grad.data_ptr():
+            return RuntimeError(f"the gradient of {name} has no memory behind it (was its storage resized?)")
         return RuntimeError(f"the gradient of {name} has shape {tuple(grad.size())}, unlike the parameter")
 
     def release(self) -> None:

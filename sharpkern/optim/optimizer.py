@@ -135,6 +135,8 @@ class SharpnessAwareOptimizer(Driver):
         answer = self.policy.decide(step)
         if answer is None:
             raise TypeError(f"{type_name(self.policy)}.decide should return a bool, but returned None")
+        if not isinstance(self.policy, (Scheduled, Adaptive)):
+            step.collect()  # a user's may have put other gradients in place of those that were collected
         return bool(answer)
 
     def __repr__(self) -> str:

@@ -378,6 +378,19 @@ def test_variables_of_a_loop_are_not_what_they_were() -> None:
             opt.step()
         assert_same_bits(weights(model), before)
 
+    def of_equals() -> Any:
+        assert (shape, where) == (micro_batches[0][0].shape, (torch.device("cpu"), 1.5))
+        return of_first()
+
+    def of_first() -> Any:
+        return micro_closure(model, micro_batches[0])()
+
+    for _ in range(2):
+        shape, where = micro_batches[0][0].shape, (torch.device("cpu"), float("1.5"))  # equal, and made anew
+        opt.accumulate(of_equals)
+    opt.step()
+    model, opt = make(SAM)
+
     def add(loss: float) -> None:
         nonlocal total
         total += loss

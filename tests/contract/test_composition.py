@@ -195,6 +195,24 @@ def test_a_policy_that_decides_nothing() -> None:
     assert policy.seen == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()))
 
 
+class Clamping(Policy):
+    def decide(self, step: Any) -> bool:
+        for layout in step.layouts:
+            for p in layout.params:
+                p.grad = p.grad.clamp(-0.01, 0.01)
+        return True
+
+
+def test_a_policy_may_put_other_gradients_in_place(backend: str) -> None:
+    model = make_net()
+    opt = sk.SAM(model.parameters(), lr=0.1, policy=Clamping())
+    make_closure(model, batches(1)[0])()
+    clamped = sum(float(p.grad.clamp(-0.01, 0.01).square().sum()) for p in model.parameters())
+    opt.first_step()
+    assert float(opt.stats["grad_norm"]) == pytest.approx(clamped**0.5)
+    opt.restore()
+
+
 # A user's own.
 
 

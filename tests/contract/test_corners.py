@@ -56,6 +56,63 @@ def test_the_mixed_gradient_is_gone_after_the_step(cls: Any) -> None:
         assert torch.equal(w.grad, seen[-1])
 
 
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (SGD, {}),
+        (SGD, {"momentum": 0.9}),
+        (torch.optim.Adam, {}),
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (torch.optim.AdamW, {"weight_decay": 0.1}),
+        (None, {"momentum": 0.9}),
+        (None, {}),
+    ],
+)
+def test_a_decay_of_0_does_not_touch_an_infinite_weight(base: Any, options: dict[str, Any], backend: str) -> None:
+    """A mask that is learnt, say: its gradient is 0 there."""
+    w, twin = param(1.0, -math.inf, -2.0), param(1.0, -math.inf, -2.0)
+    if base is None:
+        opt: Any = sk.NudgedSGD([w], lr=0.1, nudge=1.5, **options)
+        opt.refresh(torch.tensor([[0.0, 0.0, 1.0]]))
+        plain: Any = SGD([twin], lr=0.1, **options)
+    else:
+        opt, plain = sk.SAM([w], base, rho=0.0, lr=0.1, **options), base([twin], lr=0.1, **options)
+    scale = torch.tensor([1.0, 0.0, 1.0]) if base else torch.tensor([1.0, 0.0, 0.0])
+
+    def closure(p: Tensor) -> None:
+        p.grad = None
+        p.backward(scale * p.detach().nan_to_num(neginf=0.0))
+
+    for _ in range(3):
+        opt.step(lambda: closure(w))
+        closure(twin)
+        plain.step()
+    torch.testing.assert_close(w, twin)
+    assert int(opt.stats["skipped_steps"]) == 0
+
+
+def test_no_nan_of_the_state_is_dropped(backend: str) -> None:
+    w = param(1.0, 2.0)
+    opt = sk.SAM([w], torch.optim.Adam, lr=0.1, amsgrad=True, skip_nonfinite=False)
+    opt.step(lambda: loss_of(w))
+    opt.state[w]["max_exp_avg_sq"][0] = math.nan
+    opt.step(lambda: loss_of(w))
+    assert opt.state[w]["max_exp_avg_sq"].isnan().tolist() == [True, False]
+    assert w.isnan().tolist() == [True, False]
+
+
+def test_the_first_step_takes_nothing_of_the_momentum_buffer(backend: str) -> None:
+    w = param(1.0, 2.0)
+    opt = sk.SAM([w], SGD, rho=0.0, lr=0.1, momentum=0.9)
+    opt.step(lambda: loss_of(w))
+    opt.state[w]["momentum_buffer"].fill_(math.inf)
+    opt.state[w]["step"].zero_()
+    before = w.detach().clone()
+    opt.step(lambda: loss_of(w))
+    torch.testing.assert_close(w.detach(), before - 0.1 * w.grad)
+
+
 def test_salr_leaves_flat_gradients_flat() -> None:
     ps = [param(1.0, 2.0), param(3.0)]
     opt = sk.SALR(ps, SGD, lr=0.01, flatten=True)

@@ -22,11 +22,12 @@ constexpr unsigned kWarp = 32;
 
 enum class State { kReady, kBarrier, kShuffle, kDone };
 
-// Where to go on: frame, place in the code and stack, kept by the compiler's own setjmp. Unlike swapcontext it makes no
-// system call, and unlike the C library's it takes a few instructions.
+// Where to go on: frame, place in the code and stack, kept by the compiler's own setjmp. Unlike swapcontext
+// it makes no system call, and unlike the C library's it takes a few instructions.
 using Place = void* [5];
 
-// A thread of a block, and of every block after it: system calls to start one would take longer than most kernels.
+// A thread of a block, and of every block after it: system calls to start one would take longer than most
+// kernels.
 struct Fiber {
   ucontext_t context;  // to start on its stack
   Place at;            // to go on
@@ -36,7 +37,8 @@ struct Fiber {
   emulation::Location where;
   unsigned mask = 0;
   uint64_t value = 0;  // that it brings to a shuffle
-  uint64_t shown = 0;  // that the others of the last shuffle see: nobody is at the next one before all have read it
+  uint64_t shown =
+      0;  // that the others of the last shuffle see: nobody is at the next one before all have read it
 };
 
 std::vector<Fiber> fibers;

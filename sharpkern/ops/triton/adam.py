@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, give_back, launch_rule, scales, source_of, store_weights
+from .descend import advance, count_skipped, give_back, launch_rule, plus, scales, source_of, store_weights
 from .walk import address, load, norms, share, store, stretch, walk
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, DECOUPLED, VALUES = map(
@@ -59,7 +59,7 @@ def update(
     d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
-    d = sign * d + weight_decay * w
+    d = plus(sign * d, weight_decay, w)
     m = load(exp_avg, piece, A)
     m = m + one_minus_beta1 * (d - m)
     store(exp_avg, m, piece, A)
@@ -67,7 +67,7 @@ def update(
     store(exp_avg_sq, s, piece, A)
     if MAX:
         largest = load(max_exp_avg_sq, piece, A)
-        s = tl.where(largest > s, largest, s)
+        s = tl.where((s >= largest) | (s != s), s, largest)  # a NaN stays one
         store(max_exp_avg_sq, s, piece, A)
     change = step_size * divide(m, root(s, A) * correction + eps, A)
     store_weights(param, source, shrink * w - change, piece, T, A, MASTER)

@@ -32,6 +32,12 @@ from .walk import (
 
 
 @triton.jit
+def plus(sum, c, x):
+    """sum + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN."""
+    return tl.where(c != 0, sum + c * x, sum)
+
+
+@triton.jit
 def scales(norm, max_norm, coefficients, A: tl.constexpr, MIXED: tl.constexpr):
     """clip a and clip b: a rule steps along  +-clip (a g + b v).  clip is the factor of
     torch.nn.utils.clip_grad_norm_; a NaN norm gives NaN, as there."""

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, give_back, scales, source_of, store_weights
+from .descend import advance, count_skipped, give_back, plus, scales, source_of, store_weights
 from .reduce import check_partials, check_sums, is_last, total
 from .walk import (
     address,
@@ -70,9 +70,9 @@ def add_products(
     T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     g = load(grad, piece, T).to(A)
-    kept = intake * (weight_decay * load(source, piece, A if MASTER else T).to(A))
+    kept = intake * plus(0.0 * g, weight_decay, load(source, piece, A if MASTER else T).to(A))
     if BUFFER:
-        kept += decay * load(buffer, piece, A)
+        kept = plus(kept, decay, load(buffer, piece, A))
     pulled = intake * (sign * g)
     lanes = tl.arange(0, LANES)
     sums += tl.where(lanes == 0, tl.sum(g * g), 0.0)
@@ -124,9 +124,9 @@ def update(
     intake, nudge, T: tl.constexpr, A: tl.constexpr, MASTER: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     w = load(source, piece, A if MASTER else T).to(A)
-    buf = intake * (sign * (clip.to(A) * load(grad, piece, T).to(A)) + weight_decay * w)
+    buf = intake * plus(sign * (clip.to(A) * load(grad, piece, T).to(A)), weight_decay, w)
     if BUFFER:
-        buf += decay * load(buffer, piece, A)
+        buf = plus(buf, decay, load(buffer, piece, A))
         store(buffer, buf, piece, A)
     for k in range(count):
         kept = sum_buffers(along + 2 * k * n_buffers, n_buffers)

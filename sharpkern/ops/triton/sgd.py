@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, give_back, launch_rule, scales, source_of, store_weights
+from .descend import advance, count_skipped, give_back, launch_rule, plus, scales, source_of, store_weights
 from .walk import address, load, norms, share, store, stretch, walk
 
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, VALUES = map(tl.constexpr, range(len(schema.SGD) + 1))
@@ -31,9 +31,9 @@ def update(
     d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
-    d = sign * d + weight_decay * w
+    d = plus(sign * d, weight_decay, w)
     if BUFFER:
-        buf = momentum * load(buffer, piece, A) + intake * d
+        buf = plus(intake * d, momentum, load(buffer, piece, A))
         store(buffer, buf, piece, A)
         d = from_gradient * d + from_buffer * buf
     store_weights(param, source, w - lr * d, piece, T, A, MASTER)
