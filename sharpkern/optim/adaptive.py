@@ -45,8 +45,8 @@ class AESAM(SharpnessAwareStep):
             at the end.
         decay: :math:`\delta` of the averages, in [0, 1).
         p: of the ball's norm, as in :class:`sharpkern.SAM`; n is the squared 2-norm whatever it is.
-        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`. A gradient that is
-            not finite leaves the statistics alone, and ``first_step`` returns False for it.
+        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, master_weights: as in :class:`sharpkern.SAM`. A
+            gradient that is not finite leaves the statistics alone, and ``first_step`` returns False for it.
         m_sharpness: as in :class:`sharpkern.SAM`. Where it is not "global", n is the mean of the squared norms of the
             processes' gradients: another statistic, larger than that of the mean gradient.
         perturb: as in :class:`sharpkern.SAM`; n is then of the parameters that are perturbed.
@@ -97,7 +97,8 @@ class AELookSAM(LookSAM):
         params: iterable of tensors, of dicts, or of (name, tensor) pairs.
         base_optimizer, rho, alpha: as in :class:`sharpkern.LookSAM`.
         total_steps, lambda_start, lambda_end, decay: as in :class:`sharpkern.AESAM`.
-        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.LookSAM`.
+        perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness, master_weights: as in
+            :class:`sharpkern.LookSAM`.
         **base_kwargs: options of the base optimizer.
 
     Raises:

@@ -27,10 +27,10 @@ class ESAM(SharpnessAwareOptimizer):
         w \leftarrow \text{base}\bigl(w,\ \nabla L_{B^+}(w + e)\bigr)
 
     The radius is divided by :math:`\beta`, the share that is perturbed: a tensor moves more seldom, and farther. All
-    are updated. A step that draws no tensor with a gradient is a plain one. What the first gradients of the others are,
-    finite or not, is not looked at. Of n samples :math:`\lfloor \gamma n \rfloor` are used, at least one; of equal
-    rises those of the first samples, and one that is NaN counts as the largest; with ``maximize`` the falls count.
-    Batch norm wants more than one sample: drop a last batch that is shorter than :math:`2 / \gamma`. With
+    are updated. A step that draws no tensor with a gradient is a plain one. In the others first gradients of tensors
+    that were not drawn are ignored, even NaN. Of n samples :math:`\lfloor \gamma n \rfloor` are used, at least one; of
+    equal rises those of the first samples, and one that is NaN counts as the largest; with ``maximize`` the falls
+    count. Batch norm wants more than one sample: drop a last batch that is shorter than :math:`2 / \gamma`. With
     ``beta=1, gamma=1`` this is :class:`sharpkern.SAM` with ``perturb_eps=1e-7``.
 
     **The closure** of ``gamma`` below 1 does not call backward: ``closure()`` returns the losses of the batch's
@@ -49,9 +49,9 @@ class ESAM(SharpnessAwareOptimizer):
         gamma: :math:`\gamma`, in (0, 1].
         seed: of the draws.
         perturb_eps: :math:`\epsilon`.
-        policy, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`. With ``model``
-            the pass without gradients leaves no trace in its buffers either. An adaptive policy looks at the whole
-            gradient.
+        policy, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness, master_weights: as in
+            :class:`sharpkern.SAM`. With ``model`` the pass without gradients leaves no trace in its buffers either. An
+            adaptive policy looks at the whole gradient.
         perturb: tensors that may be drawn, as in :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 

@@ -32,7 +32,8 @@ class FriendlySAM(SharpnessAwareOptimizer):
         rho: radius of the ball; a group may have its own.
         sigma: how much of m is taken away.
         lam: :math:`\lambda`, how much of m stays in a step, from 0 to 1.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness, master_weights: as in
+            :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
     State: ``opt.state[p]["friendly_m"]``, m in float32 (float64 for float64 parameters), parameter-shaped.

@@ -34,7 +34,7 @@ class GSAM(SharpnessAwareOptimizer):
         rho: radius of the ball; a group may have its own. The paper lets it fall with the learning rate: write
             ``group["rho"]`` as a scheduler would.
         alpha: how much of :math:`g_\perp` is taken away.
-        policy, perturb_eps, model, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, skip_nonfinite, flatten, m_sharpness, master_weights: as in :class:`sharpkern.SAM`.
         max_grad_norm: clip :math:`g_s` to this norm, by a factor that :math:`g_\perp` shares.
         **base_kwargs: options of the base optimizer.
 

@@ -36,7 +36,7 @@ class LookSAM(SharpnessAwareOptimizer):
         alpha: how much of :math:`g_v`, in norms of g. 0.7 was tuned for vision transformers; take 0.1 to 0.3 for
             convolutional networks with SGD.
         policy: which steps refresh, in place of ``k``, a :mod:`sharpkern.policy`.
-        perturb_eps, model, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`.
+        perturb_eps, model, skip_nonfinite, flatten, m_sharpness, master_weights: as in :class:`sharpkern.SAM`.
         max_grad_norm: clip the gradient of the last pass to this norm, before :math:`g_v` is added.
         **base_kwargs: options of the base optimizer.
 

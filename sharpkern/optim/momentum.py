@@ -58,7 +58,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
             which state is its momentum.
         rho: the length of the perturbation; a group may have its own. In the paper 0.3 for ImageNet, up to 3 for SGD
             on CIFAR.
-        perturb_eps, max_grad_norm, skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        perturb_eps, max_grad_norm, skip_nonfinite, flatten, master_weights: as in :class:`sharpkern.SAM`.
         model: no use: the buffers of a model are those of the one pass.
         **base_kwargs: options of the base optimizer.
 

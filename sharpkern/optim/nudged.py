@@ -74,7 +74,7 @@ class NudgedSGD(SharpnessAwareOptimizer):
         momentum, dampening, weight_decay, maximize: as in ``torch.optim.SGD``. There is no nesterov: the paper does
             not define it.
         max_grad_norm: clip the gradient to this norm, before anything else.
-        skip_nonfinite, flatten: as in :class:`sharpkern.SAM`.
+        skip_nonfinite, flatten, master_weights: as in :class:`sharpkern.SAM`.
         **base_kwargs: ``foreach``, ``fused`` and ``capturable`` are taken and make no difference.
 
     State: ``opt.state[p]["eigenvector_0"]`` to ``k - 1``, float32 (float64 for float64 parameters), parameter-shaped,

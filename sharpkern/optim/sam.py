@@ -132,7 +132,7 @@ class ASAM(SharpnessAwareStep):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
         rho: radius; a group may have its own.
         eta: added to the magnitude, so that a zero weight can move; a group may have its own.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness: as in
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness, master_weights: as in
             :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
@@ -179,8 +179,8 @@ class SSSAM(SAM):
         p: the probability (0.5), or a function of the step's number (from 0), such as
             ``lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total_steps)``.
         seed: of the draws (0).
-        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness: as in
-            :class:`sharpkern.SAM`. A policy takes the place of ``p`` and ``seed``.
+        adaptive, policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, perturb, m_sharpness,
+            master_weights: as in :class:`sharpkern.SAM`. A policy takes the place of ``p`` and ``seed``.
         **base_kwargs: options of the base optimizer.
 
     Raises:

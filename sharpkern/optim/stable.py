@@ -29,8 +29,9 @@ class StableSAM(SharpnessAwareOptimizer):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`. A wrapped one finds the scaled gradient in
             ``p.grad`` during its step.
         rho: radius of the ball; a group may have its own.
-        policy, perturb_eps, model, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`. Where the
-            last is not "global", the squared norm of g is the mean of those of the processes' gradients.
+        policy, perturb_eps, model, skip_nonfinite, flatten, master_weights: as in :class:`sharpkern.SAM`.
+        m_sharpness: as in :class:`sharpkern.SAM`. Where it is not "global", the squared norm of g is the mean of those
+            of the processes' gradients.
         max_grad_norm: clip :math:`g_s` to this norm, before it is scaled: by the factor, then, that shortens it.
         **base_kwargs: options of the base optimizer.
 

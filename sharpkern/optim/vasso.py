@@ -31,7 +31,8 @@ class VaSSO(SharpnessAwareOptimizer):
         base_optimizer: optimizer class, as in :class:`sharpkern.SAM`.
         rho: radius of the ball; a group may have its own.
         theta: :math:`\theta`, the share of the newest gradient, above 0 and up to 1.
-        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, max_grad_norm, skip_nonfinite, flatten, m_sharpness, master_weights: as in
+            :class:`sharpkern.SAM`.
         **base_kwargs: options of the base optimizer.
 
     State: ``opt.state[p]["vasso_d"]``, d in float32 (float64 for float64 parameters), parameter-shaped.

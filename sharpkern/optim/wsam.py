@@ -37,7 +37,7 @@ class WSAM(SharpnessAwareOptimizer):
         rho: radius of the ball; a group may have its own.
         gamma: the weight of the sharpness, from 0 up to 1, 1 excluded.
         decouple: see above.
-        policy, perturb_eps, model, skip_nonfinite, flatten, m_sharpness: as in :class:`sharpkern.SAM`.
+        policy, perturb_eps, model, skip_nonfinite, flatten, m_sharpness, master_weights: as in :class:`sharpkern.SAM`.
         max_grad_norm: clip :math:`g_s` to this norm, by a factor that g shares.
         **base_kwargs: options of the base optimizer.
 
