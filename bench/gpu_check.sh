@@ -57,7 +57,7 @@ build() { # for the GPU that is here and no other: minutes less
 # shellcheck disable=SC2086  # TESTS and TOOLS are lists of words
 tests() { # tests LOG PROCESSES ARGUMENTS...; one thread each is what the tests are written for
     local many=()
-    if "$PYTHON" -c 'import xdist' 2>/dev/null; then many=(-n "$2" --dist worksteal); fi
+    if [[ -z $DRY_RUN ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then many=(-n "$2" --dist worksteal); fi
     OMP_NUM_THREADS=1 run "pytest ${*:3}" "$1" "$PYTHON" -m pytest -q -p no:cacheprovider "${many[@]}" "${@:3}" $TESTS
 }
 

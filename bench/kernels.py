@@ -262,15 +262,16 @@ def read_cubins(dump: str) -> Iterator[tuple[str, str, Usage, bool]]:
             yield target, name, Usage(registers, spills, 0, max(stack, local), shared, load, store), waits
 
 
-def dump_cubins(path: Path | str) -> str:
-    """What ``read_cubins`` reads, of a cubin or an object file."""
+def dump_cubins(path: Path | str, *options: str) -> str:
+    """What ``read_cubins`` reads, of a cubin, an object file or a library; with further options of cuobjdump."""
     # Triton brings one; so do most CUDA toolkits.
     triton = importlib.util.find_spec("triton")
     folders = [f"{folder}/backends/nvidia/bin" for folder in (triton and triton.submodule_search_locations) or []]
     cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
     if cuobjdump is None:
         raise RuntimeError("there is no cuobjdump to read it with: install triton, or put CUDA's on the PATH")
-    return subprocess.run([cuobjdump, "-res-usage", "-sass", path], check=True, capture_output=True, text=True).stdout
+    command = [cuobjdump, "-res-usage", "-sass", *options, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 _AMD = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(?:dwordx(\d)|[a-z]+(\d+)\b)?", re.MULTILINE)
@@ -431,9 +432,10 @@ def triton_half(targets: Sequence[str], ops: Sequence[str]) -> Iterator[Line]:
 _CPP = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 
-def read_object(path: Path | str, ops: Sequence[str]) -> Iterator[Line]:
-    """Every kernel of some ops in an object file."""
-    dump = subprocess.run(["c++filt"], input=dump_cubins(path), check=True, capture_output=True, text=True).stdout
+def read_object(path: Path | str, ops: Sequence[str], *options: str) -> Iterator[Line]:
+    """Every kernel of some ops in an object file or a library."""
+    dump = dump_cubins(path, *options)
+    dump = subprocess.run(["c++filt"], input=dump, check=True, capture_output=True, text=True).stdout
     functions = list(read_cubins(dump))
     if not functions:
         yield f"cuda {path} has no kernels"

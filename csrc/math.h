@@ -237,7 +237,7 @@ SK_INLINE A adam(A w, A g, A& m, A& v, A& vmax, const AdamCoefficients<A>& c) {
   v = c.beta2 * v + (c.one_minus_beta2 * d) * d;
   A second = v;
   if constexpr (kAmsgrad) {
-    vmax = v >= vmax || v != v ? v : vmax;  // a NaN stays one, as in torch.maximum
+    vmax = vmax > v ? vmax : v;
     second = vmax;
   }
   return c.shrink * w - c.step_size * (m / (root(second) / c.sqrt_bias_correction2 + c.eps));

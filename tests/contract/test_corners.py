@@ -92,16 +92,6 @@ def test_a_decay_of_0_does_not_touch_an_infinite_weight(base: Any, options: dict
     assert int(opt.stats["skipped_steps"]) == 0
 
 
-def test_no_nan_of_the_state_is_dropped(backend: str) -> None:
-    w = param(1.0, 2.0)
-    opt = sk.SAM([w], torch.optim.Adam, lr=0.1, amsgrad=True, skip_nonfinite=False)
-    opt.step(lambda: loss_of(w))
-    opt.state[w]["max_exp_avg_sq"][0] = math.nan
-    opt.step(lambda: loss_of(w))
-    assert opt.state[w]["max_exp_avg_sq"].isnan().tolist() == [True, False]
-    assert w.isnan().tolist() == [True, False]
-
-
 def test_the_first_step_takes_nothing_of_the_momentum_buffer(backend: str) -> None:
     w = param(1.0, 2.0)
     opt = sk.SAM([w], SGD, rho=0.0, lr=0.1, momentum=0.9)

@@ -55,10 +55,10 @@ def update(
     weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps,
     T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, MASTER: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    w = load(source, piece, A if MASTER else T).to(A)
     d = a * load(grad, piece, T).to(A)
     if V is not None:
         d += b * load(direction, piece, V).to(A)
+    w = load(source, piece, A if MASTER else T).to(A)
     d = plus(sign * d, weight_decay, w)
     m = load(exp_avg, piece, A)
     m = m + one_minus_beta1 * (d - m)
@@ -67,7 +67,7 @@ def update(
     store(exp_avg_sq, s, piece, A)
     if MAX:
         largest = load(max_exp_avg_sq, piece, A)
-        s = tl.where((s >= largest) | (s != s), s, largest)  # a NaN stays one
+        s = tl.where(largest > s, largest, s)
         store(max_exp_avg_sq, s, piece, A)
     change = step_size * divide(m, root(s, A) * correction + eps, A)
     store_weights(param, source, shrink * w - change, piece, T, A, MASTER)

@@ -34,7 +34,9 @@ from .walk import (
 @triton.jit
 def plus(sum, c, x):
     """sum + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN."""
-    return tl.where(c != 0, sum + c * x, sum)
+    if c != 0:
+        sum += c * x
+    return sum
 
 
 @triton.jit
