@@ -22,6 +22,8 @@ from .state import LayoutState, Names, check_shapes
 
 Group = dict[str, Any]
 _ALIVE: weakref.WeakSet[Layouts] = weakref.WeakSet()
+# Up to this relative difference a stored squared norm is that of the state that is there: rounding alone.
+SAME_NORM = 1e-5
 
 
 class Direction(Protocol):
@@ -73,6 +75,7 @@ class Layouts:
         self._members: list[list[Tensor]] = []
         self._scaled_for: Any = None
         self._seen_state: tuple[int, int, int] | None = None
+        self._seen_own = 0
         _ALIVE.add(self)
 
     def __iter__(self) -> Iterator[Layout]:
@@ -113,6 +116,8 @@ class Layouts:
             else:  # cleared between two passes: the views come back with the step
                 for state in self.states:
                     state.forget()
+        elif self._seen_own != self._own_version():
+            self._measure_own()
         for layout in self._layouts if self.mastered else ():
             if layout.masters:
                 layout.heed_parameters()
@@ -206,9 +211,16 @@ class Layouts:
         """Changes when the user clears or replaces state, or a part of it."""
         return id(self.state), len(self.state), count_entries(self.state)
 
+    def _own_version(self) -> int:
+        """Changes when somebody writes the algorithm's state in place. All of a layout's is one tensor; kernels write by
+        address, which counts as nothing."""
+        first = self._own_state[:1]
+        own = [layout.buffers[name] for layout in self._layouts for name in first if name in layout.buffers]
+        return sum(buffer._version for buffer in own if not buffer.is_inference())
+
     def state_written(self) -> None:
-        """A step put state where it belongs."""
-        self._seen_state = self._state_key()
+        """A step put state where it belongs, or wrote it."""
+        self._seen_state, self._seen_own = self._state_key(), self._own_version()
 
     @torch.no_grad()
     def take_state(self) -> None:
@@ -217,18 +229,21 @@ class Layouts:
             check_shapes(layout, self.state, (*self._rule_state, *self._own_state, *layout.masters))
         names = (self._rule_state, self._own_state)
         self.states = [LayoutState(layout, self.state, *names, self._counted) for layout in self._layouts]
+        self._measure_own()
+
+    def _measure_own(self) -> None:
+        """Somebody else may have written the algorithm's state: its norms are of what is there now."""
         for name in self._own_state:
-            views = self.exposed(name)
-            if len(views) != self._scalars[f"{name}_count"]:
-                # A stored norm has the bits of the run that it is of; it is not that of a part of the state.
-                zero = torch.zeros((), dtype=torch.float64, device="cpu")
-                parts = [
-                    sum((v.double().square().sum().cpu() for v in state.exposed(name)), zero) for state in self.states
-                ]
+            count, known = sum(state.count(name) for state in self.states), self._scalars[f"{name}_count"]
+            if count or known:
+                parts = [state.squared_norm(name) for state in self.states]
                 if self.scope is not None:
                     parts = list(self.scope.complete(torch.stack(parts)))
-                self._scalars[f"{name}_squared_norm"] = sum(parts, zero)
-            self._scalars[f"{name}_count"] = len(views)
+                found, stored = sum(parts), self._scalars[f"{name}_squared_norm"]
+                # Of the same state the stored one has the bits of the run that it is of.
+                if count != known or abs(found - stored) > SAME_NORM * stored:
+                    self._scalars[f"{name}_squared_norm"] = found
+            self._scalars[f"{name}_count"] = count
         self.state_written()
 
     def expose(self, names: tuple[Names, ...], trained: bool = False) -> None:
@@ -252,14 +267,10 @@ class Layouts:
             self.count_own()
 
     def count_own(self) -> None:
-        """A step put state where it belongs: note that, and how many parameters have the algorithm's."""
+        """A step put state where it belongs, or wrote it: note that, and how many parameters have the algorithm's."""
         for name in self._own_state:
             self._scalars[f"{name}_count"] = sum(state.count(name) for state in self.states)
         self.state_written()
-
-    def exposed(self, name: str) -> list[Tensor]:
-        """Every parameter's state of this name."""
-        return [view for state in self.states for view in state.exposed(name)]
 
     # Weights.
 

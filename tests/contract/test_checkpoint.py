@@ -662,7 +662,9 @@ def test_g_v_in_the_state(method: Method, base: str) -> None:
     assert float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) == 0
 
 
-@pytest.mark.parametrize("how", ["no statistics", "one cleared", "frozen and back"])
+@pytest.mark.parametrize(
+    "how", ["no statistics", "one cleared", "frozen and back", "written", "written and loaded", "pruned", "inference"]
+)
 @over(LOOKING)
 def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> None:
     model = make_net()
@@ -676,6 +678,18 @@ def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> N
             opt.load_state_dict(without_numbers(state))
     elif how == "one cleared":
         opt.state[model.hidden.weight].clear()
+    elif how == "written":
+        opt.state[model.hidden.weight]["g_v"].mul_(3)
+    elif how == "written and loaded":
+        state["state"][4]["g_v"] *= 3
+        opt.load_state_dict(state)
+    elif how == "pruned":
+        params = opt.param_groups[0]["params"]
+        old, params[4] = params[4], nn.Parameter(params[4].detach()[:2])
+        opt.state[params[4]] = {key: x[:2] if x.dim() else x for key, x in opt.state.pop(old).items()}
+    elif how == "inference":  # such tensors do not count writes
+        with torch.inference_mode():
+            opt.load_state_dict(state)
     else:
         model.out.weight.requires_grad_(False)
         model.out.weight.grad = None
