@@ -299,6 +299,12 @@ class Layout:
                 self.view(name, i).copy_(other.view(name, j))
         self.table.mark(i)
 
+    def give_back(self, i: int) -> None:
+        """The weights of a perturbed parameter that no layout serves from here on, unless it has another shape now."""
+        p, kept = self._memory()[i].detach(), self.view("backup", i)
+        if p.size() == kept.size():
+            p.copy_(kept)
+
     def written(self) -> None:
         """A kernel wrote weights through the table: tell autograd, which could not see it."""
         params = self.params

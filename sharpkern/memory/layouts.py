@@ -99,13 +99,22 @@ class Layouts:
 
     # Freshness.
 
-    def refresh(self, open_step: bool) -> None:
+    def refresh(self, open_step: bool, leaving: bool = False) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass; follow what merely moved.
 
         Args:
             open_step: between two passes of a step members stay, for whatever was perturbed has to be found again; one
                 that was frozen may join.
+            leaving: the step is given up, and needs no numbers of the groups.
+
+        Raises:
+            RuntimeError: for groups that changed in an open step.
         """
+        if open_step and not leaving and self._regrouped():
+            raise RuntimeError(
+                "param_groups changed between two passes of a step, and parameters are in other groups now: restore() "
+                "gives the weights back"
+            )
         stale = not self.valid or (any(map(_may_move, self.idle)) if open_step else self._changed())
         attached = [layout.attached() for layout in self._layouts]
         if stale or not all(attached):
@@ -130,6 +139,16 @@ class Layouts:
             or self._scaled_for != self._direction.key(groups)
             or any(map(self._takes_part, self.idle))
         )
+
+    def _regrouped(self) -> bool:
+        """Whether there is another number of groups, or a member moved to another one."""
+        groups, members = self.param_groups, self._members
+        if len(groups) != len(members):
+            return True
+        if all(identical(group["params"], known) for group, known in zip(groups, members, strict=True)):
+            return False
+        home = {p: g for g, known in enumerate(members) for p in known}
+        return any(home.get(p, g) != g for g, group in enumerate(groups) for p in group["params"])
 
     def _takes_part(self, p: Tensor) -> bool:
         """Whether it may be moved, or is a part of the algorithm's direction."""
@@ -177,6 +196,10 @@ class Layouts:
                 raise ValueError(f"flatten=True takes no DTensor, but {label} is one: its memory is its module's")
             if not is_dense(p):
                 raise ValueError(f"flatten=True needs parameters without gaps in memory, but {label} has some")
+        present = {p for group in groups for p in group["params"]}
+        for p, (layout, i) in backups.items():
+            if p not in present:  # it left its group between two passes
+                layout.give_back(i)
         layouts = []
         for alike in members.values():
             params, indices, names, labels = zip(*alike, strict=True)
