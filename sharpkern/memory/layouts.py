@@ -235,7 +235,7 @@ class Layouts:
         return id(self.state), len(self.state), count_entries(self.state)
 
     def _own_version(self) -> int:
-        """Changes when somebody writes the algorithm's state in place. All of a layout's is one tensor; kernels write by
+        """Changes when somebody writes the algorithm's state in place. A layout has it in one tensor; kernels write by
         address, which counts as nothing."""
         first = self._own_state[:1]
         own = [layout.buffers[name] for layout in self._layouts for name in first if name in layout.buffers]

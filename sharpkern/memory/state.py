@@ -51,7 +51,8 @@ class LayoutState:
                 found.append(MASTER)
             if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
-                self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)).reshape(()))
+                step = entry.get("step", 1.0)
+                self.step[i].fill_(step.reshape(()) if isinstance(step, Tensor) else step)
                 entry["step"] = self.step[i]
                 found.append("step")
             self._exposed[i].update(found)

@@ -298,7 +298,7 @@ class Step(Measurements):
         return self.passes is not None
 
     def refresh(self, leaving: bool = False) -> None:
-        """Notice whatever the user moved, froze, loaded or added since the last pass; ``leaving`` the step, or for it."""
+        """Notice whatever the user moved, froze, loaded or added since the last pass; or to leave the step."""
         if self.apart:
             self.apart.wait()  # buffers may be laid out anew
         self.layouts.refresh(self.is_open, leaving)
