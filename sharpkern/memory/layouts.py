@@ -236,10 +236,13 @@ class Layouts:
 
     def _own_version(self) -> int:
         """Changes when somebody writes the algorithm's state in place. A layout has it in one tensor; kernels write by
-        address, which counts as nothing."""
-        first = self._own_state[:1]
-        own = [layout.buffers[name] for layout in self._layouts for name in first if name in layout.buffers]
-        return sum(buffer._version for buffer in own if not buffer.is_inference())
+        address, which counts as nothing. A DTensor counts for itself what is written through it."""
+        own = []
+        for layout in self._layouts if self._own_state else ():
+            own += [layout.buffers[name] for name in self._own_state[:1] if name in layout.buffers]
+            for entry in (self.state.get(p, {}) for p in layout.params) if layout.shards is not None else ():
+                own += [entry[name] for name in self._own_state if name in entry]
+        return sum(x._version for x in own if not x.is_inference())
 
     def state_written(self) -> None:
         """A step put state where it belongs, or wrote it."""
