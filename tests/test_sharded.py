@@ -618,6 +618,19 @@ def test_other_numbers_of_processes_load(tmp_path: Path) -> None:
         processes.run(function, folder, str(tmp_path), processes=count)
 
 
+def what_is_written_into_state_is_measured(rank: int) -> None:
+    """In place, through a DTensor or into the shards: the norm is that of the whole."""
+    opt = METHODS["looksam"].make((model := fsdp(make_net())).named_parameters(), "momentum")
+    train(model, opt, data()[:1], my_part(rank, 2))
+    for local in (False, True):
+        for p in model.parameters():
+            g_v = opt.state[p]["g_v"]
+            (g_v.to_local() if local else g_v).mul_(3)
+        train(model, opt, data()[:1], my_part(rank, 2))
+        squared = sum(float(opt.state[p]["g_v"].full_tensor().square().sum()) for p in model.parameters())
+        assert abs(float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) / squared - 1) < 1e-12
+
+
 def state_that_is_whole_is_cut(rank: int) -> None:
     """As torch does it for its own: from the first process, and by the optimizer itself, of a dict of one process."""
     whole_dict = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -654,6 +667,7 @@ CHECKS: tuple[Callable[[int], None], ...] = (
     zeros_by_which_tools_make_state_count_nothing,
     a_scaler_skips_everywhere,
     state_that_is_whole_is_cut,
+    what_is_written_into_state_is_measured,
     what_cannot_be_is_refused,
 )
 

@@ -116,7 +116,7 @@ class SharpnessAware:
         """That of the first pass, for the log; nothing is scaled or clipped here."""
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler = self.accelerator.scaler
-        return norm if scaler is None else norm / torch.as_tensor(scaler.get_scale()).to(norm)
+        return norm if scaler is None else norm / torch.as_tensor(scaler.get_scale(), device="cpu").to(norm)
 
 
 def _is_ours(cls: Any) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..flatten import Flattened
 from ..ops import schema
@@ -59,8 +60,10 @@ class Layout:
         self.state_dtype = schema.state_dtype(self.dtype)
         # Names in the optimizer's state that come with this layout.
         self.masters = (MASTER,) if mastered and self.dtype != self.state_dtype else ()
-        # Of each parameter that agrees with its master: the version that this was seen of; -1 of one that may not.
+        # Of each parameter that agrees with its master: the version that this was seen of, -1 of one that may not; and
+        # the storage. `p.data = x` keeps the version, and x may lie where the old memory did.
         self._versions = [-1] * len(self.params)
+        self._storages: list[StorageWeakRef | None] = [None] * len(self.params)
         self.placing: Placing = placing(self.params[0])
         self.shards = None if self.placing is None else Shards(self.params)
         memory = self._memory()
@@ -145,7 +148,7 @@ class Layout:
         elif not self.table.is_marked(i):
             p = self._memory()[i]
             self.view(MASTER, i).copy_(p)
-            self._versions[i] = p._version
+            self._agree(i, p)
 
     def return_master(self, i: int, master: Tensor) -> None:
         """The exact weights of parameter i, which was of a half type, where nobody wrote any since."""
@@ -153,18 +156,24 @@ class Layout:
         if any(torch.equal(found.to(half).to(p.dtype), p) for half in (torch.bfloat16, torch.float16)):
             p.copy_(found)
 
+    def _agree(self, i: int, p: Tensor) -> None:
+        self._versions[i], self._storages[i] = p._version, StorageWeakRef(p.untyped_storage())
+
     def doubt_parameters(self) -> None:
         """Any of them may have been written."""
         self._versions = [-1] * len(self.params)
 
     def heed_parameters(self) -> None:
         """Weights at home that somebody else wrote since they were last seen are the masters from here on, where they
-        are not what the half type has of those. Nothing is launched where nobody wrote, as far as versions tell."""
-        for i, (p, version) in enumerate(zip(self._memory(), self._versions, strict=True)):
-            if p._version != version and not self.table.is_marked(i):
+        are not what the half type has of those. Nothing is launched where nobody wrote, as far as versions and storages
+        tell."""
+        seen = zip(self._memory(), self._versions, self._storages, strict=True)
+        for i, (p, version, storage) in enumerate(seen):
+            same = p._version == version and storage is not None and storage.cdata == p.untyped_storage()._cdata
+            if not same and not self.table.is_marked(i):
                 master, w = self.view(MASTER, i), p.detach()
                 master.copy_(torch.where(master.to(w.dtype) == w, master, w.to(master.dtype)))
-                self._versions[i] = p._version
+                self._agree(i, p)
 
     # Where the weights are.
 
@@ -291,6 +300,12 @@ class Layout:
             if name in other.buffers:
                 self.view(name, i).copy_(other.view(name, j))
         self.table.mark(i)
+
+    def give_back(self, i: int) -> None:
+        """The weights of a perturbed parameter that no layout serves from here on, unless it has another shape now."""
+        p, kept = self._memory()[i].detach(), self.view("backup", i)
+        if p.size() == kept.size():
+            p.copy_(kept)
 
     def written(self) -> None:
         """A kernel wrote weights through the table: tell autograd, which could not see it."""

@@ -22,6 +22,8 @@ from .state import LayoutState, Names, check_shapes
 
 Group = dict[str, Any]
 _ALIVE: weakref.WeakSet[Layouts] = weakref.WeakSet()
+# Up to this relative difference a stored squared norm is that of the state that is there: rounding alone.
+SAME_NORM = 1e-5
 
 
 class Direction(Protocol):
@@ -73,6 +75,7 @@ class Layouts:
         self._members: list[list[Tensor]] = []
         self._scaled_for: Any = None
         self._seen_state: tuple[int, int, int] | None = None
+        self._seen_own = 0
         _ALIVE.add(self)
 
     def __iter__(self) -> Iterator[Layout]:
@@ -96,13 +99,22 @@ class Layouts:
 
     # Freshness.
 
-    def refresh(self, open_step: bool) -> None:
+    def refresh(self, open_step: bool, leaving: bool = False) -> None:
         """Notice whatever the user moved, froze, loaded or added since the last pass; follow what merely moved.
 
         Args:
             open_step: between two passes of a step members stay, for whatever was perturbed has to be found again; one
                 that was frozen may join.
+            leaving: the step is given up, and needs no numbers of the groups.
+
+        Raises:
+            RuntimeError: for groups that changed in an open step.
         """
+        if open_step and not leaving and self._regrouped():
+            raise RuntimeError(
+                "param_groups changed between two passes of a step, and parameters are in other groups now: restore() "
+                "gives the weights back"
+            )
         stale = not self.valid or (any(map(_may_move, self.idle)) if open_step else self._changed())
         attached = [layout.attached() for layout in self._layouts]
         if not open_step and any(layout.moved for layout in self._layouts):
@@ -117,6 +129,8 @@ class Layouts:
             else:  # cleared between two passes: the views come back with the step
                 for state in self.states:
                     state.forget()
+        elif self._seen_own != self._own_version():
+            self._measure_own()
         for layout in self._layouts if self.mastered else ():
             if layout.masters:
                 layout.heed_parameters()
@@ -129,6 +143,16 @@ class Layouts:
             or self._scaled_for != self._direction.key(groups)
             or any(map(self._takes_part, self.idle))
         )
+
+    def _regrouped(self) -> bool:
+        """Whether there is another number of groups, or a member moved to another one."""
+        groups, members = self.param_groups, self._members
+        if len(groups) != len(members):
+            return True
+        if all(identical(group["params"], known) for group, known in zip(groups, members, strict=True)):
+            return False
+        home = {p: g for g, known in enumerate(members) for p in known}
+        return any(home.get(p, g) != g for g, group in enumerate(groups) for p in group["params"])
 
     def _takes_part(self, p: Tensor) -> bool:
         """Whether it may be moved, or is a part of the algorithm's direction."""
@@ -179,6 +203,10 @@ class Layouts:
                 raise ValueError(f"flatten=True takes no DTensor, but {label} is one: its memory is its module's")
             if not is_dense(p):
                 raise ValueError(f"flatten=True needs parameters without gaps in memory, but {label} has some")
+        present = {p for group in groups for p in group["params"]}
+        for p, (layout, i) in backups.items():
+            if p not in present:  # it left its group between two passes
+                layout.give_back(i)
         layouts = []
         for alike in members.values():
             params, indices, names, labels = zip(*alike, strict=True)
@@ -214,9 +242,19 @@ class Layouts:
         """Changes when the user clears or replaces state, or a part of it."""
         return id(self.state), len(self.state), count_entries(self.state)
 
+    def _own_version(self) -> int:
+        """Changes when somebody writes the algorithm's state in place. A layout has it in one tensor; kernels write by
+        address, which counts as nothing. A DTensor counts for itself what is written through it."""
+        own = []
+        for layout in self._layouts if self._own_state else ():
+            own += [layout.buffers[name] for name in self._own_state[:1] if name in layout.buffers]
+            for entry in (self.state.get(p, {}) for p in layout.params) if layout.shards is not None else ():
+                own += [entry[name] for name in self._own_state if name in entry]
+        return sum(x._version for x in own if not x.is_inference())
+
     def state_written(self) -> None:
-        """A step put state where it belongs."""
-        self._seen_state = self._state_key()
+        """A step put state where it belongs, or wrote it."""
+        self._seen_state, self._seen_own = self._state_key(), self._own_version()
 
     @torch.no_grad()
     def take_state(self) -> None:
@@ -225,18 +263,21 @@ class Layouts:
             check_shapes(layout, self.state, (*self._rule_state, *self._own_state, *layout.masters))
         names = (self._rule_state, self._own_state)
         self.states = [LayoutState(layout, self.state, *names, self._counted) for layout in self._layouts]
+        self._measure_own()
+
+    def _measure_own(self) -> None:
+        """Somebody else may have written the algorithm's state: its norms are of what is there now."""
         for name in self._own_state:
-            views = self.exposed(name)
-            if len(views) != self._scalars[f"{name}_count"]:
-                # A stored norm has the bits of the run that it is of; it is not that of a part of the state.
-                zero = torch.zeros((), dtype=torch.float64, device="cpu")
-                parts = [
-                    sum((v.double().square().sum().cpu() for v in state.exposed(name)), zero) for state in self.states
-                ]
+            count, known = sum(state.count(name) for state in self.states), self._scalars[f"{name}_count"]
+            if count or known:
+                parts = [state.squared_norm(name) for state in self.states]
                 if self.scope is not None:
                     parts = list(self.scope.complete(torch.stack(parts)))
-                self._scalars[f"{name}_squared_norm"] = sum(parts, zero)
-            self._scalars[f"{name}_count"] = len(views)
+                found, stored = sum(parts), self._scalars[f"{name}_squared_norm"]
+                # Of the same state the stored one has the bits of the run that it is of.
+                if count != known or abs(found - stored) > SAME_NORM * stored:
+                    self._scalars[f"{name}_squared_norm"] = found
+            self._scalars[f"{name}_count"] = count
         self.state_written()
 
     def expose(self, names: tuple[Names, ...], trained: bool = False) -> None:
@@ -260,14 +301,10 @@ class Layouts:
             self.count_own()
 
     def count_own(self) -> None:
-        """A step put state where it belongs: note that, and how many parameters have the algorithm's."""
+        """A step put state where it belongs, or wrote it: note that, and how many parameters have the algorithm's."""
         for name in self._own_state:
             self._scalars[f"{name}_count"] = sum(state.count(name) for state in self.states)
         self.state_written()
-
-    def exposed(self, name: str) -> list[Tensor]:
-        """Every parameter's state of this name."""
-        return [view for state in self.states for view in state.exposed(name)]
 
     # Weights.
 

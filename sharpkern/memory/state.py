@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import schema
 from .layout import MASTER, SCRATCH, Layout
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -50,7 +51,8 @@ class LayoutState:
                 found.append(MASTER)
             if counted and stepped:
                 # A momentum buffer without a counter comes from torch.optim.SGD: it has been stepped.
-                self.step[i].copy_(torch.as_tensor(entry.get("step", 1.0)).reshape(()))
+                step = entry.get("step", 1.0)
+                self.step[i].fill_(step.reshape(()) if isinstance(step, Tensor) else step)
                 entry["step"] = self.step[i]
                 found.append("step")
             self._exposed[i].update(found)
@@ -83,9 +85,12 @@ class LayoutState:
         pairs = zip(self.layout.params, self._exposed, strict=True)
         return [p.requires_grad and name in names for p, names in pairs]
 
-    def exposed(self, name: str) -> list[Tensor]:
-        """The slots of a buffer that stand in the optimizer's state."""
-        return [self.layout.view(name, i) for i, names in enumerate(self._exposed) if name in names]
+    def squared_norm(self, name: str) -> Tensor:
+        """Of the slots of a buffer that stand in the optimizer's state, read on the host."""
+        dtype = schema.scalar_dtype(self.layout.device)
+        slots = [self.layout.view(name, i) for i, names in enumerate(self._exposed) if name in names]
+        norms = [torch.linalg.vector_norm(slot, dtype=dtype) for slot in slots]
+        return torch.stack(norms or [torch.zeros((), dtype=dtype, device="cpu")]).square().sum().cpu().double()
 
     def expose(self, state: State, names: tuple[Names, ...], touched: Callable[[], Sequence[bool]]) -> bool:
         """Put the state of parameters that have it for the first time into the optimizer's, as views.

@@ -59,9 +59,9 @@ class Checkpoints(Optimizer):
         history as a string of numbers.
 
         Raises:
-            RuntimeError: while the weights are perturbed; over ZeroRedundancyOptimizer.
+            RuntimeError: while the weights are perturbed or a step is pending; over ZeroRedundancyOptimizer.
         """
-        self._refuse_perturbed("state_dict()")
+        self._refuse_amid_step("state_dict()")
         self._refuse_zero("state_dict()")
         self._warn_of_more()
         # The first of the post-hooks: the user's see the whole dict, and may return another one.
@@ -87,7 +87,8 @@ class Checkpoints(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of the base optimizer.
+        """Load a state dict of this class or of the base optimizer; or of another class of this package, of which state
+        and numbers that this one does not know are left out.
 
         Options and numbers that it lacks keep their values; state is copied and never cast down. A warning tells of
         state without the numbers that the training depends on. What ``accumulate`` took is dropped.
@@ -168,6 +169,12 @@ class Checkpoints(Optimizer):
                 one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
                 if not one:
                     raise ValueError(f"loaded state dict has step {value!r} for {label}, expected a number")
+                missing = [name for name in rule.required if entry.get(name) is None]
+                if missing and value > 0:
+                    raise ValueError(
+                        f"loaded state dict has a step, but no {' and no '.join(missing)} for {label}: it is not of "
+                        f"{rule.base.__name__}"
+                    )
 
     def _warn_without_masters(self, state: Mapping[Any, Any], ids: list[Any]) -> None:
         """Warn of a state dict that was trained without them."""
@@ -297,7 +304,7 @@ class Checkpoints(Optimizer):
             self.state.update(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_perturbed("copying or pickling an optimizer")
+        self._refuse_amid_step("copying or pickling an optimizer")
         step, state = self._step, super().__getstate__()
         if not isinstance(step.settings.m_sharpness, str):
             raise RuntimeError(
@@ -337,6 +344,10 @@ class Checkpoints(Optimizer):
     def _refuse_perturbed(self, what: str) -> None:
         if self._step.layouts.away:
             raise RuntimeError(f"{what} while the weights are perturbed: call second_step() or restore() first")
+
+    def _refuse_amid_step(self, what: str) -> None:
+        self._refuse_perturbed(what)
+        self._refuse_open(what)  # a pending step is counted already
 
 
 def _numbers(loaded: dict[str, Any]) -> Any:

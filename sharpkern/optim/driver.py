@@ -410,7 +410,7 @@ class Driver(Checkpoints):
                 "and the step gives the weights back"
             )
         if step.layouts.away:
-            step.refresh()
+            step.refresh(leaving=True)
             step.back()
         try:
             if step.passes is not None:

@@ -297,11 +297,11 @@ class Step(Measurements):
         """Whether a step is between two passes."""
         return self.passes is not None
 
-    def refresh(self) -> None:
-        """Notice whatever the user moved, froze, loaded or added since the last pass."""
+    def refresh(self, leaving: bool = False) -> None:
+        """Notice whatever the user moved, froze, loaded or added since the last pass; or to leave the step."""
         if self.apart:
             self.apart.wait()  # buffers may be laid out anew
-        self.layouts.refresh(self.is_open)
+        self.layouts.refresh(self.is_open, leaving)
         self.share()
 
     def reset_gradients(self) -> None:

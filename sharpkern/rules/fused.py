@@ -27,6 +27,8 @@ class FusedRule(ABC):
     # Flat buffers in the order of the op's arguments, then the group values in the order of its columns.
     buffers: Names
     columns: Names
+    # Of the buffers those without which a parameter has taken no step.
+    required: Names = ()
 
     def __init__(self, base: type[Optimizer], kwargs: dict[str, Any]) -> None:
         self.base = base
@@ -92,6 +94,7 @@ class AdamRule(FusedRule):
 
     op = torch.ops.sharpkern.adam.default
     buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    required = ("exp_avg", "exp_avg_sq")
     columns = schema.ADAM
 
     def state_names(self, group: Group) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -29,7 +30,18 @@ from methods import (
     every_method,
     over,
 )
-from models import assert_same_bits, batches, make_closure, make_net, relative_error, split, state_of, train, weights
+from models import (
+    assert_same_bits,
+    batches,
+    make_closure,
+    make_net,
+    relative_error,
+    split,
+    state_of,
+    train,
+    train_by_hand,
+    weights,
+)
 from torch import Tensor, nn
 
 import sharpkern as sk
@@ -193,6 +205,50 @@ def test_nothing_is_saved_copied_or_loaded_while_perturbed(method: Method, base:
     opt.step(closure)
     assert calls == method.calls
     opt.state_dict()
+
+
+@over(m for m in METHODS.values() if (m.by_hand and not m.always) or m.one_gradient or m.one_pass)
+def test_nothing_is_saved_or_copied_while_a_step_is_pending(method: Method) -> None:
+    """Whose weights are at home: it is counted already, and was not taken."""
+    model = make_net()
+    plain = {"k": 9} if method.name == "looksam" else method.never or {}
+    opt = method.make(model.named_parameters(), "momentum", **plain)
+    closure = make_closure(model, batches(1)[0])
+    if "k" in plain:  # whose first step is another
+        opt.step(closure)
+    closure()
+    opt.first_step()
+    assert not opt.is_perturbed
+    for act in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: pickle.dumps(opt)):
+        with pytest.raises(RuntimeError, match="between two passes"):
+            act()
+    opt.second_step()
+    opt.state_dict()
+    if not method.one_gradient:  # which moves its weights before the first micro-batch
+        opt.accumulate(closure)
+        copy.deepcopy(opt)
+        opt.state_dict()
+
+
+@each_method
+def test_a_default_device_of_the_callers_changes_nothing(method: Method, base: str) -> None:
+    """What an optimizer makes lies with the parameters, or on the host. Not what torch's own rules make."""
+    base, data, ends = "adamw" if base == "wrapped" else base, batches(6, f32), []
+    for elsewhere in (False, True):
+        models = [make_net(f32) for _ in range(2)]
+        opts = [make(method, model, base) for model in models]
+        with torch.device("meta") if elsewhere else contextlib.nullcontext():
+            train(models[0], opts[0], data[:3])
+            if method.by_hand:
+                train_by_hand(models[0], opts[0], data[3:4])
+            models[1].load_state_dict(models[0].state_dict())
+            state = opts[0].state_dict()
+            state["state"][0]["step"] = float(state["state"][0]["step"])
+            opts[1].load_state_dict(state)
+            model, opt = copy.deepcopy((models[1], opts[1]))
+            train(model, opt, data[4:])
+        ends.append(weights(model) | opt.stats | state_of(opt))
+    assert_same_bits(*ends)
 
 
 # Dicts of torch and of other classes.
@@ -560,6 +616,26 @@ def test_a_dict_that_does_not_fit_changes_nothing(bad: str) -> None:
         opt.load_state_dict(before)  # and one that fits does
 
 
+@every_base
+def test_a_dict_of_a_base_that_keeps_no_moments_is_refused(base: str) -> None:
+    """Adam would take its number of steps, and correct no bias. SGD takes any: momentum begins with zeros."""
+    model, source = make_net(f32), make_net(f32)
+    opt, other = (METHODS["sam"].make(m.named_parameters(), b) for m, b in ((model, "adamw"), (source, base)))
+    for m, o in ((model, opt), (source, other)):
+        train(m, o, batches(2, f32))
+    before, stats, state = state_of(opt), opt.stats, other.state_dict()
+    if base == "adamw":
+        del state["state"][7]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="exp_avg_sq for parameter .* is not of AdamW"):
+        opt.load_state_dict(state)
+    assert_same_bits(state_of(opt), before)
+    assert_same_bits(opt.stats, stats)
+    METHODS["sam"].make(make_net(f32).named_parameters(), "momentum").load_state_dict(state)
+    if base == "adamw":
+        state["state"][7]["step"] = 0
+        opt.load_state_dict(state)
+
+
 @every_method
 def test_a_dict_that_the_wrapped_optimizer_does_not_take_changes_nothing(method: Method) -> None:
     """RMSprop looks for its own numbers of steps in what it loads."""
@@ -662,7 +738,9 @@ def test_g_v_in_the_state(method: Method, base: str) -> None:
     assert float(opt.state_dict()["sharpkern"]["g_v_squared_norm"]) == 0
 
 
-@pytest.mark.parametrize("how", ["no statistics", "one cleared", "frozen and back"])
+@pytest.mark.parametrize(
+    "how", ["no statistics", "one cleared", "frozen and back", "written", "written and loaded", "pruned", "inference"]
+)
 @over(LOOKING)
 def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> None:
     model = make_net()
@@ -676,6 +754,18 @@ def test_the_norm_of_g_v_is_that_of_what_is_there(method: Method, how: str) -> N
             opt.load_state_dict(without_numbers(state))
     elif how == "one cleared":
         opt.state[model.hidden.weight].clear()
+    elif how == "written":
+        opt.state[model.hidden.weight]["g_v"].mul_(3)
+    elif how == "written and loaded":
+        state["state"][4]["g_v"] *= 3
+        opt.load_state_dict(state)
+    elif how == "pruned":
+        params = opt.param_groups[0]["params"]
+        old, params[4] = params[4], nn.Parameter(params[4].detach()[:2])
+        opt.state[params[4]] = {key: x[:2] if x.dim() else x for key, x in opt.state.pop(old).items()}
+    elif how == "inference":  # such tensors do not count writes
+        with torch.inference_mode():
+            opt.load_state_dict(state)
     else:
         model.out.weight.requires_grad_(False)
         model.out.weight.grad = None

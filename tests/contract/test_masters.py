@@ -391,7 +391,15 @@ def _replace(p: nn.Parameter, to: Tensor) -> None:
     p.data = to.clone()
 
 
-WRITES: dict[str, Callable[[nn.Parameter, Tensor], None]] = {"copy_": _copy, "data": _replace}
+def _refill(p: nn.Parameter, to: Tensor) -> None:
+    """New memory at the old address, as an allocator gives out what was freed."""
+    again, address = torch.from_dlpack(p.detach()), p.data_ptr()
+    again.copy_(to)
+    p.data = again
+    assert p.data_ptr() == address
+
+
+WRITES: dict[str, Callable[[nn.Parameter, Tensor], None]] = {"copy_": _copy, "data": _replace, "refilled": _refill}
 
 
 @pytest.mark.parametrize("when", ["between", "by hand", "open"])

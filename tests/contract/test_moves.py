@@ -164,6 +164,67 @@ def test_moved_between_passes(method: Method, call: int, base: str, flatten: boo
     assert relative_error(model, still) < 1e-11
 
 
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+@pytest.mark.parametrize("dtype", [f32, torch.bfloat16], ids=["float32", "masters"])
+def test_a_parameter_that_leaves_its_group_between_passes_gets_its_weights_back(dtype: torch.dtype, end: str) -> None:
+    """Also where the others are laid out anew there."""
+    model = make_net(dtype)
+    model.out.weight.requires_grad_(False)
+    opt = sk.SAM(model.parameters(), SGD, lr=0.0, rho=5.0, master_weights=dtype != f32)
+    before = weights(model)
+    closure = make_closure(model, batches(1, dtype)[0])
+    closure()
+    opt.first_step(zero_grad=True)
+    opt.param_groups[0]["params"].pop(4)
+    model.out.weight.requires_grad_(True)
+    closure()
+    getattr(opt, end)()
+    assert_same_bits(weights(model), before)
+
+
+def _reversed(groups: list[dict[str, Any]]) -> None:
+    groups.reverse()
+
+
+def _popped(groups: list[dict[str, Any]]) -> None:
+    groups.pop()
+
+
+def _handed_over(groups: list[dict[str, Any]]) -> None:
+    groups[0]["params"].append(groups[1]["params"].pop())
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("base", [SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("edit", [_reversed, _popped, _handed_over], ids=lambda edit: edit.__name__[1:])
+def test_groups_that_change_between_passes_are_an_error(edit: Callable[[Any], None], base: Any, moved: bool) -> None:
+    """A step does not know whose numbers are meant; the weights come back, and the next step is of the new groups."""
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    rates = {params[0]: 1.0, params[1]: 0.01}
+    opt = sk.SAM([{"params": [p], "lr": lr} for p, lr in rates.items()], base, lr=0.1, rho=0.5)
+
+    def closure() -> None:
+        for p in params:
+            p.grad = torch.ones(2, 3)
+
+    closure()
+    opt.first_step(zero_grad=True)
+    edit(opt.param_groups)
+    if moved:
+        params[0].data = params[0].data.t().contiguous().t()
+    closure()
+    with pytest.raises(RuntimeError, match="param_groups changed between two passes"):
+        opt.second_step()
+    opt.restore()
+    assert all(torch.equal(p, torch.ones(2, 3)) for p in params)
+    assert not opt.is_perturbed
+    opt.step(closure)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            moved_by = group["lr"] * (1.0 if base is SGD else 10.0)
+            torch.testing.assert_close(p.detach(), torch.full((2, 3), 1 - moved_by))
+
+
 @flattened
 def test_a_skip_is_not_forgotten_by_a_new_layout(flatten: bool) -> None:
     """SALR hears of a gradient of NaN on a branch at the end of both; parameters have other strides meanwhile."""
