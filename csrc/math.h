@@ -90,7 +90,7 @@ SK_INLINE void update_ema(double* ema, double n, double decay, double coefficien
 // sum + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN.
 template <class A>
 SK_INLINE A plus(A sum, A c, A x) {
-  return c != 0 ? sum + c * x : sum;
+  return sum + c * (c != 0 ? x : A(-0.0));  // of a -0, too, the sum stays what it was
 }
 
 // What one row of parameters needs to take an SGD step. Conditions on the group become coefficients,
@@ -137,7 +137,7 @@ SK_INLINE SgdCoefficients<A> sgd_coefficients(const double* v, bool first, doubl
 template <class A>
 SK_INLINE A sgd_momentum(A w, A g, A& buffer, const SgdCoefficients<A>& c) {
   const A d = plus(c.gradient * g, c.weight_decay, w);
-  buffer = plus(c.intake * d, c.momentum, buffer);
+  buffer = c.momentum * buffer + c.intake * d;
   return w - c.lr * (c.from_gradient * d + c.from_buffer * buffer);
 }
 
@@ -162,7 +162,7 @@ SK_INLINE SgdCoefficients<A> nudge_coefficients(const double* v, bool first, dou
 // The next momentum buffer without what the gradient adds, and that.
 template <class A>
 SK_INLINE A sgd_kept(A w, A buffer, const SgdCoefficients<A>& c) {
-  return plus(c.intake * plus(A(0), c.weight_decay, w), c.momentum, buffer);
+  return c.momentum * buffer + c.intake * plus(A(0), c.weight_decay, w);
 }
 template <class A>
 SK_INLINE A sgd_pulled(A g, const SgdCoefficients<A>& c) {
@@ -172,7 +172,7 @@ SK_INLINE A sgd_pulled(A g, const SgdCoefficients<A>& c) {
 // buf = momentum buf + intake (c g + weight_decay w);  w - lr (buf + correction)
 template <class A>
 SK_INLINE A nudge_sgd(A w, A g, A& buffer, A correction, const SgdCoefficients<A>& c) {
-  buffer = plus(c.intake * plus(c.gradient * g, c.weight_decay, w), c.momentum, buffer);
+  buffer = c.momentum * buffer + c.intake * plus(c.gradient * g, c.weight_decay, w);
   return w - c.lr * (buffer + correction);
 }
 

@@ -92,17 +92,6 @@ def test_a_decay_of_0_does_not_touch_an_infinite_weight(base: Any, options: dict
     assert int(opt.stats["skipped_steps"]) == 0
 
 
-def test_the_first_step_takes_nothing_of_the_momentum_buffer(backend: str) -> None:
-    w = param(1.0, 2.0)
-    opt = sk.SAM([w], SGD, rho=0.0, lr=0.1, momentum=0.9)
-    opt.step(lambda: loss_of(w))
-    opt.state[w]["momentum_buffer"].fill_(math.inf)
-    opt.state[w]["step"].zero_()
-    before = w.detach().clone()
-    opt.step(lambda: loss_of(w))
-    torch.testing.assert_close(w.detach(), before - 0.1 * w.grad)
-
-
 def test_salr_leaves_flat_gradients_flat() -> None:
     ps = [param(1.0, 2.0), param(3.0)]
     opt = sk.SALR(ps, SGD, lr=0.01, flatten=True)

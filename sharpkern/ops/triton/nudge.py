@@ -72,7 +72,7 @@ def add_products(
     g = load(grad, piece, T).to(A)
     kept = intake * plus(0.0 * g, weight_decay, load(source, piece, A if MASTER else T).to(A))
     if BUFFER:
-        kept = plus(kept, decay, load(buffer, piece, A))
+        kept += decay * load(buffer, piece, A)
     pulled = intake * (sign * g)
     lanes = tl.arange(0, LANES)
     sums += tl.where(lanes == 0, tl.sum(g * g), 0.0)
@@ -126,7 +126,7 @@ def update(
     w = load(source, piece, A if MASTER else T).to(A)
     buf = intake * plus(sign * (clip.to(A) * load(grad, piece, T).to(A)), weight_decay, w)
     if BUFFER:
-        buf = plus(buf, decay, load(buffer, piece, A))
+        buf += decay * load(buffer, piece, A)
         store(buffer, buf, piece, A)
     for k in range(count):
         kept = sum_buffers(along + 2 * k * n_buffers, n_buffers)

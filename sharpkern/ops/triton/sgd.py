@@ -33,7 +33,7 @@ def update(
         d += b * load(direction, piece, V).to(A)
     d = plus(sign * d, weight_decay, w)
     if BUFFER:
-        buf = plus(intake * d, momentum, load(buffer, piece, A))
+        buf = momentum * load(buffer, piece, A) + intake * d
         store(buffer, buf, piece, A)
         d = from_gradient * d + from_buffer * buf
     store_weights(param, source, w - lr * d, piece, T, A, MASTER)
