@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import schema
-from .descend import advance, count_skipped, give_back, launch_rule, plus, scales, source_of, store_weights
+from .descend import advance, count_skipped, give_back, launch_rule, scales, source_of, store_weights
 from .walk import address, load, norms, share, store, stretch, walk
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, DECOUPLED, VALUES = map(
@@ -59,7 +59,9 @@ def update(
     if V is not None:
         d += b * load(direction, piece, V).to(A)
     w = load(source, piece, A if MASTER else T).to(A)
-    d = plus(sign * d, weight_decay, w)
+    d = sign * d
+    if weight_decay != 0:  # as plus(), which takes registers that float64 does not have here
+        d += weight_decay * w
     m = load(exp_avg, piece, A)
     m = m + one_minus_beta1 * (d - m)
     store(exp_avg, m, piece, A)

@@ -34,9 +34,7 @@ from .walk import (
 @triton.jit
 def plus(sum, c, x):
     """sum + c x. A c of 0 takes no x, as in torch.optim: 0 * inf would be NaN."""
-    if c != 0:
-        sum += c * x
-    return sum
+    return tl.where(c != 0, sum + c * x, sum)
 
 
 @triton.jit
