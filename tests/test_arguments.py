@@ -378,6 +378,23 @@ def test_memory_that_comes_to_be_shared_is_refused_before_anything_moves(tied: s
         assert not torch.equal(a, before[0])
 
 
+@pytest.mark.parametrize("way", ["taken out", "frozen"])
+def test_memory_may_be_that_of_a_parameter_that_is_trained_no_more(way: str) -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = sk.SAM([a, b], SGD, rho=0.0, lr=0.5)
+    opt.step(lambda: (a + b).sum().backward())
+    b.data = a.data
+    with pytest.raises(ValueError, match="take it out of its group"):
+        opt.step(lambda: b.sum().backward())
+    if way == "taken out":
+        opt.param_groups[0]["params"] = [b]
+    else:
+        a.requires_grad_(False)
+        a.grad = None
+    opt.step(lambda: b.sum().backward())
+    assert a.tolist() == b.tolist() == [0.0] * 3
+
+
 def test_gaps_may_hold_another_parameter() -> None:
     base = torch.ones(4, 6)
     rows, odd, even = (nn.Parameter(m) for m in (torch.ones(3), base[:, ::2], base[:, 1::2]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+import weakref
 from typing import Any
 
 import cases
@@ -1180,6 +1181,16 @@ def test_gather_compares_layouts(name: str, spec: Spec, change: Any, usable: boo
     address = grad.data_ptr() if usable else schema.MISMATCH
     assert arguments["table"][:, schema.GRAD].tolist() == [grads[0].data_ptr(), address, 0]
     assert arguments["status"].tolist() == [int(not usable), 1]
+
+
+def test_gather_holds_no_gradient_where_it_refuses() -> None:
+    problem = Problem(GATHERED, torch.float32)
+    arguments = problem.arguments("gather", "cpp") | {"grads": [torch.ones(3), torch.ones(3)]}
+    held = [weakref.ref(g) for g in arguments["grads"]]
+    with pytest.raises(RuntimeError, match="table should be int64"):
+        call("gather", "cpp", arguments)
+    del arguments
+    assert [ref() for ref in held] == [None, None]
 
 
 # Schemas.

@@ -260,6 +260,11 @@ def test_who_uses_the_whole_gradient_leaves_nothing_out(method: Method) -> None:
     assert len(opt.param_groups) == 1
 
 
+def test_nudged_sgd_leaves_nothing_out() -> None:
+    with pytest.raises(TypeError, match="NudgedSGD takes no perturb=: its directions are of all parameters"):
+        sk.NudgedSGD(make_net(f32).parameters(), perturb=no_convolution)
+
+
 REST = [m for m in METHODS.values() if m not in PARTIAL]
 
 

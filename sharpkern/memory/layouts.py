@@ -117,13 +117,14 @@ class Layouts:
             )
         stale = not self.valid or (any(map(_may_move, self.idle)) if open_step else self._changed())
         attached = [layout.attached() for layout in self._layouts]
-        if not open_step and any(layout.moved for layout in self._layouts):
-            check_aliases([pair for layout in self._layouts for pair in zip(layout.params, layout.names, strict=True)])
-            for layout in self._layouts:
-                layout.moved = False
         if stale or not all(attached):
             self.lay_out()
-        elif self._seen_state != self._state_key():
+        elif not open_step and any(layout.moved for layout in self._layouts):
+            pairs = [pair for layout in self._layouts for pair in zip(layout.params, layout.names, strict=True)]
+            check_aliases([(p, name) for p, name in pairs if _may_move(p)])
+            for layout in self._layouts:
+                layout.moved = False
+        if self._seen_state != self._state_key():
             if not open_step:
                 self.take_state()
             else:  # cleared between two passes: the views come back with the step
@@ -184,10 +185,10 @@ class Layouts:
             if self._takes_part(p) or p in backups:
                 check_memory(p, entry[3])
                 check_supported(p, entry[3])
-                if overlaps(local(p)):
-                    raise ValueError(f"{entry[3]} has elements that share memory (an expanded tensor?)")
                 if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
                     raise TypeError(f"{entry[3]} is {p.dtype}, {p.layout}, on {p.device}: it cannot be optimized")
+                if overlaps(local(p)):
+                    raise ValueError(f"{entry[3]} has elements that share memory (an expanded tensor?)")
                 members.setdefault((p.device, p.dtype, placing(p)), []).append(entry)
             else:
                 idle.append(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,11 +53,14 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors whose spans meet have any element in common."""
     if is_dense(a) and is_dense(b):
         return True
+    # In units of so many bytes that both consist of whole ones: of one dtype, elements.
+    unit = math.gcd(a.element_size(), b.element_size(), a.data_ptr() - b.data_ptr())
     places = []
     for t in (a, b):
         (begin, end), item = span_of(t), t.element_size()
         offsets = torch.arange((end - begin) // item, device="cpu").as_strided(t.size(), t.stride()).flatten()
-        places.append((begin + item * offsets[:, None] + torch.arange(item, device="cpu")).flatten())  # of bytes
+        units = torch.arange(item // unit, device="cpu")
+        places.append((begin // unit + item // unit * offsets[:, None] + units).flatten())
     return bool(torch.isin(*places).any())
 
 

@@ -156,11 +156,10 @@ class Driver(Checkpoints):
                 "with m_sharpness the first forward and backward belong into `with opt.first_pass():`, which leaves "
                 "out the exchange of gradients"
             )
-        unscaler = self._bound().unscaler
-        unscaler.begin(scaler, self._step.settings.skip_nonfinite, self)
-
+        step, unscaler = self._bound(), self._step.unscaler
         if self.one_gradient:
-            self._step.warn_of_discarded_gradients(EARLY.format(type(self).__name__))
+            step.warn_of_discarded_gradients(EARLY.format(type(self).__name__))
+        unscaler.begin(scaler, step.settings.skip_nonfinite, self)
 
         def measure() -> bool:
             return self._run(None, begin=True) is AGAIN
