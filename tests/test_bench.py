@@ -304,15 +304,17 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_gpu_check(tmp_path: Path) -> None:
-    """Its steps, as far as they go without a GPU; one section of the benches stands for all."""
+    """Every step of it, as far as it goes without a GPU."""
     out = tmp_path / "out"
     env = {**os.environ, "DRY_RUN": "1", "OUT": str(out), "PYTHON": sys.executable, "TRITON_CACHE_DIR": str(tmp_path)}
+    env["TRITON_INTERPRET"] = ""  # as on a GPU: Triton compiles there
     script = ["bash", str(ROOT / "bench" / "gpu_check.sh")]
     check = partial(subprocess.run, env=env, capture_output=True, text=True, timeout=500)
-    done = check([*script, "build", "smoke", "values", "kernels", "sanitize", "profile"])
+    done = check([*script, "build", "smoke", "values", "kernels", "steps", "iteration", "sanitize", "profile"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cpu: " in (out / "build.log").read_text(encoding="utf-8")
-    assert json.loads((out / "gpu-kernels.json").read_text(encoding="utf-8"))["rows"]
+    for section in ("kernels", "steps", "iteration"):
+        assert json.loads((out / f"gpu-{section}.json").read_text(encoding="utf-8"))["rows"]
     assert "| norm |" in (out / "gpu.md").read_text(encoding="utf-8")
     assert len(list(out.iterdir())) <= 8
     assert check([*script, "everything"]).returncode == 2
